@@ -1,0 +1,77 @@
+-- As run_claim, for streams that take only some task names. Looks at up to 1,000 runs in claim order after a cursor, so
+-- that a queue full of other names costs the same each time; the caller moves the cursor on or back to the head.
+with slot as materialized (
+       select * from unnest($1::text[],     -- worker ids
+                            $2::text[],     -- digests of the claim secrets
+                            $3::integer[])  -- leases in seconds, 0 for ever
+                with ordinality as s (worker_id, digest, lease, slot)),
+     clock as materialized (select absurd.current_time() as now),
+     seen as materialized (
+       (select r.run_id, r.task_id, r.available_at
+          from {r} r
+         where r.state = 'pending' and r.available_at <= (select now from clock)
+           and (r.available_at, r.run_id) > ($6::timestamptz, $7::uuid)
+         order by r.available_at, r.run_id
+         limit 1000)
+       union all
+       (select r.run_id, r.task_id, r.available_at
+          from {r} r
+         where r.state = 'sleeping' and r.available_at <= (select now from clock)
+           and (r.available_at, r.run_id) > ($6::timestamptz, $7::uuid)
+         order by r.available_at, r.run_id
+         limit 1000)),
+     looked as materialized (
+       select * from seen order by available_at, run_id limit 1000),
+     wanted as materialized (
+       select l.run_id
+         from looked l join {t} t on t.task_id = l.task_id
+        where t.task_name = any ($5::text[])
+        order by l.available_at, l.run_id
+        limit $4::integer * 2),
+     locked as materialized (
+       select r.run_id, r.task_id, r.available_at, r.started_at, t.first_started_at
+         from wanted
+         join {r} r on r.run_id = wanted.run_id
+         join {t} t on t.task_id = r.task_id
+        where r.state in ('pending', 'sleeping') and r.available_at <= (select now from clock)
+          and t.state in ('pending', 'sleeping', 'running')
+          and (t.cancellation is null
+               or not absurd_server.cancellation_due(t.cancellation, t.enqueue_at, t.first_started_at,
+                                                     (select now from clock)))
+          for update of r, t skip locked),
+     chosen as materialized (
+       select x.*, row_number() over (order by x.available_at, x.run_id) as slot
+         from locked x
+        order by x.available_at, x.run_id
+        limit $4::integer),
+     runs as (
+       update {r} r
+          set state = 'running', claimed_by = slot.worker_id || '#' || slot.digest, started_at = clock.now,
+              available_at = clock.now,
+              claim_expires_at = case when slot.lease > 0 then clock.now + make_interval(secs => slot.lease) end
+         from chosen join slot on slot.slot = chosen.slot cross join clock
+        where r.run_id = chosen.run_id
+       returning r.run_id, r.task_id, r.attempt, r.wake_event, r.event_payload, r.claim_expires_at, chosen.slot,
+                 chosen.available_at as was_available_at, chosen.started_at is not null as resumed,
+                 chosen.first_started_at is null as first_claim),
+     tasks as (
+       update {t} t
+          set state = 'running', attempts = greatest(t.attempts, runs.attempt), last_attempt_run = runs.run_id,
+              first_started_at = coalesce(t.first_started_at, clock.now)
+         from runs cross join clock
+        where t.task_id = runs.task_id
+       returning t.task_id, t.task_name, t.params, t.retry_strategy, t.max_attempts, t.headers),
+     due as (
+       delete from {w} w using runs, clock where w.run_id = runs.run_id and w.timeout_at <= clock.now),
+     -- The cursor moves only when a full page was looked at; else the next look starts at the head again.
+     edge as (
+       select available_at, run_id from looked
+        where (select count(*) from looked) = 1000 and (select count(*) from wanted) < $4::integer * 2
+        order by available_at desc, run_id desc limit 1)
+select runs.slot, runs.run_id, runs.task_id, runs.attempt, tasks.task_name, tasks.params, tasks.retry_strategy,
+       tasks.max_attempts, tasks.headers, runs.wake_event, runs.event_payload, runs.claim_expires_at,
+       runs.was_available_at, runs.resumed, runs.first_claim, edge.available_at as edge_at, edge.run_id as edge_run_id
+  from (select 1) as one
+  left join edge on true
+  left join (runs join tasks on tasks.task_id = runs.task_id) on true
+ order by runs.slot

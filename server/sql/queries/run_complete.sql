@@ -1,0 +1,40 @@
+-- Completes runs; one row per item. Rows locked by somebody else are skipped and come back with busy = true.
+with item as materialized (
+       select * from unnest($1::uuid[],   -- runs, each at most once
+                            $2::text[],   -- digests; null: no token was shown
+                            $3::jsonb[])  -- results
+                with ordinality as i (run_id, digest, result, item)),
+     clock as materialized (select absurd.current_time() as now),
+     locked as materialized (
+       select r.run_id, r.task_id, r.state, i.item, i.result, r.result as stored, r.failure_reason,
+              i.digest is null or coalesce(right(r.claimed_by, 23) = '#' || i.digest, false) as owned
+         from {r} r join item i on i.run_id = r.run_id
+        order by r.run_id
+          for update of r {wait}),
+     held as materialized (
+       select t.task_id from {t} t
+        where t.task_id in (select l.task_id from locked l where l.state = 'running' and l.owned)
+        order by t.task_id
+          for update {wait}),
+     runs as (
+       update {r} r
+          set state = 'completed', completed_at = clock.now, result = l.result
+         from locked l join held using (task_id) cross join clock
+        where r.run_id = l.run_id and l.state = 'running' and l.owned
+       returning r.run_id, r.task_id, r.result),
+     tasks as (
+       update {t} t
+          set state = 'completed', completed_payload = runs.result, last_attempt_run = runs.run_id
+         from runs
+        where t.task_id = runs.task_id),
+     waits as (
+       delete from {w} w using runs where w.run_id = runs.run_id)
+select i.item, seen.run_id is not null as found, l.run_id is null as skipped,
+       coalesce(l.state, seen.state) as state, coalesce(l.owned, false) as owned, runs.run_id is not null as done,
+       coalesce(l.task_id, seen.task_id) as task_id,
+       l.state = 'completed' and l.stored is not distinct from i.result as same
+  from item i
+  left join {r} seen on seen.run_id = i.run_id
+  left join locked l on l.item = i.item
+  left join runs on runs.run_id = i.run_id
+ order by i.item

@@ -1,0 +1,46 @@
+-- Gives claims back without using up an attempt; one row per item (decisions section 5).
+-- Unlike schedule_run it keeps wake_event and payload, so that a pending event timeout is not lost.
+with item as materialized (
+       select * from unnest($1::uuid[],         -- runs, each at most once
+                            $2::text[],         -- digests; null: no token was shown
+                            $3::timestamptz[],  -- where the run stood in the queue; null: keep
+                            $4::integer[],      -- milliseconds until it is offered again; 0: at once
+                            $5::boolean[])      -- true: this claim was the task's first
+                with ordinality as i (run_id, digest, available_at, delay_ms, first_claim, item)),
+     clock as materialized (select absurd.current_time() as now),
+     locked as materialized (
+       select r.run_id, r.task_id, r.state, r.claimed_by, i.item, i.available_at, i.delay_ms, i.first_claim,
+              r.failure_reason, i.digest is null or coalesce(right(r.claimed_by, 23) = '#' || i.digest, false) as owned
+         from {r} r join item i on i.run_id = r.run_id
+        order by r.run_id
+          for update of r {wait}),
+     held as materialized (
+       select t.task_id from {t} t
+        where t.task_id in (select l.task_id from locked l where l.state = 'running' and l.owned)
+        order by t.task_id
+          for update {wait}),
+     runs as (
+       update {r} r
+          set state = case when l.delay_ms > 0 then 'sleeping' else 'pending' end,
+              claimed_by = null, claim_expires_at = null,
+              started_at = case when l.first_claim then null else r.started_at end,
+              available_at = case when l.delay_ms > 0 then clock.now + l.delay_ms * interval '1 millisecond'
+                                  else least(coalesce(l.available_at, r.available_at), clock.now) end
+         from locked l join held using (task_id) cross join clock
+        where r.run_id = l.run_id and l.state = 'running' and l.owned
+       returning r.run_id, r.task_id, r.state, l.first_claim),
+     tasks as (
+       update {t} t
+          set state = runs.state, first_started_at = case when runs.first_claim then null else t.first_started_at end
+         from runs
+        where t.task_id = runs.task_id)
+select i.item, seen.run_id is not null as found, l.run_id is null as skipped,
+       coalesce(l.state, seen.state) as state, coalesce(l.owned, false) as owned, runs.run_id is not null as done,
+       coalesce(l.task_id, seen.task_id) as task_id,
+       l.state in ('pending', 'sleeping') and l.claimed_by is null as same,
+       coalesce(l.failure_reason ->> 'name' = '$ClaimTimeout', false) as expired
+  from item i
+  left join {r} seen on seen.run_id = i.run_id
+  left join locked l on l.item = i.item
+  left join runs on runs.run_id = i.run_id
+ order by i.item

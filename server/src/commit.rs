@@ -1,0 +1,409 @@
+//! Group commit: while one batch is in flight the next one gathers; no timer makes anybody wait.
+//!
+//! Each item gets its own outcome. A bad item is found by halving and never fails its neighbours; an item whose row is
+//! locked leaves the batch for the slow lane, where it waits alone, under its caller's deadline. Work runs on tasks of
+//! its own: a caller that goes away cancels nothing half-way.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::future::Future;
+use std::hash::Hash;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, oneshot};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::domain::{Error, Settled};
+use crate::scope::Scope;
+use crate::store::batch::{Answer, Kind, RunRef, Via, Write};
+use crate::store::task::{NewTask, Spawned};
+use crate::store::{Fault, Store, Wait, batch};
+
+/// Items that may wait over all lanes of a committer; beyond it callers are turned away.
+const WAITING_MAX: usize = 50_000;
+/// Items that wait for locks at the same time, each on a connection.
+const SLOW_MAX: usize = 6;
+/// Longest wait of an item for locks.
+const LOCK_WAIT_MAX: Duration = Duration::from_secs(30);
+
+/// What a committer carries out.
+pub(crate) trait Batch: Send + Sync + 'static {
+    /// Items with different keys never share a statement.
+    type Key: Clone + Eq + Hash + Send + Sync + 'static;
+    /// One caller's wish.
+    type Item: Send + Sync + 'static;
+    /// One caller's answer.
+    type Out: Send + 'static;
+    /// Items in one statement at most.
+    const ITEMS_MAX: usize;
+
+    /// Two items of one identity never share a statement.
+    fn identity(item: &Self::Item) -> Uuid;
+    /// The scope of a key.
+    fn scope(key: &Self::Key) -> &Scope;
+    /// Carries out a batch; `None` for items whose rows are locked.
+    fn execute(
+        &self,
+        key: &Self::Key,
+        items: &[&Self::Item],
+        lock_wait: Option<Duration>,
+    ) -> impl Future<Output = Result<Vec<Option<Result<Self::Out, Error>>>, Fault>> + Send;
+}
+
+struct Entry<B: Batch> {
+    item: B::Item,
+    deadline: Instant,
+    answer: oneshot::Sender<Result<B::Out, Error>>,
+}
+
+struct Shared<B: Batch> {
+    batch: B,
+    /// A lane exists while a task drives it.
+    lanes: Mutex<HashMap<B::Key, VecDeque<Entry<B>>>>,
+    slow: Arc<Semaphore>,
+    room: Arc<Semaphore>,
+}
+
+/// Gathers items into batches, one batch in flight per key.
+pub(crate) struct Committer<B: Batch> {
+    shared: Arc<Shared<B>>,
+}
+
+impl<B: Batch> std::fmt::Debug for Committer<B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Committer(..)")
+    }
+}
+
+impl<B: Batch> Clone for Committer<B> {
+    fn clone(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared) }
+    }
+}
+
+impl<B: Batch> Committer<B> {
+    pub(crate) fn new(batch: B) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                batch,
+                lanes: Mutex::new(HashMap::new()),
+                slow: Arc::new(Semaphore::new(SLOW_MAX)),
+                room: Arc::new(Semaphore::new(WAITING_MAX)),
+            }),
+        }
+    }
+
+    /// Carries out one item with whatever else waits, and returns its outcome.
+    pub(crate) async fn submit(&self, key: B::Key, item: B::Item, deadline: Instant) -> Result<B::Out, Error> {
+        let Ok(_room) = Arc::clone(&self.shared.room).try_acquire_owned() else {
+            return Err(Error::TooManyRequests);
+        };
+        let (answer, answered) = oneshot::channel();
+        let entry = Entry { item, deadline, answer };
+        {
+            let mut lanes = self.shared.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(lane) = lanes.get_mut(&key) {
+                lane.push_back(entry);
+            } else {
+                lanes.insert(key.clone(), VecDeque::from([entry]));
+                tokio::spawn(drive(Arc::clone(&self.shared), key));
+            }
+        }
+        match tokio::time::timeout_at(deadline, answered).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) => Err(Error::Unavailable("the server is stopping".into())),
+            Err(_) => Err(Error::DeadlineExceeded),
+        }
+    }
+}
+
+/// Runs the batches of one lane until nothing waits.
+async fn drive<B: Batch>(shared: Arc<Shared<B>>, key: B::Key) {
+    loop {
+        let entries = {
+            let mut lanes = shared.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(lane) = lanes.get_mut(&key) else { return };
+            if lane.is_empty() {
+                lanes.remove(&key);
+                return;
+            }
+            take::<B>(lane)
+        };
+        run(&shared, &key, entries).await;
+    }
+}
+
+/// The next batch: in order, each identity once.
+fn take<B: Batch>(lane: &mut VecDeque<Entry<B>>) -> Vec<Entry<B>> {
+    let mut seen = HashSet::new();
+    let mut later = VecDeque::new();
+    let mut batch = Vec::new();
+    while batch.len() < B::ITEMS_MAX {
+        let Some(entry) = lane.pop_front() else { break };
+        if seen.insert(B::identity(&entry.item)) {
+            batch.push(entry);
+        } else {
+            later.push_back(entry);
+        }
+    }
+    while let Some(entry) = later.pop_back() {
+        lane.push_front(entry);
+    }
+    batch
+}
+
+async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry<B>>) {
+    let mut parts = vec![entries];
+    let mut pause = Duration::from_millis(20);
+    let mut unknown = false;
+    while let Some(mut part) = parts.pop() {
+        part.retain(|entry| !entry.answer.is_closed());
+        if part.is_empty() {
+            continue;
+        }
+        let items: Vec<&B::Item> = part.iter().map(|entry| &entry.item).collect();
+        match shared.batch.execute(key, &items, None).await {
+            Ok(outcomes) => settle(shared, key, part, outcomes),
+            Err(Fault::Data(_)) if part.len() > 1 => {
+                let second = part.split_off(part.len() / 2);
+                parts.push(second);
+                parts.push(part);
+            }
+            Err(Fault::Locked) => {
+                for entry in part {
+                    slow_lane(shared, key, entry);
+                }
+            }
+            Err(fault) if fault.is_passing() => {
+                unknown |= matches!(fault, Fault::Unknown(_));
+                let now = Instant::now();
+                let (over, left): (Vec<_>, Vec<_>) =
+                    part.into_iter().partition(|entry| entry.deadline <= now + pause);
+                for entry in over {
+                    let error = if unknown {
+                        Error::OutcomeUnknown
+                    } else {
+                        fault.clone().into_error(B::scope(key))
+                    };
+                    let _ = entry.answer.send(Err(error));
+                }
+                if !left.is_empty() {
+                    parts.push(left);
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_secs(1));
+                }
+            }
+            Err(fault) => {
+                for entry in part {
+                    let _ = entry.answer.send(Err(fault.clone().into_error(B::scope(key))));
+                }
+            }
+        }
+    }
+}
+
+type Outcomes<B> = Vec<Option<Result<<B as Batch>::Out, Error>>>;
+
+fn settle<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, part: Vec<Entry<B>>, outcomes: Outcomes<B>) {
+    for (entry, outcome) in part.into_iter().zip(outcomes) {
+        match outcome {
+            Some(outcome) => drop(entry.answer.send(outcome)),
+            None => slow_lane(shared, key, entry),
+        }
+    }
+}
+
+/// Lets one item wait for its locks, alone.
+fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B>) {
+    let shared = Arc::clone(shared);
+    let key = key.clone();
+    tokio::spawn(async move {
+        let slow = Arc::clone(&shared.slow);
+        let permit = tokio::select! {
+            permit = slow.acquire_owned() => permit,
+            () = entry.answer.closed() => return,
+            () = tokio::time::sleep_until(entry.deadline) => {
+                let _ = entry.answer.send(Err(Error::DeadlineExceeded));
+                return;
+            }
+        };
+        let Ok(_permit) = permit else { return };
+        let mut unknown = false;
+        loop {
+            let left = entry.deadline.saturating_duration_since(Instant::now()).min(LOCK_WAIT_MAX);
+            if left.is_zero() || entry.answer.is_closed() {
+                let error = if unknown { Error::OutcomeUnknown } else { Error::DeadlineExceeded };
+                let _ = entry.answer.send(Err(error));
+                return;
+            }
+            let outcome = match shared.batch.execute(&key, &[&entry.item], Some(left)).await {
+                Ok(mut outcomes) => match outcomes.pop().flatten() {
+                    Some(outcome) => outcome,
+                    None => continue,
+                },
+                Err(fault) if fault.is_passing() => {
+                    unknown |= matches!(fault, Fault::Unknown(_));
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
+                Err(fault) => Err(fault.into_error(B::scope(&key))),
+            };
+            let _ = entry.answer.send(outcome);
+            return;
+        }
+    });
+}
+
+/// Spawns. Keyed ones go apart, because they may have to wait for others.
+#[derive(Debug)]
+pub(crate) struct Spawns {
+    pub(crate) store: Store,
+}
+
+impl Batch for Spawns {
+    type Key = (Scope, bool);
+    type Item = NewTask;
+    type Out = Spawned;
+    const ITEMS_MAX: usize = 500;
+
+    fn identity(item: &NewTask) -> Uuid {
+        item.task_id
+    }
+
+    fn scope(key: &Self::Key) -> &Scope {
+        &key.0
+    }
+
+    async fn execute(
+        &self,
+        (scope, _): &Self::Key,
+        items: &[&NewTask],
+        lock_wait: Option<Duration>,
+    ) -> Result<Outcomes<Self>, Fault> {
+        let tasks: Vec<NewTask> = items.iter().map(|item| (*item).clone()).collect();
+        let wait = lock_wait.unwrap_or(Duration::from_millis(50));
+        let spawned = self.store.task_spawn(scope, &tasks, wait).await?;
+        Ok(spawned.into_iter().map(Some).collect())
+    }
+}
+
+/// Completions, failures, extensions, releases and checkpoints.
+#[derive(Debug)]
+pub(crate) struct Settles {
+    pub(crate) store: Store,
+}
+
+impl Batch for Settles {
+    type Key = (Scope, Kind);
+    type Item = (RunRef, Write);
+    type Out = Settled;
+    const ITEMS_MAX: usize = 500;
+
+    fn identity(item: &Self::Item) -> Uuid {
+        item.0.run_id
+    }
+
+    fn scope(key: &Self::Key) -> &Scope {
+        &key.0
+    }
+
+    async fn execute(
+        &self,
+        (scope, _): &Self::Key,
+        items: &[&Self::Item],
+        lock_wait: Option<Duration>,
+    ) -> Result<Outcomes<Self>, Fault> {
+        let refs: Vec<(&RunRef, &Write)> = items.iter().map(|(run, write)| (run, write)).collect();
+        let answers = match lock_wait {
+            None => batch::write(&self.store, Via::Store(&self.store), scope, Wait::Skip, &refs).await?,
+            Some(lock_wait) => {
+                let tx = self.store.begin(lock_wait).await?;
+                let answers = batch::write(&self.store, Via::Tx(&tx), scope, Wait::Block, &refs).await;
+                match answers {
+                    Ok(answers) => {
+                        tx.commit().await?;
+                        answers
+                    }
+                    Err(fault) => {
+                        tx.rollback().await;
+                        return Err(fault);
+                    }
+                }
+            }
+        };
+        let settled = |answer| match answer {
+            Answer::Settled(outcome) => Some(outcome),
+            Answer::Busy => None,
+        };
+        Ok(answers.into_iter().map(settled).collect())
+    }
+}
+
+/// Carries out several writes about one run, in order and in one transaction. The first that fails stops the later ones;
+/// what came before it stands.
+pub(crate) async fn sequence(
+    store: &Store,
+    scope: &Scope,
+    run: &RunRef,
+    writes: &[Write],
+    deadline: Instant,
+) -> Vec<Result<Settled, Error>> {
+    let mut writes = writes.to_vec();
+    let total = writes.len();
+    let mut refused = None;
+    let mut outcomes = loop {
+        let left = deadline.saturating_duration_since(Instant::now()).min(LOCK_WAIT_MAX);
+        if left.is_zero() {
+            break vec![Err(Error::DeadlineExceeded)];
+        }
+        match sequence_once(store, scope, run, &writes, left).await {
+            Ok(outcomes) => break outcomes,
+            Err((_, fault)) if fault.is_passing() => tokio::time::sleep(Duration::from_millis(50)).await,
+            Err((index, fault)) => {
+                // The transaction is void: carry out what came before the refused write again, without it.
+                refused = Some(fault.into_error(scope));
+                writes.truncate(index);
+                if writes.is_empty() {
+                    break Vec::new();
+                }
+            }
+        }
+    };
+    if outcomes.iter().all(Result::is_ok) {
+        outcomes.extend(refused.map(Err));
+    }
+    while outcomes.len() < total {
+        outcomes.push(Err(Error::ItemSkipped));
+    }
+    outcomes
+}
+
+async fn sequence_once(
+    store: &Store,
+    scope: &Scope,
+    run: &RunRef,
+    writes: &[Write],
+    lock_wait: Duration,
+) -> Result<Vec<Result<Settled, Error>>, (usize, Fault)> {
+    let tx = store.begin(lock_wait).await.map_err(|fault| (0, fault))?;
+    let mut outcomes = Vec::new();
+    for (index, write) in writes.iter().enumerate() {
+        let answers = batch::write(store, Via::Tx(&tx), scope, Wait::Block, &[(run, write)]).await;
+        let outcome = match answers.map(|mut answers| answers.pop()) {
+            Ok(Some(Answer::Settled(outcome))) => outcome,
+            Ok(Some(Answer::Busy) | None) => Err(Error::Unavailable("the row is busy".into())),
+            Err(fault) => {
+                tx.rollback().await;
+                return Err((index, fault));
+            }
+        };
+        let stop = outcome.is_err();
+        outcomes.push(outcome);
+        if stop {
+            break;
+        }
+    }
+    tx.commit().await.map_err(|fault| (0, fault))?;
+    Ok(outcomes)
+}

@@ -1,0 +1,649 @@
+//! The dispatcher: chooses which claimed run goes to which stream. One loop per queue that has streams on this replica.
+//!
+//! Nothing is claimed that was not first reserved in a stream's credit. What a transport never took comes back.
+
+pub mod outbox;
+pub mod state;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::sync::{Notify, oneshot};
+use tokio::time::Instant;
+
+use crate::activity::{Activity, Feed};
+use crate::commit::{Committer, Settles};
+use crate::domain::{
+    Claim, ClaimToken, Error, Instant as DbTime, JsonText, QueueName, RunId, SessionId, Verdict,
+};
+use crate::doorbell::Hints;
+use crate::scope::Scope;
+use crate::store::batch::{RunRef, Write};
+use crate::store::run::Slot;
+use crate::store::tick::QueueTick;
+use crate::store::{Fault, Store};
+use outbox::{Message, Outbox};
+use state::{Plan, Pull, Return, Spans, State, StreamId, StreamOptions, Turn};
+
+/// Bytes of checkpoints that ride along with a resumed task.
+const CHECKPOINT_BUDGET: i64 = 512 * 1024;
+/// The release after delivery that fails a run.
+const RELEASES_MAX: i32 = 3;
+/// Longest wait for the database in the dispatcher's own writes.
+const OWN_DEADLINE: Duration = Duration::from_secs(60);
+
+/// What the server decides about streams.
+#[derive(Debug, Clone, Copy)]
+pub struct DispatchOptions {
+    /// Between heartbeats.
+    pub heartbeat: Duration,
+    /// Streams end politely about this long after they opened.
+    pub stream_age: Duration,
+    /// Streams of this replica at most.
+    pub streams_max: usize,
+}
+
+impl Default for DispatchOptions {
+    fn default() -> Self {
+        Self {
+            heartbeat: Duration::from_secs(15),
+            stream_age: Duration::from_secs(30 * 60),
+            streams_max: 20_000,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Queue {
+    scope: Scope,
+    state: Mutex<State>,
+    bell: Notify,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Debug)]
+struct Shared {
+    store: Store,
+    settles: Committer<Settles>,
+    hints: Arc<Hints>,
+    feed: Feed,
+    options: DispatchOptions,
+    queues: Mutex<HashMap<QueueName, Arc<Queue>>>,
+    next_id: AtomicU64,
+    streams: AtomicUsize,
+    /// Releases that are under way; a stopping server waits for them.
+    releasing: AtomicUsize,
+    closing: AtomicBool,
+}
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub struct Dispatcher {
+    shared: Arc<Shared>,
+}
+
+/// What an opened stream is told first.
+#[derive(Debug)]
+pub struct Opened {
+    /// Id of the stream on this replica.
+    pub stream_id: StreamId,
+    /// Its session.
+    pub session_id: SessionId,
+    /// How long it may live.
+    pub age: Duration,
+    /// Verdict and lease end of each held token, in order.
+    pub held: Vec<(String, Verdict, Option<DbTime>)>,
+}
+
+/// The transport's end of a stream. Dropping it closes the stream.
+#[derive(Debug)]
+pub struct Stream {
+    id: StreamId,
+    queue: Arc<Queue>,
+    outbox: Arc<Outbox>,
+    shared: Arc<Shared>,
+}
+
+impl Stream {
+    /// The next message; `None` after the end.
+    pub fn poll_next(&mut self, cx: &Context<'_>) -> Poll<Option<Message>> {
+        let next = self.outbox.poll_next(cx);
+        if let Poll::Ready(Some(Message::Task(claim))) = &next {
+            let mut state = self.queue.lock();
+            state.taken(self.id, claim.run_id, Instant::now());
+            drop(state);
+            self.shared.feed.tell(|| Activity::pushed(&self.queue.scope, claim));
+        }
+        next
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        let leftover = self.queue.lock().close(self.id);
+        self.shared.streams.fetch_sub(1, Ordering::Relaxed);
+        self.queue.bell.notify_one();
+        let dispatcher = Dispatcher { shared: Arc::clone(&self.shared) };
+        dispatcher.give_back(&self.queue, leftover.returns);
+        if !leftover.cuts.is_empty() {
+            let scope = self.queue.scope.clone();
+            let grace = i32::try_from(leftover.grace.as_millis()).unwrap_or(i32::MAX);
+            tokio::spawn(async move {
+                for cuts in leftover.cuts.chunks(500) {
+                    if let Err(fault) = dispatcher.shared.store.run_cut_lease(&scope, cuts, grace).await {
+                        tracing::warn!(queue.name = %scope.queue(), ?fault, "could not cut the leases of a lost stream");
+                    }
+                }
+            });
+        }
+    }
+}
+
+impl Dispatcher {
+    /// A dispatcher without queues.
+    pub(crate) fn new(
+        store: Store,
+        settles: Committer<Settles>,
+        hints: Arc<Hints>,
+        feed: Feed,
+        options: DispatchOptions,
+    ) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                store,
+                settles,
+                hints,
+                feed,
+                options,
+                queues: Mutex::new(HashMap::new()),
+                next_id: AtomicU64::new(1),
+                streams: AtomicUsize::new(0),
+                releasing: AtomicUsize::new(0),
+                closing: AtomicBool::new(false),
+            }),
+        }
+    }
+
+    /// What the server decides about streams.
+    pub fn options(&self) -> DispatchOptions {
+        self.shared.options
+    }
+
+    fn spans(&self) -> Spans {
+        Spans { heartbeat: self.shared.options.heartbeat }
+    }
+
+    fn queues(&self) -> MutexGuard<'_, HashMap<QueueName, Arc<Queue>>> {
+        self.shared.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs something on a queue's state, starting its loop if need be; under the map's lock, so that an idle loop
+    /// cannot end in between.
+    fn with_queue<T>(&self, scope: &Scope, act: impl FnOnce(&mut State) -> T) -> (Arc<Queue>, T) {
+        let mut queues = self.queues();
+        let queue = queues.entry(scope.queue().clone()).or_insert_with(|| {
+            let queue = Arc::new(Queue {
+                scope: scope.clone(),
+                state: Mutex::new(State::default()),
+                bell: Notify::new(),
+            });
+            tokio::spawn(self.clone().run(Arc::clone(&queue)));
+            queue
+        });
+        let result = act(&mut queue.lock());
+        queue.bell.notify_one();
+        (Arc::clone(queue), result)
+    }
+
+    fn find(&self, queue: &QueueName) -> Option<Arc<Queue>> {
+        self.queues().get(queue).cloned()
+    }
+
+    /// Opens a stream. The queue exists, the options are valid.
+    pub async fn open(
+        &self,
+        scope: &Scope,
+        options: StreamOptions,
+        held: Vec<String>,
+    ) -> Result<(Stream, Opened), Error> {
+        if self.shared.closing.load(Ordering::Relaxed) {
+            return Err(Error::ShuttingDown);
+        }
+        let count = self.shared.streams.fetch_add(1, Ordering::Relaxed);
+        if count >= self.shared.options.streams_max {
+            self.shared.streams.fetch_sub(1, Ordering::Relaxed);
+            return Err(Error::StreamLimit(self.shared.options.streams_max));
+        }
+        let verdicts = self.take_over(scope, &held).await;
+        let kept: Vec<(ClaimToken, Option<DbTime>)> = held
+            .iter()
+            .zip(&verdicts)
+            .filter(|(_, (verdict, _))| *verdict == Verdict::Held)
+            .filter_map(|(token, (_, expires_at))| Some((ClaimToken::parse(token).ok()?, *expires_at)))
+            .collect();
+        let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
+        let outbox = Arc::new(Outbox::default());
+        let session_id = options.session_id.clone();
+        let age = self.shared.options.stream_age.mul_f64(0.8 + 0.4 * random());
+        let spans = self.spans();
+        let (queue, ()) = self.with_queue(scope, |state| {
+            state.open(id, options, Arc::clone(&outbox), kept, Instant::now(), spans, age);
+        });
+        let stream = Stream { id, queue, outbox, shared: Arc::clone(&self.shared) };
+        let held = held
+            .into_iter()
+            .zip(verdicts)
+            .map(|(token, (verdict, expires_at))| (token, verdict, expires_at))
+            .collect();
+        Ok((stream, Opened { stream_id: id, session_id, age, held }))
+    }
+
+    /// Restores the leases of runs that a worker still executes; says what each claim is worth.
+    async fn take_over(&self, scope: &Scope, held: &[String]) -> Vec<(Verdict, Option<DbTime>)> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let checks = held.iter().map(|text| async move {
+            let Ok(token) = ClaimToken::parse(text) else { return (Verdict::Invalid, None) };
+            let run = RunRef { run_id: token.run_id, digest: Some(token.digest()) };
+            let seconds = i32::try_from(token.lease_seconds.max(1)).unwrap_or(i32::MAX);
+            let write = Write::Extend { seconds };
+            let key = (scope.clone(), write.kind());
+            match self.shared.settles.submit(key, (run, write), deadline).await {
+                Ok(settled) => (Verdict::Held, settled.claim_expires_at),
+                Err(error) => (verdict(&error), None),
+            }
+        });
+        futures_util::future::join_all(checks).await
+    }
+
+    /// Claims once, waiting for a first task as long as the pull says.
+    pub async fn pull(&self, scope: &Scope, options: StreamOptions, wait: Duration) -> Result<Vec<Claim>, Error> {
+        if self.shared.closing.load(Ordering::Relaxed) {
+            return Err(Error::ShuttingDown);
+        }
+        let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
+        let (answer, answered) = oneshot::channel();
+        // A pull that does not wait is answered after one look, however long that takes.
+        let once = wait.is_zero();
+        let until = Instant::now() + if once { LOOK } else { wait };
+        let (_queue, ()) = self.with_queue(scope, |state| {
+            state.pull(id, Pull { options, until, once, answer });
+        });
+        match answered.await {
+            Ok(Ok(claims)) => {
+                for claim in &claims {
+                    self.shared.feed.tell(|| Activity::pushed(scope, claim));
+                }
+                Ok(claims)
+            }
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(Error::Unavailable("the dispatcher stopped".into())),
+        }
+    }
+
+    /// There may be something to claim on a queue.
+    pub fn note_work(&self, queue: &QueueName) {
+        if let Some(queue) = self.find(queue) {
+            queue.lock().note_work();
+            queue.bell.notify_one();
+        }
+    }
+
+    /// A run of a queue can be claimed after this long.
+    pub fn note_available(&self, queue: &QueueName, after: Duration) {
+        if let Some(queue) = self.find(queue) {
+            queue.lock().note_available(Instant::now() + after);
+            queue.bell.notify_one();
+        }
+    }
+
+    /// The doorbell of a queue rang.
+    pub fn note_rung(&self, queue: &QueueName) {
+        if let Some(queue) = self.find(queue) {
+            queue.lock().note_rung();
+            queue.bell.notify_one();
+        }
+    }
+
+    /// The listener was lost for a while: look everywhere and arm again.
+    pub fn note_unheard(&self) {
+        let queues: Vec<Arc<Queue>> = self.queues().values().cloned().collect();
+        for queue in queues {
+            queue.lock().note_unheard();
+            queue.bell.notify_one();
+        }
+    }
+
+    /// Somebody spoke of a run.
+    pub fn alive(&self, queue: &QueueName, run_id: RunId, expires_at: Option<DbTime>) {
+        if let Some(queue) = self.find(queue) {
+            queue.lock().alive(run_id, expires_at);
+            queue.bell.notify_one();
+        }
+    }
+
+    /// A run left its claim; other replicas hear of it when it was not in flight here.
+    pub fn left(&self, queue: &QueueName, run_id: RunId) {
+        let here = self.left_here(queue, run_id);
+        if !here {
+            self.shared.hints.credit(run_id);
+        }
+    }
+
+    fn left_here(&self, queue: &QueueName, run_id: RunId) -> bool {
+        let Some(queue) = self.find(queue) else { return false };
+        let here = queue.lock().left(run_id);
+        if here {
+            queue.bell.notify_one();
+        }
+        here
+    }
+
+    /// Another replica says that runs left their claims.
+    pub fn left_elsewhere(&self, runs: &[RunId]) {
+        let queues: Vec<Arc<Queue>> = self.queues().values().cloned().collect();
+        for queue in queues {
+            let mut state = queue.lock();
+            let here = runs.iter().filter(|run| state.left(**run)).count();
+            drop(state);
+            if here > 0 {
+                queue.bell.notify_one();
+            }
+        }
+    }
+
+    /// Names of the queues that have a dispatcher here.
+    pub fn active(&self) -> Vec<QueueName> {
+        self.queues().keys().cloned().collect()
+    }
+
+    /// Streams on a queue.
+    pub fn stream_count(&self, queue: &QueueName) -> usize {
+        self.find(queue).map_or(0, |queue| queue.lock().stream_count())
+    }
+
+    /// Takes in what a tick saw of a queue.
+    pub fn observe(&self, tick: &QueueTick) {
+        let Ok(name) = QueueName::parse("queue", &tick.queue) else { return };
+        let Some(queue) = self.find(&name) else { return };
+        if tick.missing {
+            self.drop_queue(&name);
+            return;
+        }
+        let mut state = queue.lock();
+        if tick.claimable {
+            state.note_work();
+        }
+        if let Some(ms) = tick.next_available_ms {
+            state.note_available(Instant::now() + Duration::from_millis(ms.max(0).unsigned_abs()));
+        }
+        drop(state);
+        queue.bell.notify_one();
+    }
+
+    /// The queue was dropped: its streams end.
+    pub fn drop_queue(&self, name: &QueueName) {
+        if let Some(queue) = self.find(name) {
+            queue.lock().fail_all(&Error::QueueNotFound(name.as_str().to_owned()));
+            queue.bell.notify_one();
+        }
+    }
+
+    /// Stops claiming, ends all streams politely and gives back what no transport took.
+    pub async fn shut_down(&self, limit: Duration) {
+        self.shared.closing.store(true, Ordering::Relaxed);
+        let queues: Vec<Arc<Queue>> = self.queues().values().cloned().collect();
+        for queue in &queues {
+            let returns = queue.lock().shut_down(|| Duration::from_secs(1).mul_f64(random()));
+            queue.bell.notify_one();
+            self.give_back(queue, returns);
+        }
+        let until = Instant::now() + limit;
+        while Instant::now() < until
+            && (self.shared.releasing.load(Ordering::Relaxed) > 0 || self.shared.streams.load(Ordering::Relaxed) > 0)
+        {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// One queue's loop: all the control flow of claiming. Ends when nothing needs it.
+    async fn run(self, queue: Arc<Queue>) {
+        loop {
+            // Listen before looking: what rings while we look must not be lost.
+            let mut bell = std::pin::pin!(queue.bell.notified());
+            bell.as_mut().enable();
+            let (turn, idle) = {
+                let mut state = queue.lock();
+                let turn = state.turn(Instant::now(), self.spans());
+                (turn, state.is_idle())
+            };
+            if idle && self.retire(&queue) {
+                return;
+            }
+            if self.run_once(&queue, turn).await {
+                continue;
+            }
+            let next = queue.lock().next_turn();
+            match next {
+                Some(at) => tokio::select! {
+                    () = bell => {}
+                    () = tokio::time::sleep_until(at) => {}
+                },
+                None => bell.await,
+            }
+        }
+    }
+
+    /// Forgets a queue that nothing needs; a stream that is just opening finds it gone and starts anew.
+    fn retire(&self, queue: &Arc<Queue>) -> bool {
+        let mut queues = self.queues();
+        let idle = queue.lock().is_idle();
+        if idle {
+            queues.remove(queue.scope.queue());
+        }
+        idle
+    }
+
+    /// Does what a turn decided; says whether to look again at once.
+    async fn run_once(&self, queue: &Arc<Queue>, turn: Turn) -> bool {
+        if turn.arm {
+            self.shared.hints.arm(queue.scope.queue());
+        }
+        self.give_back(queue, turn.returns);
+        if !turn.checks.is_empty() {
+            let dispatcher = self.clone();
+            let queue = Arc::clone(queue);
+            tokio::spawn(async move { dispatcher.check(&queue, &turn.checks).await });
+        }
+        let again = !turn.plans.is_empty();
+        for plan in turn.plans {
+            self.claim(queue, plan).await;
+        }
+        again
+    }
+
+    async fn claim(&self, queue: &Arc<Queue>, plan: Plan) {
+        let scope = &queue.scope;
+        let since = self.shared.store.now();
+        let claimed = self.shared.store.run_claim(scope, &plan.slots, &plan.names, plan.cursor).await;
+        let (mut claims, cursor, more) = match claimed {
+            Ok(claimed) => (claimed.claims, claimed.cursor, claimed.more),
+            Err(Fault::Missing) => {
+                self.drop_queue(scope.queue());
+                return;
+            }
+            Err(fault) => {
+                tracing::warn!(queue.name = %scope.queue(), ?fault, "could not claim; will try again");
+                if matches!(fault, Fault::Unknown(_) | Fault::Timeout) {
+                    self.find_lost_claims(queue, plan.slots.clone(), since);
+                }
+                let mut state = queue.lock();
+                state.note_available(Instant::now() + Duration::from_millis(500));
+                state.fail_pulls(&plan, &fault.into_read_error(scope));
+                return;
+            }
+        };
+        if let Err(fault) = self.shared.store.run_load_checkpoints(scope, &mut claims, CHECKPOINT_BUDGET).await {
+            tracing::warn!(queue.name = %scope.queue(), ?fault, "could not read checkpoints; giving the claims back");
+            let returns = claims.drain(..).map(|(_, claim)| Return {
+                token: claim.token,
+                delay: Duration::ZERO,
+                delivered: false,
+                too_large: None,
+            });
+            self.give_back(queue, returns.collect());
+        }
+        let jitter = || Duration::from_secs(15).mul_f64(1.0 + random());
+        let returns = queue.lock().deliver(plan, claims, cursor, more, Instant::now(), jitter);
+        self.give_back(queue, returns);
+    }
+
+    /// The answer of a claim was lost: what it took, if it took anything, goes back.
+    fn find_lost_claims(&self, queue: &Arc<Queue>, slots: Vec<Slot>, since: Option<DbTime>) {
+        let dispatcher = self.clone();
+        let queue = Arc::clone(queue);
+        // The reckoned clock may be off by as much as a round trip; look a little further back.
+        let since = since.map_or(DbTime::from_micros(0), |at| DbTime::from_micros(at.micros() - 10_000_000));
+        tokio::spawn(async move {
+            for _ in 0..120 {
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                match dispatcher.shared.store.run_list_claimed(&queue.scope, &slots, since).await {
+                    Ok(found) => {
+                        let writes = found.into_iter().map(|(run_id, digest)| {
+                            let run = RunRef { run_id, digest: Some(digest) };
+                            (run, Write::Release { available_at: None, delay_ms: 0, first_claim: false })
+                        });
+                        dispatcher.release(&queue, writes.collect()).await;
+                        return;
+                    }
+                    Err(Fault::Missing) => return,
+                    Err(_) => {}
+                }
+            }
+        });
+    }
+
+    async fn check(&self, queue: &Arc<Queue>, claims: &[(RunId, crate::domain::Digest)]) {
+        for claims in claims.chunks(1000) {
+            match self.shared.store.run_check(&queue.scope, claims).await {
+                Ok(found) => {
+                    queue.lock().checked(claims, &found);
+                    queue.bell.notify_one();
+                }
+                Err(fault) => {
+                    tracing::debug!(queue.name = %queue.scope.queue(), ?fault, "could not check claims");
+                }
+            }
+        }
+    }
+
+    /// Gives claims back in the background; their runs are offered again right away.
+    fn give_back(&self, queue: &Arc<Queue>, returns: Vec<Return>) {
+        if returns.is_empty() {
+            return;
+        }
+        let dispatcher = self.clone();
+        let queue = Arc::clone(queue);
+        self.shared.releasing.fetch_add(1, Ordering::Relaxed);
+        tokio::spawn(async move {
+            dispatcher.give_back_now(&queue, returns).await;
+            dispatcher.shared.releasing.fetch_sub(1, Ordering::Relaxed);
+        });
+    }
+
+    async fn give_back_now(&self, queue: &Arc<Queue>, returns: Vec<Return>) {
+        let scope = &queue.scope;
+        for back in &returns {
+            if let Some(bytes) = back.too_large {
+                tracing::warn!(
+                    queue.name = %scope.queue(), run.id = %back.token.run_id, bytes,
+                    "the task fits into no message of the stream that it was claimed for; it is put off"
+                );
+            }
+        }
+        let delivered: Vec<RunId> =
+            returns.iter().filter(|back| back.delivered).map(|back| back.token.run_id).collect();
+        let spent: Vec<RunId> = if delivered.is_empty() {
+            Vec::new()
+        } else {
+            match self.shared.store.release_count(scope, &delivered).await {
+                Ok(counts) => {
+                    counts.into_iter().filter(|(_, count)| *count >= RELEASES_MAX).map(|(run, _)| run).collect()
+                }
+                Err(fault) => {
+                    tracing::warn!(queue.name = %scope.queue(), ?fault, "could not count releases");
+                    Vec::new()
+                }
+            }
+        };
+        let writes = returns.into_iter().map(|back| {
+            let run = RunRef { run_id: back.token.run_id, digest: Some(back.token.digest()) };
+            if spent.contains(&back.token.run_id) {
+                return (run, Write::Fail { reason: Some(no_sign_of_life()), retry_at: None });
+            }
+            let write = Write::Release {
+                available_at: Some(back.token.was_available_at),
+                delay_ms: i32::try_from(back.delay.as_millis()).unwrap_or(i32::MAX),
+                first_claim: back.token.first_claim,
+            };
+            (run, write)
+        });
+        self.release(queue, writes.collect()).await;
+    }
+
+    async fn release(&self, queue: &Arc<Queue>, writes: Vec<(RunRef, Write)>) {
+        let deadline = Instant::now() + OWN_DEADLINE;
+        let submitted = writes.into_iter().map(|(run, write)| async move {
+            let run_id = run.run_id;
+            let key = (queue.scope.clone(), write.kind());
+            if let Err(error) = self.shared.settles.submit(key, (run, write), deadline).await {
+                tracing::debug!(run.id = %run_id, %error, "a claim could not be given back");
+            }
+        });
+        futures_util::future::join_all(submitted).await;
+        queue.lock().note_work();
+        queue.bell.notify_one();
+        self.shared.hints.dirty(queue.scope.queue());
+    }
+}
+
+/// Room for one look in a pull that does not wait.
+const LOOK: Duration = Duration::from_secs(10);
+
+fn no_sign_of_life() -> JsonText {
+    JsonText::trusted(
+        serde_json::json!({
+            "name": "$ClaimTimeout",
+            "message": "three workers took the run and gave no sign of life",
+        })
+        .to_string(),
+    )
+}
+
+/// What an error of a per-run write says about the claim.
+pub fn verdict(error: &Error) -> Verdict {
+    match error {
+        Error::ClaimExpired(_) => Verdict::Expired,
+        Error::TaskCancelled(_) => Verdict::Cancelled,
+        Error::RunNotRunning { state, .. } if state == "completed" || state == "failed" => Verdict::Finished,
+        Error::ClaimLost(_) | Error::RunNotRunning { .. } => Verdict::Lost,
+        Error::RunNotFound(_) | Error::TokenInvalid | Error::QueueNotFound(_) => Verdict::Invalid,
+        _ => Verdict::Busy,
+    }
+}
+
+/// A random number in 0..1.
+pub fn random() -> f64 {
+    let mut bytes = [0_u8; 4];
+    if getrandom::fill(&mut bytes).is_err() {
+        return 0.5;
+    }
+    f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX)
+}

@@ -1,0 +1,804 @@
+//! What one dispatcher knows of its queue: streams, credit, runs in flight, timers. No I/O and no waiting in here.
+//!
+//! Credit is a set of runs per stream, never a counter: credit = `max_in_flight` - |set|.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::outbox::{EndReason, Message, Outbox};
+use crate::domain::claim::Secret;
+use crate::domain::{Claim, ClaimToken, Digest, Error, Instant as DbTime, RunId, SessionId, Verdict, WorkerId};
+use crate::store::run::{Check, Cursor, Slot};
+
+/// Runs that one claim statement takes at most.
+pub const CLAIM_MAX: usize = 500;
+/// Bytes of tasks that a stream may have been sent without a sign of life; one task is always allowed.
+const UNPROVEN_BYTES_MAX: usize = 1024 * 1024;
+/// First look at a full stream's claims, and the longest pause between looks.
+const CHECK_FULL: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
+/// Look at the claims of a stream that is not full.
+const CHECK_OPEN: Duration = Duration::from_secs(5);
+
+/// Id of a stream or pull on this replica.
+pub type StreamId = u64;
+
+/// What a worker asked for, valid and clamped.
+#[derive(Debug, Clone)]
+pub struct StreamOptions {
+    /// Who claims.
+    pub worker_id: WorkerId,
+    /// Its process.
+    pub session_id: SessionId,
+    /// Credit.
+    pub max_in_flight: usize,
+    /// Lease in seconds.
+    pub lease_seconds: u32,
+    /// Give back what shows no sign of life for this long.
+    pub start_deadline: Option<Duration>,
+    /// Cut leases to this when the stream is lost.
+    pub reconnect_grace: Option<Duration>,
+    /// Task names, sorted; empty: all.
+    pub names: Arc<[String]>,
+    /// Largest message.
+    pub max_message_bytes: usize,
+    /// Whether params may be left out.
+    pub accepts_omitted_params: bool,
+}
+
+/// A run in flight.
+#[derive(Debug, Clone)]
+pub struct Held {
+    token: ClaimToken,
+    expires_at: Option<DbTime>,
+    bytes: usize,
+    taken: bool,
+    alive: bool,
+    start_by: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Stream {
+    options: StreamOptions,
+    outbox: Arc<Outbox>,
+    runs: HashMap<RunId, Held>,
+    unproven_bytes: usize,
+    ending: bool,
+    queued: bool,
+    next_check: Option<Instant>,
+    check_pause: Duration,
+}
+
+impl Stream {
+    fn credit(&self) -> usize {
+        if self.ending {
+            return 0;
+        }
+        let free = self.options.max_in_flight.saturating_sub(self.runs.len());
+        let waiting = self.unproven_bytes + self.outbox.task_bytes();
+        if waiting >= UNPROVEN_BYTES_MAX { 0 } else { free }
+    }
+
+    fn is_full(&self) -> bool {
+        self.runs.len() >= self.options.max_in_flight
+    }
+}
+
+/// One `ClaimTask` call.
+#[derive(Debug)]
+pub struct Pull {
+    /// What it asked for; `max_in_flight` is the quantity.
+    pub options: StreamOptions,
+    /// Until when it waits for a first task.
+    pub until: Instant,
+    /// Whether one look is all: then nothing found is answered at once.
+    pub once: bool,
+    /// Where the answer goes.
+    pub answer: oneshot::Sender<Result<Vec<Claim>, Error>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Timer {
+    Heartbeat(StreamId),
+    Age(StreamId),
+    Check(StreamId),
+    Start(RunId),
+    Pull(StreamId),
+}
+
+/// Where a claimed run goes.
+#[derive(Debug, Clone, Copy)]
+enum Target {
+    Stream(StreamId),
+    Pull(StreamId),
+}
+
+/// A claim statement to be sent.
+#[derive(Debug)]
+pub struct Plan {
+    /// Filter; empty: none.
+    pub names: Arc<[String]>,
+    /// Where the filtered walk starts.
+    pub cursor: Cursor,
+    /// One per unit of credit.
+    pub slots: Vec<Slot>,
+    targets: Vec<Target>,
+}
+
+/// A claim to be given back.
+#[derive(Debug, Clone)]
+pub struct Return {
+    /// The claim.
+    pub token: ClaimToken,
+    /// Offer it again only after this long.
+    pub delay: Duration,
+    /// Whether it had reached a transport.
+    pub delivered: bool,
+    /// Size in bytes of a task that fits into no message of its stream.
+    pub too_large: Option<usize>,
+}
+
+impl Return {
+    fn undelivered(token: ClaimToken) -> Self {
+        Self { token, delay: Duration::ZERO, delivered: false, too_large: None }
+    }
+}
+
+/// What the loop has to do.
+#[derive(Debug, Default)]
+pub struct Turn {
+    /// Claim statements.
+    pub plans: Vec<Plan>,
+    /// Claims to give back.
+    pub returns: Vec<Return>,
+    /// Claims to look at.
+    pub checks: Vec<(RunId, Digest)>,
+    /// Whether the doorbell should be armed.
+    pub arm: bool,
+}
+
+/// What the end of a stream leaves behind.
+#[derive(Debug, Default)]
+pub struct Leftover {
+    /// Claims that no transport took.
+    pub returns: Vec<Return>,
+    /// Leases to cut to the grace.
+    pub cuts: Vec<(RunId, Digest, DbTime)>,
+    /// The grace.
+    pub grace: Duration,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct State {
+    streams: HashMap<StreamId, Stream>,
+    pulls: VecDeque<(StreamId, Pull)>,
+    owners: HashMap<RunId, StreamId>,
+    /// Runs with a start deadline whose stream or pull is gone.
+    strays: HashMap<RunId, Held>,
+    ready: VecDeque<StreamId>,
+    timers: BinaryHeap<Reverse<(Instant, Timer)>>,
+    cursors: HashMap<Arc<[String]>, Cursor>,
+    work: bool,
+    next_available: Option<Instant>,
+    armed: bool,
+    closing: bool,
+}
+
+/// Fixed spans of the dispatcher.
+#[derive(Debug, Clone, Copy)]
+pub struct Spans {
+    /// Between heartbeats.
+    pub heartbeat: Duration,
+}
+
+impl State {
+    /// Whether nothing needs this dispatcher.
+    pub fn is_idle(&self) -> bool {
+        self.streams.is_empty() && self.pulls.is_empty() && self.strays.is_empty()
+    }
+
+    /// Streams that are open.
+    pub fn stream_count(&self) -> usize {
+        self.streams.len()
+    }
+
+    /// Runs in flight over all streams.
+    pub fn in_flight(&self) -> usize {
+        self.owners.len()
+    }
+
+    /// There may be something to claim.
+    pub fn note_work(&mut self) {
+        self.work = true;
+    }
+
+    /// The doorbell rang; the armed row is gone.
+    pub fn note_rung(&mut self) {
+        self.armed = false;
+        self.work = true;
+    }
+
+    /// The listener was lost: rows may be gone unheard.
+    pub fn note_unheard(&mut self) {
+        self.armed = false;
+        self.work = true;
+    }
+
+    /// A run can be claimed at this time.
+    pub fn note_available(&mut self, at: Instant) {
+        if self.next_available.is_none_or(|known| at < known) {
+            self.next_available = Some(at);
+        }
+    }
+
+    /// Opens a stream; an older one of the same session ends. Returns how long until it gets old, echoed.
+    pub fn open(
+        &mut self,
+        id: StreamId,
+        options: StreamOptions,
+        outbox: Arc<Outbox>,
+        held: Vec<(ClaimToken, Option<DbTime>)>,
+        now: Instant,
+        spans: Spans,
+        age: Duration,
+    ) {
+        let older: Vec<StreamId> = self
+            .streams
+            .iter()
+            .filter(|(_, stream)| stream.options.session_id == options.session_id && !stream.ending)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in older {
+            self.end(id, EndReason::Superseded, Duration::ZERO);
+        }
+        let stream = Stream {
+            options,
+            outbox,
+            runs: HashMap::new(),
+            unproven_bytes: 0,
+            ending: false,
+            queued: false,
+            next_check: None,
+            check_pause: CHECK_FULL.0,
+        };
+        self.streams.insert(id, stream);
+        for (token, expires_at) in held {
+            self.strays.remove(&token.run_id);
+            if let Some(before) = self.owners.get(&token.run_id).copied() {
+                if let Some(stream) = self.streams.get_mut(&before) {
+                    stream.runs.remove(&token.run_id);
+                }
+            }
+            let held = Held { expires_at, bytes: 0, taken: true, alive: true, start_by: None, token };
+            self.insert(id, held, now);
+        }
+        self.timers.push(Reverse((now + spans.heartbeat, Timer::Heartbeat(id))));
+        self.timers.push(Reverse((now + age, Timer::Age(id))));
+        self.work = true;
+        self.requeue(id);
+    }
+
+    /// Adds a pull.
+    pub fn pull(&mut self, id: StreamId, pull: Pull) {
+        self.timers.push(Reverse((pull.until, Timer::Pull(id))));
+        self.pulls.push_back((id, pull));
+        self.work = true;
+    }
+
+    fn requeue(&mut self, id: StreamId) {
+        if let Some(stream) = self.streams.get_mut(&id) {
+            if !stream.queued && stream.credit() > 0 {
+                stream.queued = true;
+                self.ready.push_back(id);
+            }
+        }
+    }
+
+    fn insert(&mut self, id: StreamId, held: Held, now: Instant) {
+        let run_id = held.token.run_id;
+        if let Some(start_by) = held.start_by {
+            self.timers.push(Reverse((start_by, Timer::Start(run_id))));
+        }
+        self.owners.insert(run_id, id);
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        stream.runs.insert(run_id, held);
+        let due = now + if stream.is_full() { stream.check_pause } else { CHECK_OPEN };
+        if stream.next_check.is_none_or(|at| due < at) {
+            stream.next_check = Some(due);
+            self.timers.push(Reverse((due, Timer::Check(id))));
+        }
+    }
+
+    /// The transport took a task.
+    pub fn taken(&mut self, id: StreamId, run_id: RunId, now: Instant) {
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        let deadline = stream.options.start_deadline;
+        let Some(held) = stream.runs.get_mut(&run_id) else { return };
+        held.taken = true;
+        if held.alive {
+            return;
+        }
+        stream.unproven_bytes += held.bytes;
+        if let Some(deadline) = deadline {
+            held.start_by = Some(now + deadline);
+            self.timers.push(Reverse((now + deadline, Timer::Start(run_id))));
+        }
+    }
+
+    /// Somebody spoke of the run: it has reached its worker.
+    pub fn alive(&mut self, run_id: RunId, expires_at: Option<DbTime>) {
+        self.strays.remove(&run_id);
+        let Some(id) = self.owners.get(&run_id).copied() else { return };
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        let Some(held) = stream.runs.get_mut(&run_id) else { return };
+        if expires_at.is_some() {
+            held.expires_at = expires_at;
+        }
+        held.start_by = None;
+        if !held.alive {
+            held.alive = true;
+            if held.taken {
+                stream.unproven_bytes = stream.unproven_bytes.saturating_sub(held.bytes);
+            }
+            self.requeue(id);
+        }
+    }
+
+    /// The run left its claim; says whether it was in flight here.
+    pub fn left(&mut self, run_id: RunId) -> bool {
+        if self.strays.remove(&run_id).is_some() {
+            return true;
+        }
+        let Some(id) = self.owners.remove(&run_id) else { return false };
+        if let Some(stream) = self.streams.get_mut(&id) {
+            if let Some(held) = stream.runs.remove(&run_id) {
+                if held.taken && !held.alive {
+                    stream.unproven_bytes = stream.unproven_bytes.saturating_sub(held.bytes);
+                }
+            }
+            stream.check_pause = CHECK_FULL.0;
+            self.requeue(id);
+        }
+        true
+    }
+
+    /// The transport dropped a stream.
+    pub fn close(&mut self, id: StreamId) -> Leftover {
+        let mut leftover = Leftover::default();
+        let Some(stream) = self.streams.remove(&id) else { return leftover };
+        for claim in stream.outbox.take_tasks(true) {
+            self.owners.remove(&claim.run_id);
+            leftover.returns.push(Return::undelivered(claim.token));
+        }
+        for (run_id, held) in stream.runs {
+            if self.owners.get(&run_id) != Some(&id) {
+                continue;
+            }
+            self.owners.remove(&run_id);
+            if !held.taken {
+                continue;
+            }
+            if let (Some(grace), false, Some(seen)) =
+                (stream.options.reconnect_grace, stream.ending, held.expires_at)
+            {
+                leftover.grace = grace;
+                leftover.cuts.push((run_id, held.token.digest(), seen));
+            }
+            if !held.alive && held.start_by.is_some() {
+                self.strays.insert(run_id, held);
+            }
+        }
+        leftover
+    }
+
+    fn end(&mut self, id: StreamId, reason: EndReason, reconnect_after: Duration) {
+        if let Some(stream) = self.streams.get_mut(&id) {
+            stream.ending = true;
+            let _ = stream.outbox.push(Message::Ending { reason, reconnect_after });
+        }
+    }
+
+    /// The queue does not exist any more.
+    pub fn fail_all(&mut self, error: &Error) {
+        for stream in self.streams.values_mut() {
+            stream.ending = true;
+            stream.outbox.take_tasks(false);
+            let _ = stream.outbox.push(Message::Failed(error.clone()));
+        }
+        for (_, pull) in self.pulls.drain(..) {
+            let _ = pull.answer.send(Err(error.clone()));
+        }
+    }
+
+    /// The replica stops: no new claims; every stream ends politely; what no transport took comes back.
+    pub fn shut_down(&mut self, mut reconnect_after: impl FnMut() -> Duration) -> Vec<Return> {
+        self.closing = true;
+        let mut returns = Vec::new();
+        let ids: Vec<StreamId> = self.streams.keys().copied().collect();
+        for id in ids {
+            if let Some(stream) = self.streams.get_mut(&id) {
+                for claim in stream.outbox.take_tasks(false) {
+                    stream.runs.remove(&claim.run_id);
+                    self.owners.remove(&claim.run_id);
+                    returns.push(Return::undelivered(claim.token));
+                }
+            }
+            self.end(id, EndReason::Shutdown, reconnect_after());
+        }
+        for (_, pull) in self.pulls.drain(..) {
+            let _ = pull.answer.send(Err(Error::ShuttingDown));
+        }
+        returns
+    }
+
+    /// Fires timers and decides what to do next.
+    pub fn turn(&mut self, now: Instant, spans: Spans) -> Turn {
+        let mut turn = Turn::default();
+        while self.timers.peek().is_some_and(|Reverse((at, _))| *at <= now) {
+            if let Some(Reverse((_, timer))) = self.timers.pop() {
+                self.fire(timer, now, spans, &mut turn);
+            }
+        }
+        if self.next_available.is_some_and(|at| at <= now) {
+            self.next_available = None;
+            self.work = true;
+        }
+        if self.work && !self.closing {
+            self.work = false;
+            turn.plans = self.reserve();
+        }
+        turn.arm = !self.armed && !self.work && !self.closing && turn.plans.is_empty() && self.wants();
+        self.armed |= turn.arm;
+        turn
+    }
+
+    /// Whether somebody waits for a task.
+    fn wants(&self) -> bool {
+        !self.pulls.is_empty() || !self.ready.is_empty()
+    }
+
+    /// When [`State::turn`] has something to do by itself.
+    pub fn next_turn(&self) -> Option<Instant> {
+        let timer = self.timers.peek().map(|Reverse((at, _))| *at);
+        let available = self.next_available.filter(|_| self.wants());
+        timer.into_iter().chain(available).min()
+    }
+
+    fn fire(&mut self, timer: Timer, now: Instant, spans: Spans, turn: &mut Turn) {
+        match timer {
+            Timer::Heartbeat(id) => {
+                if let Some(stream) = self.streams.get(&id) {
+                    let heartbeat =
+                        Message::Heartbeat { in_flight: stream.runs.len(), credit: stream.credit() };
+                    let _ = stream.outbox.push(heartbeat);
+                    self.timers.push(Reverse((now + spans.heartbeat, Timer::Heartbeat(id))));
+                }
+            }
+            Timer::Age(id) => self.end(id, EndReason::MaxAge, Duration::ZERO),
+            Timer::Check(id) => {
+                let Some(stream) = self.streams.get_mut(&id) else { return };
+                if stream.next_check.is_none_or(|at| at > now) {
+                    return;
+                }
+                stream.next_check = None;
+                if stream.runs.is_empty() {
+                    return;
+                }
+                let pause = if stream.is_full() { stream.check_pause } else { CHECK_OPEN };
+                stream.check_pause = (stream.check_pause * 2).min(CHECK_FULL.1);
+                stream.next_check = Some(now + pause);
+                self.timers.push(Reverse((now + pause, Timer::Check(id))));
+                turn.checks.extend(stream.runs.iter().map(|(run, held)| (*run, held.token.digest())));
+            }
+            Timer::Start(run_id) => self.start_is_due(run_id, now, turn),
+            Timer::Pull(id) => {
+                if let Some(index) = self.pulls.iter().position(|(pull, _)| *pull == id) {
+                    if let Some((_, pull)) = self.pulls.remove(index) {
+                        let _ = pull.answer.send(Ok(Vec::new()));
+                    }
+                }
+            }
+        }
+    }
+
+    fn start_is_due(&mut self, run_id: RunId, now: Instant, turn: &mut Turn) {
+        let due = |held: &Held| !held.alive && held.start_by.is_some_and(|at| at <= now);
+        let back = |token| Return { token, delay: Duration::ZERO, delivered: true, too_large: None };
+        if self.strays.get(&run_id).is_some_and(due) {
+            if let Some(held) = self.strays.remove(&run_id) {
+                turn.returns.push(back(held.token));
+            }
+            return;
+        }
+        let Some(id) = self.owners.get(&run_id).copied() else { return };
+        let held = self.streams.get(&id).and_then(|stream| stream.runs.get(&run_id));
+        if let Some(token) = held.filter(|held| due(held)).map(|held| held.token.clone()) {
+            self.left(run_id);
+            turn.returns.push(back(token));
+        }
+    }
+
+    /// One slot per unit of free credit, pulls first, then streams in turn; one plan per filter.
+    fn reserve(&mut self) -> Vec<Plan> {
+        let mut room = CLAIM_MAX;
+        let mut wishes: Vec<(Target, &StreamOptions, usize)> = Vec::new();
+        self.pulls.retain(|(_, pull)| !pull.answer.is_closed());
+        for (id, pull) in &self.pulls {
+            let count = pull.options.max_in_flight.min(room);
+            room -= count;
+            wishes.push((Target::Pull(*id), &pull.options, count));
+        }
+        let mut chosen = Vec::new();
+        while chosen.len() < room {
+            let Some(id) = self.ready.pop_front() else { break };
+            let Some(stream) = self.streams.get_mut(&id) else { continue };
+            stream.queued = false;
+            let credit = stream.credit();
+            if credit > 0 {
+                chosen.push((id, credit, 0_usize));
+            }
+        }
+        // Round and round, one unit each, until the room or the credit is used up.
+        while room > 0 {
+            let before = room;
+            for (_, credit, taken) in &mut chosen {
+                if room > 0 && taken < credit {
+                    *taken += 1;
+                    room -= 1;
+                }
+            }
+            if room == before {
+                break;
+            }
+        }
+        for (id, _, taken) in &chosen {
+            if let Some(stream) = self.streams.get(id) {
+                wishes.push((Target::Stream(*id), &stream.options, *taken));
+            }
+        }
+        let plans = plans(wishes, &self.cursors);
+        for (id, _, _) in chosen {
+            self.requeue(id);
+        }
+        plans
+    }
+
+    /// Hands claimed runs to their streams and pulls. Returns what has to go back, and whether there may be more work.
+    pub fn deliver(
+        &mut self,
+        plan: Plan,
+        claimed: Vec<(usize, Claim)>,
+        cursor: Cursor,
+        more: bool,
+        now: Instant,
+        mut jitter: impl FnMut() -> Duration,
+    ) -> Vec<Return> {
+        if claimed.len() == plan.slots.len() || more {
+            self.work = true;
+        }
+        if !plan.names.is_empty() {
+            self.cursors.insert(Arc::clone(&plan.names), cursor);
+        }
+        let mut returns = Vec::new();
+        let mut pulled: HashMap<StreamId, Vec<Claim>> = HashMap::new();
+        for (slot, claim) in claimed {
+            match plan.targets[slot] {
+                Target::Stream(id) => self.send(id, claim, now, &mut jitter, &mut returns),
+                Target::Pull(id) => pulled.entry(id).or_default().push(claim),
+            }
+        }
+        for (id, claims) in pulled {
+            self.answer(id, claims, now, &mut jitter, &mut returns);
+        }
+        for target in plan.targets {
+            if let Target::Pull(id) = target {
+                self.answer_empty(id, more);
+            }
+        }
+        returns
+    }
+
+    fn send(
+        &mut self,
+        id: StreamId,
+        claim: Claim,
+        now: Instant,
+        jitter: &mut impl FnMut() -> Duration,
+        returns: &mut Vec<Return>,
+    ) {
+        let Some(stream) = self.streams.get(&id) else {
+            returns.push(Return::undelivered(claim.token));
+            return;
+        };
+        let claim = match fit(claim, &stream.options, stream.options.max_message_bytes) {
+            Ok(claim) => claim,
+            Err((token, bytes)) => {
+                returns.push(Return { token, delay: jitter(), delivered: false, too_large: Some(bytes) });
+                return;
+            }
+        };
+        let held = Held {
+            token: claim.token.clone(),
+            expires_at: claim.claim_expires_at,
+            bytes: claim.message_bytes().saturating_sub(768),
+            taken: false,
+            alive: false,
+            start_by: None,
+        };
+        let outbox = Arc::clone(&stream.outbox);
+        self.insert(id, held, now);
+        if let Err(Message::Task(claim)) = outbox.push(Message::Task(Box::new(claim))) {
+            self.left(claim.run_id);
+            returns.push(Return::undelivered(claim.token));
+        }
+    }
+
+    /// A claim failed: pulls that wanted one look hear of it, the others and the streams wait on.
+    pub fn fail_pulls(&mut self, plan: &Plan, error: &Error) {
+        for target in &plan.targets {
+            let Target::Pull(id) = target else { continue };
+            let Some(index) = self.pulls.iter().position(|(pull, entry)| pull == id && entry.once) else { continue };
+            if let Some((_, pull)) = self.pulls.remove(index) {
+                let _ = pull.answer.send(Err(error.clone()));
+            }
+        }
+        for target in &plan.targets {
+            if let Target::Stream(id) = target {
+                self.requeue(*id);
+            }
+        }
+    }
+
+    /// Ends a pull that wanted one look, unless a filtered walk goes on.
+    fn answer_empty(&mut self, id: StreamId, more: bool) {
+        let once = |(pull, entry): &(StreamId, Pull)| *pull == id && entry.once && !more;
+        if let Some(index) = self.pulls.iter().position(once) {
+            if let Some((_, pull)) = self.pulls.remove(index) {
+                let _ = pull.answer.send(Ok(Vec::new()));
+            }
+        }
+    }
+
+    fn answer(
+        &mut self,
+        id: StreamId,
+        claims: Vec<Claim>,
+        now: Instant,
+        jitter: &mut impl FnMut() -> Duration,
+        returns: &mut Vec<Return>,
+    ) {
+        let Some(index) = self.pulls.iter().position(|(pull, _)| *pull == id) else {
+            returns.extend(claims.into_iter().map(|claim| Return::undelivered(claim.token)));
+            return;
+        };
+        let mut room = self.pulls[index].1.options.max_message_bytes;
+        let whole = room;
+        let mut kept = Vec::new();
+        for claim in claims {
+            match fit(claim, &self.pulls[index].1.options, room) {
+                Ok(claim) => {
+                    room -= claim.message_bytes().min(room);
+                    kept.push(claim);
+                }
+                // What fits into a message of its own is for the next call; what fits into none is put off.
+                Err((token, bytes)) if bytes <= whole => returns.push(Return::undelivered(token)),
+                Err((token, bytes)) => {
+                    returns.push(Return { token, delay: jitter(), delivered: false, too_large: Some(bytes) });
+                }
+            }
+        }
+        if kept.is_empty() {
+            return;
+        }
+        let Some((_, pull)) = self.pulls.remove(index) else { return };
+        for claim in &kept {
+            let Some(deadline) = pull.options.start_deadline else { break };
+            let start_by = Some(now + deadline);
+            self.timers.push(Reverse((now + deadline, Timer::Start(claim.run_id))));
+            self.strays.insert(
+                claim.run_id,
+                Held {
+                    token: claim.token.clone(),
+                    expires_at: claim.claim_expires_at,
+                    bytes: 0,
+                    taken: true,
+                    alive: false,
+                    start_by,
+                },
+            );
+        }
+        if let Err(Ok(claims)) = pull.answer.send(Ok(kept)) {
+            for claim in claims {
+                self.strays.remove(&claim.run_id);
+                returns.push(Return::undelivered(claim.token));
+            }
+        }
+    }
+
+    /// Takes in what a look at claims found; says which to revoke by itself.
+    pub fn checked(&mut self, looked: &[(RunId, Digest)], found: &[Check]) {
+        use crate::domain::State as RunState;
+        for ((run_id, digest), check) in looked.iter().zip(found) {
+            let Some(id) = self.owners.get(run_id).copied() else { continue };
+            let Some(stream) = self.streams.get_mut(&id) else { continue };
+            let Some(held) = stream.runs.get_mut(run_id) else { continue };
+            if held.token.digest() != *digest {
+                continue;
+            }
+            if check.owned && check.state == Some(RunState::Running) {
+                if held.expires_at != check.claim_expires_at {
+                    held.expires_at = check.claim_expires_at;
+                    // Extended elsewhere: the worker lives.
+                    held.alive = true;
+                    held.start_by = None;
+                }
+                continue;
+            }
+            let verdict = match check.state {
+                Some(RunState::Cancelled) => Verdict::Cancelled,
+                Some(RunState::Completed | RunState::Failed) if check.owned && !check.expired => Verdict::Finished,
+                Some(RunState::Failed) if check.owned => Verdict::Expired,
+                _ => Verdict::Lost,
+            };
+            if verdict != Verdict::Finished {
+                let token = held.token.encode();
+                let _ = stream.outbox.push(Message::Revoked { token, run_id: *run_id, verdict });
+            }
+            self.left(*run_id);
+        }
+    }
+}
+
+/// Leaves params out where that is what it takes; or says how large the message would be.
+fn fit(mut claim: Claim, options: &StreamOptions, room: usize) -> Result<Claim, (ClaimToken, usize)> {
+    if claim.message_bytes() <= room {
+        return Ok(claim);
+    }
+    // Checkpoints can be read by the worker; params too, if it says so.
+    if !claim.checkpoints.is_empty() {
+        claim.checkpoints.clear();
+        claim.checkpoints_complete = false;
+        if claim.message_bytes() <= room {
+            return Ok(claim);
+        }
+    }
+    if options.accepts_omitted_params {
+        claim.params_omitted = true;
+        if claim.message_bytes() <= room {
+            return Ok(claim);
+        }
+    }
+    let bytes = claim.message_bytes();
+    Err((claim.token, bytes))
+}
+
+fn plans(wishes: Vec<(Target, &StreamOptions, usize)>, cursors: &HashMap<Arc<[String]>, Cursor>) -> Vec<Plan> {
+    let mut plans: Vec<Plan> = Vec::new();
+    for (target, options, count) in wishes {
+        let index = plans.iter().position(|plan| plan.names == options.names).unwrap_or_else(|| {
+            plans.push(Plan {
+                names: Arc::clone(&options.names),
+                cursor: cursors.get(&options.names).copied().unwrap_or(Cursor::HEAD),
+                slots: Vec::new(),
+                targets: Vec::new(),
+            });
+            plans.len() - 1
+        });
+        for _ in 0..count {
+            let Ok(secret) = Secret::new() else { continue };
+            plans[index].slots.push(Slot {
+                worker_id: options.worker_id.clone(),
+                secret,
+                lease_seconds: options.lease_seconds,
+            });
+            plans[index].targets.push(target);
+        }
+    }
+    plans.retain(|plan| !plan.slots.is_empty());
+    plans
+}

@@ -1,0 +1,14 @@
+//! The nouns of the service. Pure: no runtime, no wire types, no SQL; a value that exists is valid.
+
+pub mod claim;
+pub mod error;
+pub mod id;
+pub mod json;
+pub mod policy;
+pub mod time;
+
+pub use claim::{Claim, ClaimToken, Digest, Settled, Verdict};
+pub use error::Error;
+pub use id::{CheckpointName, QueueName, RunId, SessionId, State, TaskId, TaskName, WorkerId};
+pub use json::JsonText;
+pub use time::Instant;

@@ -1,0 +1,163 @@
+//! The one error of the service. A variant exists only where a caller does something different because of it.
+
+use uuid::Uuid;
+
+/// What went wrong, with a stable reason (see `absurd_service.proto` for the list).
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// A field of the request is wrong.
+    #[error("{field}: {problem}")]
+    Invalid {
+        /// Path of the field, as in the proto file.
+        field: String,
+        /// What to change.
+        problem: String,
+    },
+    /// A JSON field holds what jsonb refuses.
+    #[error("{field}: {problem}")]
+    Json {
+        /// Path of the field.
+        field: String,
+        /// What is wrong with the text.
+        problem: String,
+    },
+    /// A JSON field is over its limit.
+    #[error("{field}: {size} bytes, at most {limit} are allowed")]
+    TooLarge {
+        /// Path of the field.
+        field: String,
+        /// Bytes sent.
+        size: usize,
+        /// Bytes allowed.
+        limit: usize,
+    },
+    /// The claim token is not one of ours.
+    #[error("claim_token is not a token of this service")]
+    TokenInvalid,
+    /// The server insists on claim tokens.
+    #[error("claim_token is required by this server")]
+    TokenRequired,
+    /// No such queue.
+    #[error("queue {0:?} does not exist; create it first")]
+    QueueNotFound(String),
+    /// The queue exists with another storage mode.
+    #[error("queue {0:?} exists with another storage mode")]
+    QueueExists(String),
+    /// No such task in the queue.
+    #[error("task {0} does not exist in this queue")]
+    TaskNotFound(Uuid),
+    /// No such run in the queue.
+    #[error("run {0} does not exist in this queue")]
+    RunNotFound(Uuid),
+    /// The chosen task id belongs to another task.
+    #[error("task_id {0} belongs to a task with another name or other params")]
+    TaskIdConflict(Uuid),
+    /// Another claim owns the run.
+    #[error("the claim on run {0} is lost: another claim owns the run, or it was given back")]
+    ClaimLost(Uuid),
+    /// The lease ran out and the attempt was failed.
+    #[error("the attempt of run {0} is over: its lease ran out or it was failed")]
+    ClaimExpired(Uuid),
+    /// The task was cancelled.
+    #[error("the task of run {0} was cancelled")]
+    TaskCancelled(Uuid),
+    /// The run's state does not allow the call.
+    #[error("run {run} is {state}")]
+    RunNotRunning {
+        /// The run.
+        run: Uuid,
+        /// Its state.
+        state: String,
+    },
+    /// Only failed tasks can be retried.
+    #[error("task {task} is {state}; only failed tasks can be retried")]
+    TaskNotFailed {
+        /// The task.
+        task: Uuid,
+        /// Its state.
+        state: String,
+    },
+    /// `max_attempts` does not allow another attempt.
+    #[error("max_attempts {allowed} must be greater than the {made} attempts made")]
+    MaxAttemptsTooLow {
+        /// Asked for.
+        allowed: i32,
+        /// Made so far.
+        made: i32,
+    },
+    /// An earlier item of the same run failed.
+    #[error("an earlier item of the same run failed")]
+    ItemSkipped,
+    /// This replica has as many streams as it takes.
+    #[error("this replica has its {0} streams; try another one or raise --max-streams")]
+    StreamLimit(usize),
+    /// Too many requests wait already.
+    #[error("too many requests are waiting")]
+    TooManyRequests,
+    /// Postgres cannot be reached, or is too busy.
+    #[error("the database is not available: {0}")]
+    Unavailable(String),
+    /// This replica is stopping.
+    #[error("this replica is shutting down")]
+    ShuttingDown,
+    /// The call's deadline has passed.
+    #[error("the deadline has passed")]
+    DeadlineExceeded,
+    /// A commit's outcome cannot be told.
+    #[error("the connection was lost during the commit; whether it happened cannot be told")]
+    OutcomeUnknown,
+    /// A bug. The text is for the log only.
+    #[error("internal error")]
+    Internal(String),
+}
+
+impl Error {
+    /// A wrong field.
+    pub fn invalid(field: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Invalid { field: field.into(), problem: problem.into() }
+    }
+
+    /// The stable name of this error on the wire.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Invalid { .. } => "INVALID_ARGUMENT",
+            Self::Json { .. } => "JSON_INVALID",
+            Self::TooLarge { .. } => "PAYLOAD_TOO_LARGE",
+            Self::TokenInvalid => "CLAIM_TOKEN_INVALID",
+            Self::TokenRequired => "CLAIM_TOKEN_REQUIRED",
+            Self::QueueNotFound(_) => "QUEUE_NOT_FOUND",
+            Self::QueueExists(_) => "QUEUE_EXISTS",
+            Self::TaskNotFound(_) => "TASK_NOT_FOUND",
+            Self::RunNotFound(_) => "RUN_NOT_FOUND",
+            Self::TaskIdConflict(_) => "TASK_ID_CONFLICT",
+            Self::ClaimLost(_) => "CLAIM_LOST",
+            Self::ClaimExpired(_) => "CLAIM_EXPIRED",
+            Self::TaskCancelled(_) => "TASK_CANCELLED",
+            Self::RunNotRunning { .. } => "RUN_NOT_RUNNING",
+            Self::TaskNotFailed { .. } => "TASK_NOT_FAILED",
+            Self::MaxAttemptsTooLow { .. } => "MAX_ATTEMPTS_TOO_LOW",
+            Self::ItemSkipped => "ITEM_SKIPPED",
+            Self::StreamLimit(_) => "STREAM_LIMIT",
+            Self::TooManyRequests => "TOO_MANY_REQUESTS",
+            Self::Unavailable(_) => "UNAVAILABLE",
+            Self::ShuttingDown => "SHUTTING_DOWN",
+            Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
+            Self::OutcomeUnknown => "OUTCOME_UNKNOWN",
+            Self::Internal(_) => "INTERNAL",
+        }
+    }
+
+    /// The same error about a field of an enclosing message: `params` becomes `tasks[3].params`.
+    #[must_use]
+    pub fn within(self, prefix: &str) -> Self {
+        let join = |field: String| format!("{prefix}.{field}");
+        match self {
+            Self::Invalid { field, problem } => Self::Invalid { field: join(field), problem },
+            Self::Json { field, problem } => Self::Json { field: join(field), problem },
+            Self::TooLarge { field, size, limit } => {
+                Self::TooLarge { field: join(field), size, limit }
+            }
+            other => other,
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! Names and ids. Each is parsed once, at the edge, and needs no check afterwards.
+
+use std::fmt;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::Error;
+
+/// Longest queue name in bytes: Postgres' 63 less the longest prefix and suffix (contract section 3).
+pub const QUEUE_NAME_BYTES_MAX: usize = 57;
+/// Longest task name in bytes.
+pub const TASK_NAME_BYTES_MAX: usize = 512;
+/// Longest checkpoint name in bytes; it is part of an index key.
+pub const CHECKPOINT_NAME_BYTES_MAX: usize = 512;
+/// Longest idempotency key in bytes; it is an index key.
+pub const IDEMPOTENCY_KEY_BYTES_MAX: usize = 1024;
+/// Longest worker id in bytes.
+pub const WORKER_ID_BYTES_MAX: usize = 200;
+/// Longest session id in bytes.
+pub const SESSION_ID_BYTES_MAX: usize = 64;
+
+fn text(field: &str, value: &str, max: usize) -> Result<(), Error> {
+    if value.len() > max {
+        return Err(Error::invalid(field, format!("{} bytes, at most {max} are allowed", value.len())));
+    }
+    if value.contains('\0') {
+        return Err(Error::invalid(field, "must not contain the character U+0000"));
+    }
+    Ok(())
+}
+
+/// Name of a queue: 1 to 57 bytes, any characters but NUL.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct QueueName(Arc<str>);
+
+impl QueueName {
+    /// Parses a name; `field` is named in the error.
+    pub fn parse(field: &str, name: &str) -> Result<Self, Error> {
+        if name.is_empty() {
+            return Err(Error::invalid(field, "must not be empty"));
+        }
+        text(field, name, QUEUE_NAME_BYTES_MAX)?;
+        Ok(Self(name.into()))
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for QueueName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for QueueName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+macro_rules! name {
+    ($(#[$doc:meta])* $type:ident, $max:ident) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, Hash)]
+        pub struct $type(String);
+
+        impl $type {
+            /// Parses a name that must not be blank; `field` is named in the error.
+            pub fn parse(field: &str, name: &str) -> Result<Self, Error> {
+                if name.trim_matches(' ').is_empty() {
+                    return Err(Error::invalid(field, "must not be blank"));
+                }
+                text(field, name, $max)?;
+                Ok(Self(name.to_owned()))
+            }
+
+            /// The name.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+    };
+}
+
+name!(
+    /// Name of a task's handler.
+    TaskName,
+    TASK_NAME_BYTES_MAX
+);
+name!(
+    /// Name of a checkpoint.
+    CheckpointName,
+    CHECKPOINT_NAME_BYTES_MAX
+);
+
+/// Id that a worker gives itself. Not unique, not trusted.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct WorkerId(Arc<str>);
+
+impl WorkerId {
+    /// Parses an id; empty means `worker`, as in the contract's claim.
+    pub fn parse(field: &str, id: &str) -> Result<Self, Error> {
+        text(field, id, WORKER_ID_BYTES_MAX)?;
+        Ok(Self(if id.is_empty() { "worker".into() } else { id.into() }))
+    }
+
+    /// The id.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Id of a worker process, the same across its reconnects.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct SessionId(Arc<str>);
+
+impl SessionId {
+    /// Parses an id; empty makes a new session.
+    pub fn parse(field: &str, id: &str) -> Result<Self, Error> {
+        text(field, id, SESSION_ID_BYTES_MAX)?;
+        Ok(Self(if id.is_empty() { Uuid::new_v4().to_string().into() } else { id.into() }))
+    }
+
+    /// The id.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Checks an idempotency key; an empty key is a key.
+pub fn parse_idempotency_key(field: &str, key: &str) -> Result<String, Error> {
+    text(field, key, IDEMPOTENCY_KEY_BYTES_MAX)?;
+    Ok(key.to_owned())
+}
+
+/// Id of a task.
+pub type TaskId = Uuid;
+/// Id of a run.
+pub type RunId = Uuid;
+
+/// Parses an id in canonical text.
+pub fn parse_uuid(field: &str, id: &str) -> Result<Uuid, Error> {
+    if id.len() != 36 {
+        return Err(Error::invalid(field, "must be a UUID such as 0190f4c8-5d1a-7c3e-9b1a-2f60c1d5e8aa"));
+    }
+    Uuid::try_parse(id).map_err(|error| Error::invalid(field, error.to_string()))
+}
+
+/// State of a task or run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum State {
+    /// Waits to be claimed.
+    Pending,
+    /// Held by a worker.
+    Running,
+    /// Waits for a time or an event.
+    Sleeping,
+    /// Ended well.
+    Completed,
+    /// Ended badly.
+    Failed,
+    /// Was cancelled.
+    Cancelled,
+}
+
+impl State {
+    /// As stored.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Running => "running",
+            Self::Sleeping => "sleeping",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
+    /// From storage; a check constraint allows no other text.
+    pub fn from_stored(text: &str) -> Option<Self> {
+        Some(match text {
+            "pending" => Self::Pending,
+            "running" => Self::Running,
+            "sleeping" => Self::Sleeping,
+            "completed" => Self::Completed,
+            "failed" => Self::Failed,
+            "cancelled" => Self::Cancelled,
+            _ => return None,
+        })
+    }
+
+    /// Whether nothing follows.
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+    }
+}

@@ -1,0 +1,381 @@
+//! JSON text that Postgres' jsonb takes for sure, checked in one pass without building a tree.
+
+use super::Error;
+
+/// Deepest nesting that is accepted.
+pub const DEPTH_MAX: usize = 100;
+/// Digits before the decimal point that a numeric holds.
+const NUMERIC_DIGITS_MAX: i64 = 131_072;
+/// Digits after the decimal point that a numeric holds.
+const NUMERIC_SCALE_MAX: i64 = 16_383;
+/// Room kept for a failure's reason.
+pub const REASON_BYTES_MAX: usize = 64 * 1024;
+
+/// Checked JSON text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JsonText(String);
+
+impl JsonText {
+    /// Checks a text against jsonb's rules and a limit in bytes; `field` is named in the error.
+    pub fn parse(field: &str, text: String, limit: usize) -> Result<Self, Error> {
+        if text.len() > limit {
+            return Err(Error::TooLarge { field: field.into(), size: text.len(), limit });
+        }
+        match Guard::new(text.as_bytes()).check() {
+            Ok(()) => Ok(Self(text)),
+            Err(problem) => Err(Error::Json { field: field.into(), problem }),
+        }
+    }
+
+    /// As [`JsonText::parse`], and the value must be an object.
+    pub fn parse_object(field: &str, text: String, limit: usize) -> Result<Self, Error> {
+        let json = Self::parse(field, text, limit)?;
+        if json.0.trim_start().starts_with('{') {
+            Ok(json)
+        } else {
+            Err(Error::Json { field: field.into(), problem: "must be a JSON object".into() })
+        }
+    }
+
+    /// Text that Postgres gave us, or that this program made.
+    pub fn trusted(text: String) -> Self {
+        Self(text)
+    }
+
+    /// Why a run failed. Never refused: a text that jsonb does not take, or that is too long, becomes a message.
+    pub fn reason(text: &str) -> Self {
+        if text.len() <= REASON_BYTES_MAX && Guard::new(text.as_bytes()).check().is_ok() {
+            return Self(text.to_owned());
+        }
+        if let Ok(serde_json::Value::Object(object)) = serde_json::from_str(text) {
+            let part = |key: &str, limit| object.get(key).map(|value| clean(value, limit));
+            let mut kept = serde_json::Map::new();
+            for (key, limit) in [("name", 512), ("message", 16 * 1024), ("traceback", 16 * 1024)] {
+                if let Some(value) = part(key, limit) {
+                    kept.insert(key.into(), value);
+                }
+            }
+            if !kept.is_empty() {
+                return Self(serde_json::Value::Object(kept).to_string());
+            }
+        }
+        let message = cut(text, 16 * 1024).replace('\0', "\u{fffd}");
+        Self(serde_json::json!({ "name": "Failure", "message": message }).to_string())
+    }
+
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The text, by value.
+    pub fn into_string(self) -> String {
+        self.0
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether the text is empty; it never is.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+fn clean(value: &serde_json::Value, limit: usize) -> serde_json::Value {
+    let text = match value {
+        serde_json::Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    cut(&text, limit).replace('\0', "\u{fffd}").into()
+}
+
+fn cut(text: &str, limit: usize) -> &str {
+    let mut end = text.len().min(limit);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+/// One pass over the bytes; a bit stack remembers whether each level is an object.
+struct Guard<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+type Check<T = ()> = Result<T, String>;
+
+impl<'a> Guard<'a> {
+    fn new(bytes: &'a [u8]) -> Self {
+        Self { bytes, at: 0 }
+    }
+
+    fn check(mut self) -> Check {
+        self.value(0)?;
+        self.space();
+        if self.at < self.bytes.len() {
+            return self.fail("text after the end of the value");
+        }
+        Ok(())
+    }
+
+    fn fail<T>(&self, problem: &str) -> Check<T> {
+        Err(format!("{problem} at byte {}", self.at))
+    }
+
+    fn peek(&self) -> Option<u8> {
+        self.bytes.get(self.at).copied()
+    }
+
+    fn space(&mut self) {
+        while matches!(self.peek(), Some(b' ' | b'\t' | b'\n' | b'\r')) {
+            self.at += 1;
+        }
+    }
+
+    fn value(&mut self, depth: usize) -> Check {
+        self.space();
+        match self.peek() {
+            Some(b'{') => self.object(depth + 1),
+            Some(b'[') => self.array(depth + 1),
+            Some(b'"') => self.string(),
+            Some(b'-' | b'0'..=b'9') => self.number(),
+            Some(b't') => self.word(b"true"),
+            Some(b'f') => self.word(b"false"),
+            Some(b'n') => self.word(b"null"),
+            Some(_) => self.fail("not a JSON value"),
+            None => self.fail("unexpected end"),
+        }
+    }
+
+    fn word(&mut self, word: &[u8]) -> Check {
+        if self.bytes[self.at..].starts_with(word) {
+            self.at += word.len();
+            return Ok(());
+        }
+        self.fail("not a JSON value")
+    }
+
+    fn enter(&mut self, depth: usize) -> Check {
+        if depth > DEPTH_MAX {
+            return self.fail(&format!("nested deeper than {DEPTH_MAX}"));
+        }
+        self.at += 1;
+        self.space();
+        Ok(())
+    }
+
+    fn object(&mut self, depth: usize) -> Check {
+        self.enter(depth)?;
+        if self.peek() == Some(b'}') {
+            self.at += 1;
+            return Ok(());
+        }
+        loop {
+            self.space();
+            if self.peek() != Some(b'"') {
+                return self.fail("expected a key");
+            }
+            self.string()?;
+            self.space();
+            if self.peek() != Some(b':') {
+                return self.fail("expected a colon");
+            }
+            self.at += 1;
+            self.value(depth)?;
+            if self.next_or_end(b'}')? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn array(&mut self, depth: usize) -> Check {
+        self.enter(depth)?;
+        if self.peek() == Some(b']') {
+            self.at += 1;
+            return Ok(());
+        }
+        loop {
+            self.value(depth)?;
+            if self.next_or_end(b']')? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn next_or_end(&mut self, end: u8) -> Check<bool> {
+        self.space();
+        match self.peek() {
+            Some(b',') => {
+                self.at += 1;
+                Ok(false)
+            }
+            Some(byte) if byte == end => {
+                self.at += 1;
+                Ok(true)
+            }
+            Some(_) => self.fail("expected a comma or the end"),
+            None => self.fail("unexpected end"),
+        }
+    }
+
+    fn string(&mut self) -> Check {
+        self.at += 1;
+        loop {
+            match self.peek() {
+                None => return self.fail("unterminated string"),
+                Some(b'"') => {
+                    self.at += 1;
+                    return Ok(());
+                }
+                Some(b'\\') => self.escape()?,
+                Some(0x00..=0x1f) => return self.fail("control character in a string"),
+                Some(_) => self.at += 1,
+            }
+        }
+    }
+
+    fn escape(&mut self) -> Check {
+        self.at += 1;
+        match self.peek() {
+            Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => {
+                self.at += 1;
+                Ok(())
+            }
+            Some(b'u') => match self.unicode()? {
+                0 => self.fail("the escape \\u0000 cannot be stored"),
+                0xd800..=0xdbff => {
+                    if self.bytes[self.at..].starts_with(b"\\u") {
+                        self.at += 1;
+                        if (0xdc00..=0xdfff).contains(&self.unicode()?) {
+                            return Ok(());
+                        }
+                    }
+                    self.fail("lone surrogate")
+                }
+                0xdc00..=0xdfff => self.fail("lone surrogate"),
+                _ => Ok(()),
+            },
+            _ => self.fail("unknown escape"),
+        }
+    }
+
+    fn unicode(&mut self) -> Check<u32> {
+        let digits = self.bytes.get(self.at + 1..self.at + 5);
+        let value = digits
+            .filter(|digits| digits.iter().all(u8::is_ascii_hexdigit))
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u32::from_str_radix(digits, 16).ok());
+        match value {
+            Some(value) => {
+                self.at += 5;
+                Ok(value)
+            }
+            None => self.fail("\\u needs four hex digits"),
+        }
+    }
+
+    fn digits(&mut self) -> usize {
+        let start = self.at;
+        while matches!(self.peek(), Some(b'0'..=b'9')) {
+            self.at += 1;
+        }
+        self.at - start
+    }
+
+    fn number(&mut self) -> Check {
+        if self.peek() == Some(b'-') {
+            self.at += 1;
+        }
+        let first = self.peek();
+        let whole = self.digits();
+        if whole == 0 || (first == Some(b'0') && whole > 1) {
+            return self.fail("not a number");
+        }
+        let mut fraction = 0;
+        if self.peek() == Some(b'.') {
+            self.at += 1;
+            fraction = self.digits();
+            if fraction == 0 {
+                return self.fail("digits missing after the point");
+            }
+        }
+        let mut exponent = 0_i64;
+        if matches!(self.peek(), Some(b'e' | b'E')) {
+            self.at += 1;
+            let negative = self.peek() == Some(b'-');
+            if matches!(self.peek(), Some(b'+' | b'-')) {
+                self.at += 1;
+            }
+            let start = self.at;
+            if self.digits() == 0 {
+                return self.fail("digits missing in the exponent");
+            }
+            let text = std::str::from_utf8(&self.bytes[start..self.at]).unwrap_or_default();
+            exponent = text.parse::<i64>().unwrap_or(i64::from(i32::MAX)).min(i64::from(i32::MAX));
+            if negative {
+                exponent = -exponent;
+            }
+        }
+        let whole = i64::try_from(whole).unwrap_or(i64::MAX);
+        let fraction = i64::try_from(fraction).unwrap_or(i64::MAX);
+        if whole.saturating_add(exponent) > NUMERIC_DIGITS_MAX
+            || fraction.saturating_sub(exponent) > NUMERIC_SCALE_MAX
+        {
+            return self.fail("number out of range");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(text: &str) -> Option<String> {
+        Guard::new(text.as_bytes()).check().err()
+    }
+
+    #[test]
+    fn takes_what_jsonb_takes() {
+        for text in [
+            "null", " true ", "-0.5e+10", "[]", "{}", "[1,[2,{\"a\":\"\\u00e9\\n\"}]]", "\"\\ud83d\\ude00\"",
+            "123456789012345678901234567890", "1e100000", "{\"a\":1,\"a\":2}",
+        ] {
+            assert_eq!(problem(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn refuses_what_jsonb_refuses() {
+        for text in [
+            "", "nul", "{", "[1,]", "{\"a\" 1}", "{a:1}", "01", "1.", "1e", "+1", "\"a", "\"\\x\"", "\"\\u12\"",
+            "\"\\u0000\"", "\"\\ud800\"", "\"\\ud800\\u0041\"", "\"\\udc00\"", "\"\u{1}\"", "1 2", "1e200000",
+            "1e-20000", "NaN", "Infinity", "'a'",
+        ] {
+            assert!(problem(text).is_some(), "{text}");
+        }
+    }
+
+    #[test]
+    fn bounds_the_depth() {
+        assert_eq!(problem(&("[".repeat(100) + &"]".repeat(100))), None);
+        assert!(problem(&("[".repeat(101) + &"]".repeat(101))).is_some());
+        assert!(problem(&"[".repeat(1_000_000)).is_some());
+    }
+
+    #[test]
+    fn a_reason_is_never_refused() {
+        assert_eq!(JsonText::reason("{\"message\":\"x\"}").as_str(), "{\"message\":\"x\"}");
+        for text in ["not json", "{\"message\":\"a\\u0000b\"}", "\0", &"x".repeat(1_000_000)] {
+            let reason = JsonText::reason(text);
+            assert_eq!(problem(reason.as_str()), None, "{text:.20}");
+            assert!(reason.len() < REASON_BYTES_MAX);
+        }
+        let kept = JsonText::reason("{\"name\":\"E\",\"message\":\"a\\u0000b\"}");
+        assert!(kept.as_str().contains("\"name\":\"E\""), "{}", kept.as_str());
+    }
+}

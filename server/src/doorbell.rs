@@ -1,0 +1,276 @@
+//! Hints between replicas and from direct SQL writers. Any of them may be lost; the tick makes that a delay, not a loss.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::dispatch::{Dispatcher, random};
+use crate::domain::{QueueName, RunId};
+use crate::store::listen::{Heard, listen};
+use crate::store::{Fault, Store};
+
+/// How long hints gather before they are sent.
+const GATHER: Duration = Duration::from_millis(15);
+/// Looks after arming: a spawn that saw no armed row may commit after the first look.
+const PROBES: [u64; 5] = [0, 5, 20, 80, 320];
+/// Run ids in one notification; a payload must stay below 8,000 bytes.
+const IDS_MAX: usize = 300;
+/// Ids that wait to be sent at most; what is beyond is found by the reconciling look.
+const CREDIT_MAX: usize = 20_000;
+
+#[derive(Debug, Default)]
+struct Inside {
+    arm: HashSet<QueueName>,
+    dirty: HashSet<QueueName>,
+    credit: Vec<RunId>,
+}
+
+/// Gathers what other replicas should know.
+#[derive(Debug)]
+pub struct Hints {
+    replica_id: String,
+    /// Other replicas that are alive.
+    others: AtomicI32,
+    doorbell: bool,
+    listening: AtomicBool,
+    inside: Mutex<Inside>,
+    bell: Notify,
+}
+
+impl Hints {
+    /// Hints of one replica; `doorbell` says whether triggers hang in this database.
+    pub fn new(replica_id: String, doorbell: bool) -> Self {
+        Self {
+            replica_id,
+            others: AtomicI32::new(0),
+            doorbell,
+            listening: AtomicBool::new(false),
+            inside: Mutex::new(Inside::default()),
+            bell: Notify::new(),
+        }
+    }
+
+    /// Id of this replica.
+    pub fn replica_id(&self) -> &str {
+        &self.replica_id
+    }
+
+    /// Whether direct SQL writers ring.
+    pub fn doorbell(&self) -> bool {
+        self.doorbell
+    }
+
+    /// Whether notifications arrive.
+    pub fn listening(&self) -> bool {
+        self.listening.load(Ordering::Relaxed)
+    }
+
+    /// How many other replicas there are.
+    pub fn note_others(&self, others: i32) {
+        self.others.store(others, Ordering::Relaxed);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inside> {
+        self.inside.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A queue's dispatcher is idle: let writers ring.
+    pub fn arm(&self, queue: &QueueName) {
+        self.lock().arm.insert(queue.clone());
+        self.bell.notify_one();
+    }
+
+    /// This replica wrote new work to a queue.
+    pub fn dirty(&self, queue: &QueueName) {
+        if self.others.load(Ordering::Relaxed) > 0 && self.lock().dirty.insert(queue.clone()) {
+            self.bell.notify_one();
+        }
+    }
+
+    /// A run left its claim here and was in flight elsewhere.
+    pub fn credit(&self, run_id: RunId) {
+        if self.others.load(Ordering::Relaxed) > 0 {
+            let mut inside = self.lock();
+            if inside.credit.len() < CREDIT_MAX {
+                inside.credit.push(run_id);
+            }
+            self.bell.notify_one();
+        }
+    }
+}
+
+/// Sends hints: arms at once, rings and returns credit in small statements of their own.
+pub async fn send(hints: &Hints, store: &Store, dispatcher: &Dispatcher) {
+    let mut probes: Vec<(Instant, Vec<QueueName>)> = Vec::new();
+    let mut send_at: Option<Instant> = None;
+    loop {
+        let bell = hints.bell.notified();
+        let next = probes.iter().map(|(at, _)| *at).chain(send_at).min();
+        match next {
+            Some(at) => tokio::select! {
+                () = bell => {}
+                () = tokio::time::sleep_until(at) => {}
+            },
+            None => bell.await,
+        }
+        let arm: Vec<QueueName> = hints.lock().arm.drain().collect();
+        if !arm.is_empty() {
+            if hints.doorbell {
+                let names: Vec<&str> = arm.iter().map(QueueName::as_str).collect();
+                if let Err(fault) = store.doorbell_arm(&names, &hints.replica_id).await {
+                    tracing::debug!(?fault, "could not arm the doorbell");
+                }
+            }
+            let now = Instant::now();
+            probes.extend(PROBES.map(|ms| (now + Duration::from_millis(ms), arm.clone())));
+        }
+        probe(hints, store, dispatcher, &mut probes).await;
+        let waiting = {
+            let inside = hints.lock();
+            !inside.dirty.is_empty() || !inside.credit.is_empty()
+        };
+        if !waiting {
+            send_at = None;
+        } else if send_at.is_some_and(|at| at <= Instant::now()) {
+            send_at = None;
+            flush(hints, store).await;
+        } else if send_at.is_none() {
+            send_at = Some(Instant::now() + GATHER);
+        }
+    }
+}
+
+async fn probe(
+    hints: &Hints,
+    store: &Store,
+    dispatcher: &Dispatcher,
+    probes: &mut Vec<(Instant, Vec<QueueName>)>,
+) {
+    let now = Instant::now();
+    let mut due: HashSet<QueueName> = HashSet::new();
+    probes.retain(|(at, queues)| {
+        if *at <= now {
+            due.extend(queues.iter().cloned());
+        }
+        *at > now
+    });
+    if !due.is_empty() {
+        let names: Vec<&str> = due.iter().map(QueueName::as_str).collect();
+        look(hints, store, dispatcher, &names).await;
+    }
+}
+
+/// One look at queues; the dispatcher hears what was found.
+pub(crate) async fn look(
+    hints: &Hints,
+    store: &Store,
+    dispatcher: &Dispatcher,
+    queues: &[&str],
+) -> Vec<crate::store::tick::QueueTick> {
+    match store.tick(queues, &hints.replica_id).await {
+        Ok((ticks, others)) => {
+            hints.note_others(others);
+            for tick in &ticks {
+                dispatcher.observe(tick);
+            }
+            ticks
+        }
+        Err(fault) => {
+            tracing::debug!(?fault, "could not look at the queues");
+            Vec::new()
+        }
+    }
+}
+
+async fn flush(hints: &Hints, store: &Store) {
+    let (dirty, credit) = {
+        let mut inside = hints.lock();
+        let dirty: Vec<QueueName> = inside.dirty.drain().collect();
+        (dirty, std::mem::take(&mut inside.credit))
+    };
+    let names: Vec<&str> = dirty.iter().map(QueueName::as_str).collect();
+    let mut outcome: Result<(), Fault> = Ok(());
+    if !names.is_empty() {
+        outcome = store.doorbell_ring(&names, &hints.replica_id).await;
+    }
+    if !credit.is_empty() {
+        let messages: Vec<String> = credit.chunks(IDS_MAX).map(encode_ids).collect();
+        outcome = outcome.and(store.credit_notify(&messages).await);
+    }
+    if let Err(fault) = outcome {
+        tracing::debug!(?fault, "could not send hints to other replicas");
+    }
+}
+
+fn encode_ids(ids: &[Uuid]) -> String {
+    let bytes: Vec<u8> = ids.iter().flat_map(|id| *id.as_bytes()).collect();
+    format!("c{}", URL_SAFE_NO_PAD.encode(bytes))
+}
+
+fn decode_ids(text: &str) -> Option<Vec<Uuid>> {
+    let bytes = URL_SAFE_NO_PAD.decode(text).ok()?;
+    bytes.chunks(16).map(|chunk| Uuid::from_slice(chunk).ok()).collect()
+}
+
+/// Listens for ever: LISTEN first, then look; after a loss listen again, look everywhere, arm everything anew.
+pub async fn hear(hints: &Hints, store: &Store, database: &tokio_postgres::Config, dispatcher: &Dispatcher) {
+    let mut pause = Duration::from_millis(100);
+    loop {
+        match listen(database).await {
+            Ok((client, mut heard)) => {
+                hints.listening.store(true, Ordering::Relaxed);
+                if let Err(fault) = store.doorbell_disarm(&hints.replica_id).await {
+                    tracing::debug!(?fault, "could not disarm the doorbell");
+                }
+                dispatcher.note_unheard();
+                pause = Duration::from_millis(100);
+                while let Some(said) = heard.recv().await {
+                    match said {
+                        Heard::Payload(payload) => act(&payload, dispatcher),
+                        Heard::Lost(error) => {
+                            tracing::warn!(error, "lost the LISTEN connection; tasks are found by the tick until it is back");
+                        }
+                    }
+                }
+                drop(client);
+                hints.listening.store(false, Ordering::Relaxed);
+            }
+            Err(fault) => tracing::warn!(?fault, "could not listen; will try again"),
+        }
+        tokio::time::sleep(pause.mul_f64(0.5 + random())).await;
+        pause = (pause * 2).min(Duration::from_secs(5));
+    }
+}
+
+/// Carries out a notification; what is not understood is somebody else's.
+fn act(payload: &str, dispatcher: &Dispatcher) {
+    if let Some(name) = payload.strip_prefix('q') {
+        if let Ok(queue) = QueueName::parse("queue", name) {
+            dispatcher.note_rung(&queue);
+        }
+    } else if let Some(runs) = payload.strip_prefix('c').and_then(decode_ids) {
+        dispatcher.left_elsewhere(&runs);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_fit_into_a_notification_and_come_back() {
+        let ids: Vec<Uuid> = (0..IDS_MAX).map(|_| Uuid::new_v4()).collect();
+        let text = encode_ids(&ids);
+        assert!(text.len() < 8000, "{}", text.len());
+        assert_eq!(decode_ids(&text[1..]), Some(ids));
+        assert_eq!(decode_ids("@@@"), None);
+        assert_eq!(decode_ids("AAAA"), None);
+    }
+}

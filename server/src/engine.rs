@@ -1,0 +1,238 @@
+//! What a request does besides its write: it returns credit, wakes dispatchers, tells waiters and replicas.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::activity::{Activity, Feed, What};
+use crate::commit::{self, Committer, Settles, Spawns};
+use crate::dispatch::{DispatchOptions, Dispatcher};
+use crate::domain::{Error, Settled, State, TaskId};
+use crate::doorbell::Hints;
+use crate::scope::Scope;
+use crate::store::batch::{Kind, RunRef, Write};
+use crate::store::task::{NewTask, Spawned};
+use crate::store::{Fault, Store};
+use crate::wait::Waits;
+
+/// Everything that a request can reach.
+#[derive(Debug)]
+pub struct Engine {
+    /// SQL.
+    pub store: Store,
+    /// Streams.
+    pub dispatcher: Dispatcher,
+    /// Waiters for results.
+    pub waits: Waits,
+    /// Other replicas.
+    pub hints: Arc<Hints>,
+    /// The live lines of `dev`.
+    pub feed: Feed,
+    spawns: Committer<Spawns>,
+    settles: Committer<Settles>,
+}
+
+impl Engine {
+    /// Puts the parts together.
+    pub fn new(store: Store, hints: Arc<Hints>, options: DispatchOptions) -> Self {
+        let settles = Committer::new(Settles { store: store.clone() });
+        let feed = Feed::default();
+        Self {
+            dispatcher: Dispatcher::new(
+                store.clone(),
+                settles.clone(),
+                Arc::clone(&hints),
+                feed.clone(),
+                options,
+            ),
+            waits: Waits::default(),
+            spawns: Committer::new(Spawns { store: store.clone() }),
+            settles,
+            hints,
+            feed,
+            store,
+        }
+    }
+
+    /// Spawns one task, together with what else is being spawned.
+    pub async fn spawn(&self, scope: &Scope, task: NewTask, deadline: Instant) -> Result<Spawned, Error> {
+        let name = task.name.as_str().to_owned();
+        let keyed = task.idempotency_key.is_some();
+        let spawned = self.spawns.submit((scope.clone(), keyed), task, deadline).await?;
+        self.spawned(scope, &spawned, name);
+        Ok(spawned)
+    }
+
+    /// Spawns tasks, all or none.
+    pub async fn spawn_all(
+        &self,
+        scope: &Scope,
+        tasks: Vec<NewTask>,
+        deadline: Instant,
+    ) -> Result<Vec<Spawned>, Error> {
+        let outcomes = loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::DeadlineExceeded);
+            }
+            match self.store.task_spawn(scope, &tasks, left).await {
+                Ok(outcomes) => break outcomes,
+                Err(fault) if fault.is_passing() => {
+                    if deadline <= Instant::now() + Duration::from_millis(50) {
+                        return Err(fault.into_error(scope));
+                    }
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                Err(Fault::Data(_)) => return Err(self.find_bad_task(scope, &tasks).await),
+                Err(fault) => return Err(fault.into_error(scope)),
+            }
+        };
+        let mut spawned = Vec::with_capacity(outcomes.len());
+        for (index, outcome) in outcomes.into_iter().enumerate() {
+            spawned.push(outcome.map_err(|error| error.within(&format!("tasks[{index}]")))?);
+        }
+        for (task, spawned) in tasks.iter().zip(&spawned) {
+            self.spawned(scope, spawned, task.name.as_str().to_owned());
+        }
+        Ok(spawned)
+    }
+
+    /// Postgres refused a value that our own check had passed: say at least which task holds it.
+    async fn find_bad_task(&self, scope: &Scope, tasks: &[NewTask]) -> Error {
+        let _ = scope;
+        let index = tasks.iter().position(|task| task.params.is_some()).unwrap_or(0);
+        Error::Json {
+            field: format!("tasks[{index}].params"),
+            problem: "a value of this batch cannot be stored as jsonb".into(),
+        }
+    }
+
+    fn spawned(&self, scope: &Scope, spawned: &Spawned, name: String) {
+        if spawned.fresh {
+            self.feed.tell(|| Activity {
+                queue: scope.queue().as_str().to_owned(),
+                task_id: spawned.task_id,
+                what: What::Spawned { name },
+            });
+            self.new_work(scope);
+        }
+    }
+
+    /// There is something to claim.
+    pub fn new_work(&self, scope: &Scope) {
+        self.dispatcher.note_work(scope.queue());
+        self.hints.dirty(scope.queue());
+    }
+
+    /// Carries out one write about a run, together with what else is being written.
+    pub async fn settle(&self, scope: &Scope, run: RunRef, write: Write, deadline: Instant) -> Result<Settled, Error> {
+        let run_id = run.run_id;
+        let kind = write.kind();
+        self.dispatcher.alive(scope.queue(), run_id, None);
+        let outcome = self.settles.submit((scope.clone(), kind), (run, write), deadline).await;
+        self.settled(scope, run_id, kind, &outcome);
+        outcome
+    }
+
+    /// Carries out writes about one run, in order and in one transaction.
+    pub async fn settle_in_order(
+        &self,
+        scope: &Scope,
+        run: RunRef,
+        writes: Vec<Write>,
+        deadline: Instant,
+    ) -> Vec<Result<Settled, Error>> {
+        self.dispatcher.alive(scope.queue(), run.run_id, None);
+        let kinds: Vec<Kind> = writes.iter().map(Write::kind).collect();
+        let run_id = run.run_id;
+        let (store, scope_) = (self.store.clone(), scope.clone());
+        // On a task of its own: a caller that goes away must not leave half of it undone.
+        let work =
+            tokio::spawn(async move { commit::sequence(&store, &scope_, &run, &writes, deadline).await });
+        let outcomes = work.await.unwrap_or_else(|error| {
+            kinds.iter().map(|_| Err(Error::Internal(error.to_string()))).collect()
+        });
+        for (kind, outcome) in kinds.iter().zip(&outcomes) {
+            self.settled(scope, run_id, *kind, outcome);
+        }
+        outcomes
+    }
+
+    fn settled(&self, scope: &Scope, run_id: Uuid, kind: Kind, outcome: &Result<Settled, Error>) {
+        let queue = scope.queue();
+        match (kind, outcome) {
+            (Kind::Extend | Kind::Checkpoint, Ok(settled)) => {
+                self.dispatcher.alive(queue, run_id, settled.claim_expires_at);
+            }
+            (Kind::Complete, Ok(settled)) => {
+                self.dispatcher.left(queue, run_id);
+                self.ended(scope, settled.task_id, State::Completed);
+            }
+            (Kind::Release, Ok(_)) => {
+                self.dispatcher.left(queue, run_id);
+                self.new_work(scope);
+            }
+            (Kind::Fail, Ok(settled)) => {
+                self.dispatcher.left(queue, run_id);
+                let Some(failed) = settled.failed else { return };
+                match failed.task_state {
+                    State::Pending => self.new_work(scope),
+                    State::Sleeping => {
+                        let ms = failed.next_in_ms.max(0).unsigned_abs();
+                        self.dispatcher.note_available(queue, Duration::from_millis(ms));
+                    }
+                    State::Running | State::Completed | State::Failed | State::Cancelled => {}
+                }
+                self.ended(scope, settled.task_id, failed.task_state);
+            }
+            (
+                _,
+                Err(Error::ClaimLost(_) | Error::ClaimExpired(_) | Error::TaskCancelled(_) | Error::RunNotRunning { .. }),
+            ) => {
+                // Whoever held it through us does not any more; a stale token must not touch a newer claim's credit,
+                // so the reconciling look decides. Completed and cancelled runs free it now.
+                if matches!(outcome, Err(Error::TaskCancelled(_) | Error::ClaimExpired(_))) {
+                    self.dispatcher.left(queue, run_id);
+                }
+            }
+            (_, Err(_)) => {}
+        }
+    }
+
+    fn ended(&self, scope: &Scope, task_id: TaskId, state: State) {
+        if state.is_terminal() {
+            self.waits.ended(scope.queue(), task_id);
+        }
+        self.feed.tell(|| Activity::ended(scope, task_id, state));
+    }
+
+    /// Cancels a task; says whether this call did it, and the state now.
+    pub async fn cancel_task(
+        &self,
+        scope: &Scope,
+        task_id: TaskId,
+        lock_wait: Duration,
+    ) -> Result<(bool, State), Error> {
+        let (done, state) = self.store.task_cancel(scope, task_id, lock_wait).await?;
+        if done {
+            self.ended(scope, task_id, state);
+        }
+        Ok((done, state))
+    }
+
+    /// Cancels the task of a run that is pending or sleeping.
+    pub async fn cancel_run(
+        &self,
+        scope: &Scope,
+        run_id: Uuid,
+        lock_wait: Duration,
+    ) -> Result<(bool, State, TaskId), Error> {
+        let (done, state, task_id) = self.store.task_cancel_by_run(scope, run_id, lock_wait).await?;
+        if done {
+            self.ended(scope, task_id, state);
+        }
+        Ok((done, state, task_id))
+    }
+}

@@ -1,0 +1,16 @@
+//! The Absurd server: hands durable tasks that live in Postgres to workers over gRPC.
+//!
+//! Layers point down: `transport` -> `dispatch`, `commit` -> `store` -> `scope`, `domain`. Only `transport` knows wire
+//! types, only `store` knows SQL, and `app` is the one place that knows everybody.
+
+pub mod activity;
+pub mod commit;
+pub mod dispatch;
+pub mod domain;
+pub mod doorbell;
+pub mod engine;
+pub mod maintenance;
+pub mod scope;
+pub mod store;
+pub mod transport;
+pub mod wait;

@@ -1,0 +1,137 @@
+//! The tick and the sweeps: what every replica does by itself, jittered, bounded, without a leader.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::dispatch::random;
+use crate::domain::{Error, QueueName};
+use crate::doorbell;
+use crate::engine::Engine;
+use crate::scope::{Caller, Scope};
+use crate::store::Fault;
+use crate::store::batch::{RunRef, Write};
+use crate::store::tick::QueueTick;
+
+/// Between looks at the queues that have streams here, less or more by a third.
+const TICK: Duration = Duration::from_millis(1500);
+/// Between looks at all queues.
+const WIDE_TICK: Duration = Duration::from_secs(15);
+/// Expired leases handled in one sweep of a queue.
+const EXPIRED_MAX: i64 = 500;
+/// Tasks cancelled by policy in one sweep of a queue.
+const CANCELLED_MAX: usize = 200;
+/// Queues looked at in one wide statement.
+const QUEUES_MAX: i64 = 500;
+
+/// Ticks for ever.
+pub async fn tick(engine: &Arc<Engine>) {
+    let mut wide_at = Instant::now() + WIDE_TICK.mul_f64(random());
+    let mut cursors = std::collections::HashMap::new();
+    loop {
+        tokio::time::sleep(TICK.mul_f64(0.67 + 0.66 * random())).await;
+        let active = engine.dispatcher.active();
+        let names: Vec<&str> = active.iter().map(QueueName::as_str).collect();
+        let ticks = doorbell::look(&engine.hints, &engine.store, &engine.dispatcher, &names).await;
+        sweep(engine, &ticks, &mut cursors).await;
+        if Instant::now() >= wide_at {
+            wide_at = Instant::now() + WIDE_TICK.mul_f64(0.67 + 0.66 * random());
+            wide(engine, &mut cursors).await;
+        }
+    }
+}
+
+type Cursors = std::collections::HashMap<String, Uuid>;
+
+/// Looks at every queue of the database, so that leases also end where no stream is open.
+async fn wide(engine: &Arc<Engine>, cursors: &mut Cursors) {
+    if let Err(fault) = engine.store.release_forget().await {
+        tracing::debug!(?fault, "could not forget old release counts");
+    }
+    let mut after = String::new();
+    loop {
+        let rows = match engine.store.queue_list(None, &after, QUEUES_MAX).await {
+            Ok(rows) => rows,
+            Err(fault) => {
+                tracing::debug!(?fault, "could not list the queues");
+                return;
+            }
+        };
+        let names: Vec<String> = rows.iter().map(|row| row.get("queue_name")).collect();
+        let Some(last) = names.last() else { return };
+        after.clone_from(last);
+        let refs: Vec<&str> = names.iter().map(String::as_str).collect();
+        let ticks = doorbell::look(&engine.hints, &engine.store, &engine.dispatcher, &refs).await;
+        sweep(engine, &ticks, cursors).await;
+        hang_doorbells(engine, &refs).await;
+    }
+}
+
+/// Queues made by plain SQL get their doorbell here.
+async fn hang_doorbells(engine: &Engine, queues: &[&str]) {
+    if !engine.hints.doorbell() {
+        return;
+    }
+    for queue in queues {
+        let Ok(name) = QueueName::parse("queue", queue) else { continue };
+        if let Err(fault) = engine.store.queue_doorbell(&Caller::anonymous().scope(name)).await {
+            tracing::debug!(queue.name = queue, ?fault, "could not hang the doorbell; will try again");
+        }
+    }
+}
+
+async fn sweep(engine: &Arc<Engine>, ticks: &[QueueTick], cursors: &mut Cursors) {
+    for tick in ticks {
+        let Ok(name) = QueueName::parse("queue", &tick.queue) else { continue };
+        let scope = Caller::anonymous().scope(name);
+        if tick.expired {
+            if let Err(fault) = expire(engine, &scope).await {
+                tracing::warn!(queue.name = %scope.queue(), ?fault, "could not sweep expired leases");
+            }
+        }
+        if tick.cancellable {
+            if let Err(fault) = cancel(engine, &scope, cursors).await {
+                tracing::warn!(queue.name = %scope.queue(), ?fault, "could not sweep cancellation policies");
+            }
+        }
+    }
+}
+
+/// Fails runs whose lease has run out. Each is decided by itself; one that is locked is passed over.
+async fn expire(engine: &Arc<Engine>, scope: &Scope) -> Result<(), Fault> {
+    let runs = engine.store.run_list_expired(scope, EXPIRED_MAX, 0).await?;
+    // A locked row must not hold up the sweep: it is left to its holder after this long.
+    let deadline = Instant::now() + Duration::from_secs(2);
+    let writes = runs.into_iter().map(|run_id| {
+        engine.settle(scope, RunRef { run_id, digest: None }, Write::Expire, deadline)
+    });
+    let outcomes = futures_util::future::join_all(writes).await;
+    let swept = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
+    if swept > 0 {
+        tracing::info!(queue.name = %scope.queue(), runs = swept, "failed runs whose lease had run out");
+    }
+    Ok(())
+}
+
+/// Cancels tasks by their policies, walking on by a cursor from sweep to sweep.
+async fn cancel(engine: &Arc<Engine>, scope: &Scope, cursors: &mut Cursors) -> Result<(), Fault> {
+    let key = scope.queue().as_str().to_owned();
+    let after = cursors.get(&key).copied().unwrap_or(Uuid::nil());
+    let page = engine.store.task_list_cancellable(scope, after).await?;
+    let next = if page.len() < 1000 { None } else { page.last().map(|(task, _)| *task) };
+    let due: Vec<Uuid> = page.iter().filter(|(_, due)| *due).map(|(task, _)| *task).collect();
+    for task_id in due.iter().take(CANCELLED_MAX) {
+        match engine.cancel_task(scope, *task_id, Duration::from_millis(100)).await {
+            Ok(_) | Err(Error::TaskNotFound(_) | Error::DeadlineExceeded) => {}
+            Err(error) => tracing::warn!(task.id = %task_id, %error, "could not cancel a task by its policy"),
+        }
+    }
+    match next {
+        Some(next) if due.len() <= CANCELLED_MAX => cursors.insert(key, next),
+        Some(_) => None,
+        None => cursors.remove(&key),
+    };
+    Ok(())
+}

@@ -1,0 +1,246 @@
+//! The store: the only place that speaks SQL. Every call demands a [`Scope`] and runs named statements from `sql/queries`.
+
+pub mod batch;
+pub mod fault;
+pub mod listen;
+pub mod migrate;
+pub mod queue;
+pub mod run;
+pub mod statement;
+pub mod task;
+pub mod text;
+pub mod tick;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant as Monotonic};
+
+use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
+use postgres_types::ToSql;
+use tokio_postgres::{NoTls, Row};
+use uuid::Uuid;
+
+use crate::domain::{Error, Instant};
+use crate::scope::Scope;
+pub use fault::Fault;
+pub use statement::{Statement, Wait};
+
+/// Prepared statements kept per connection; beyond it the connection's cache starts anew.
+const STATEMENTS_MAX: usize = 256;
+/// Rendered texts kept per replica.
+const TEXTS_MAX: usize = 8192;
+
+/// How the store connects.
+#[derive(Debug, Clone)]
+pub struct StoreOptions {
+    /// Parsed URL; its password is never printed.
+    pub database: tokio_postgres::Config,
+    /// Connections at most.
+    pub connections_max: usize,
+    /// Longest wait for a free connection.
+    pub wait_max: Duration,
+}
+
+/// Access to one database.
+#[derive(Debug, Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    pool: Pool,
+    options: StoreOptions,
+    texts: Mutex<HashMap<(&'static str, Wait, String), Arc<str>>>,
+    /// A reading of the database's clock, and when it was taken.
+    clock: Mutex<Option<(Monotonic, i64)>>,
+}
+
+/// Settings of our sessions: the doorbell's trigger stays silent for them, and plans are made once per statement.
+pub(crate) fn session_config(database: &tokio_postgres::Config, name: &str) -> tokio_postgres::Config {
+    let mut config = database.clone();
+    let options = config.get_options().unwrap_or_default().to_owned();
+    config.options(format!(
+        "{options} -c absurd_server.writer=on -c jit=off -c plan_cache_mode=force_generic_plan \
+         -c statement_timeout=60s -c idle_in_transaction_session_timeout=60s -c TimeZone=UTC"
+    ));
+    config.application_name(name);
+    if config.get_connect_timeout().is_none() {
+        config.connect_timeout(Duration::from_secs(5));
+    }
+    config.keepalives_idle(Duration::from_secs(30));
+    config
+}
+
+impl Store {
+    /// A store whose connections are opened when they are first needed.
+    pub fn new(options: StoreOptions) -> Result<Self, Error> {
+        let config = session_config(&options.database, "absurd server");
+        let manager = Manager::from_config(
+            config,
+            NoTls,
+            ManagerConfig { recycling_method: RecyclingMethod::Fast },
+        );
+        let pool = Pool::builder(manager)
+            .max_size(options.connections_max)
+            .runtime(Runtime::Tokio1)
+            .wait_timeout(Some(options.wait_max))
+            .create_timeout(Some(Duration::from_secs(10)))
+            .build()
+            .map_err(|error| Error::Internal(error.to_string()))?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                pool,
+                options,
+                texts: Mutex::new(HashMap::new()),
+                clock: Mutex::new(None),
+            }),
+        })
+    }
+
+    /// How the store connects.
+    pub fn options(&self) -> &StoreOptions {
+        &self.inner.options
+    }
+
+    /// Closes all connections.
+    pub fn close(&self) {
+        self.inner.pool.close();
+    }
+
+    pub(crate) async fn client(&self) -> Result<Object, Fault> {
+        let client = self.inner.pool.get().await.map_err(Fault::from_pool)?;
+        if client.statement_cache.size() > STATEMENTS_MAX {
+            client.statement_cache.clear();
+        }
+        Ok(client)
+    }
+
+    fn text(&self, statement: &Statement, wait: Wait, scope: Option<&Scope>) -> Arc<str> {
+        let queue = scope.map_or("", |scope| scope.queue().as_str());
+        let key = (statement.name, wait, queue.to_owned());
+        let mut texts = self.inner.texts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(text) = texts.get(&key) {
+            return Arc::clone(text);
+        }
+        if texts.len() >= TEXTS_MAX {
+            texts.clear();
+        }
+        let text: Arc<str> = statement.render(queue, wait).into();
+        texts.insert(key, Arc::clone(&text));
+        text
+    }
+
+    /// Runs a statement on a connection of its own, in a transaction of its own.
+    pub(crate) async fn rows(
+        &self,
+        statement: &Statement,
+        wait: Wait,
+        scope: Option<&Scope>,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, Fault> {
+        let client = self.client().await?;
+        let text = self.text(statement, wait, scope);
+        match query(&client, &text, params).await {
+            Err(error) if fault::is_stale_plan(&error) => {
+                client.statement_cache.clear();
+                query(&client, &text, params).await.map_err(|error| Fault::from_postgres(&error))
+            }
+            Err(error) => Err(Fault::from_postgres(&error)),
+            Ok(rows) => Ok(rows),
+        }
+    }
+
+    /// Begins a transaction whose statements wait for locks at most this long.
+    pub(crate) async fn begin(&self, lock_wait: Duration) -> Result<Tx, Fault> {
+        let client = self.client().await?;
+        let ms = lock_wait.as_millis().clamp(1, 60_000);
+        client
+            .batch_execute(&format!("begin; set local lock_timeout = {ms}"))
+            .await
+            .map_err(|error| Fault::from_postgres(&error))?;
+        Ok(Tx { client: Some(client), store: self.clone() })
+    }
+
+    /// Remembers a reading of the database's clock.
+    pub(crate) fn note_clock(&self, micros: i64) {
+        let mut clock = self.inner.clock.lock().unwrap_or_else(PoisonError::into_inner);
+        *clock = Some((Monotonic::now(), micros));
+    }
+
+    /// The database's time, reckoned from the last reading.
+    pub fn now(&self) -> Option<Instant> {
+        let clock = self.inner.clock.lock().unwrap_or_else(PoisonError::into_inner);
+        clock.map(|(read_at, micros)| Instant::from_micros(micros).plus(read_at.elapsed()))
+    }
+
+    /// A new `UUIDv7` by the database's time.
+    pub fn mint_id(&self) -> Uuid {
+        let micros = self.now().map_or(0, Instant::micros).max(0).unsigned_abs();
+        let mut random = [0_u8; 10];
+        if getrandom::fill(&mut random).is_err() {
+            return Uuid::new_v4();
+        }
+        uuid::Builder::from_unix_timestamp_millis(micros / 1000, &random).into_uuid()
+    }
+}
+
+async fn query(
+    client: &Object,
+    text: &str,
+    params: &[&(dyn ToSql + Sync)],
+) -> Result<Vec<Row>, tokio_postgres::Error> {
+    let prepared = client.prepare_cached(text).await?;
+    client.query(&prepared, params).await
+}
+
+/// An open transaction. Dropped without [`Tx::commit`] it takes its connection out of the pool, which rolls it back.
+#[derive(Debug)]
+pub(crate) struct Tx {
+    client: Option<Object>,
+    store: Store,
+}
+
+impl Tx {
+    /// Runs a statement in the transaction.
+    pub(crate) async fn rows(
+        &self,
+        statement: &Statement,
+        wait: Wait,
+        scope: Option<&Scope>,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, Fault> {
+        let Some(client) = &self.client else { return Err(Fault::Gone("transaction ended".into())) };
+        let text = self.store.text(statement, wait, scope);
+        query(client, &text, params).await.map_err(|error| Fault::from_postgres(&error))
+    }
+
+    /// Commits; the connection goes back to the pool.
+    pub(crate) async fn commit(mut self) -> Result<(), Fault> {
+        if let Some(client) = self.client.take() {
+            if let Err(error) = client.batch_execute("commit").await {
+                let fault = Fault::from_postgres(&error);
+                drop(Object::take(client));
+                return Err(fault);
+            }
+        }
+        Ok(())
+    }
+
+    /// Rolls back; the connection goes back to the pool.
+    pub(crate) async fn rollback(mut self) {
+        if let Some(client) = self.client.take() {
+            if client.batch_execute("rollback").await.is_err() {
+                drop(Object::take(client));
+            }
+        }
+    }
+}
+
+impl Drop for Tx {
+    fn drop(&mut self) {
+        if let Some(client) = self.client.take() {
+            drop(Object::take(client));
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! The batched writes: each is one set-based statement over arrays, and answers item by item.
+
+use postgres_types::ToSql;
+use tokio_postgres::Row;
+use uuid::Uuid;
+
+use super::statement::{CHECKPOINT_PUT, RUN_COMPLETE, RUN_EXTEND, RUN_FAIL, RUN_RELEASE, Statement};
+use super::{Fault, Store, Tx, Wait};
+use crate::domain::claim::Failed;
+use crate::domain::{CheckpointName, Digest, Error, Instant, JsonText, RunId, Settled, State};
+use crate::scope::Scope;
+
+/// Names a run, and the claim if a token was shown.
+#[derive(Debug, Clone)]
+pub struct RunRef {
+    /// The run.
+    pub run_id: RunId,
+    /// Digest of the shown token.
+    pub digest: Option<Digest>,
+}
+
+/// One write about a run.
+#[derive(Debug, Clone)]
+pub enum Write {
+    /// Completes it.
+    Complete {
+        /// Result; None is SQL NULL.
+        result: Option<JsonText>,
+    },
+    /// Fails it.
+    Fail {
+        /// Why; None is SQL NULL.
+        reason: Option<JsonText>,
+        /// Instead of the strategy's time.
+        retry_at: Option<Instant>,
+    },
+    /// Fails it if its lease has run out.
+    Expire,
+    /// Extends its lease.
+    Extend {
+        /// By this much.
+        seconds: i32,
+    },
+    /// Gives it back.
+    Release {
+        /// Where it stood in the queue; None keeps the place it has.
+        available_at: Option<Instant>,
+        /// Offer it again after this long.
+        delay_ms: i32,
+        /// Whether the claim was the task's first.
+        first_claim: bool,
+    },
+    /// Stores a step's result.
+    Checkpoint {
+        /// Name.
+        name: CheckpointName,
+        /// Value.
+        state: Option<JsonText>,
+        /// Extends the lease; 0 leaves it.
+        seconds: i32,
+    },
+}
+
+/// Kinds of writes; one statement each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// `run_complete`
+    Complete,
+    /// `run_fail`
+    Fail,
+    /// `run_extend`
+    Extend,
+    /// `run_release`
+    Release,
+    /// `checkpoint_put`
+    Checkpoint,
+}
+
+impl Write {
+    /// Which statement carries it out.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Complete { .. } => Kind::Complete,
+            Self::Fail { .. } | Self::Expire => Kind::Fail,
+            Self::Extend { .. } => Kind::Extend,
+            Self::Release { .. } => Kind::Release,
+            Self::Checkpoint { .. } => Kind::Checkpoint,
+        }
+    }
+}
+
+/// The answer to one item: done, refused, or its row was locked.
+#[derive(Debug, Clone)]
+pub enum Answer {
+    /// Decided.
+    Settled(Result<Settled, Error>),
+    /// Somebody else holds the row.
+    Busy,
+}
+
+/// Where a statement runs: on its own, or inside a transaction.
+pub(crate) enum Via<'a> {
+    /// On its own.
+    Store(&'a Store),
+    /// Inside.
+    Tx(&'a Tx),
+}
+
+impl Via<'_> {
+    async fn rows(
+        &self,
+        statement: &Statement,
+        wait: Wait,
+        scope: &Scope,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, Fault> {
+        match self {
+            Self::Store(store) => store.rows(statement, wait, Some(scope), params).await,
+            Self::Tx(tx) => tx.rows(statement, wait, Some(scope), params).await,
+        }
+    }
+}
+
+/// Carries out writes of one kind about different runs; one answer per item, in order.
+pub(crate) async fn write(
+    store: &Store,
+    via: Via<'_>,
+    scope: &Scope,
+    wait: Wait,
+    items: &[(&RunRef, &Write)],
+) -> Result<Vec<Answer>, Fault> {
+    let Some(kind) = items.first().map(|(_, write)| write.kind()) else { return Ok(Vec::new()) };
+    let runs: Vec<Uuid> = items.iter().map(|(run, _)| run.run_id).collect();
+    let digests: Vec<Option<&str>> =
+        items.iter().map(|(run, _)| run.digest.as_ref().map(Digest::as_str)).collect();
+    let rows = match kind {
+        Kind::Complete => {
+            let results: Vec<Option<&JsonText>> = items.iter().map(|(_, write)| json(write)).collect();
+            via.rows(&RUN_COMPLETE, wait, scope, &[&runs, &digests, &results]).await?
+        }
+        Kind::Fail => fail(store, &via, scope, wait, items, &runs, &digests).await?,
+        Kind::Extend => {
+            let seconds: Vec<i32> = items.iter().map(|(_, write)| seconds(write)).collect();
+            via.rows(&RUN_EXTEND, wait, scope, &[&runs, &digests, &seconds]).await?
+        }
+        Kind::Release => release(&via, scope, wait, items, &runs, &digests).await?,
+        Kind::Checkpoint => {
+            let names: Vec<&str> = items
+                .iter()
+                .map(|(_, write)| match write {
+                    Write::Checkpoint { name, .. } => name.as_str(),
+                    _ => "",
+                })
+                .collect();
+            let states: Vec<Option<&JsonText>> = items.iter().map(|(_, write)| json(write)).collect();
+            let seconds: Vec<i32> = items.iter().map(|(_, write)| seconds(write)).collect();
+            via.rows(&CHECKPOINT_PUT, wait, scope, &[&runs, &digests, &names, &states, &seconds]).await?
+        }
+    };
+    Ok(items.iter().zip(&rows).map(|((run, _), row)| answer(kind, run, row)).collect())
+}
+
+async fn fail(
+    store: &Store,
+    via: &Via<'_>,
+    scope: &Scope,
+    wait: Wait,
+    items: &[(&RunRef, &Write)],
+    runs: &[Uuid],
+    digests: &[Option<&str>],
+) -> Result<Vec<Row>, Fault> {
+    let reasons: Vec<Option<&JsonText>> = items.iter().map(|(_, write)| json(write)).collect();
+    let retry_at: Vec<Option<Instant>> = items
+        .iter()
+        .map(|(_, write)| match write {
+            Write::Fail { retry_at, .. } => *retry_at,
+            _ => None,
+        })
+        .collect();
+    let next: Vec<Uuid> = items.iter().map(|_| store.mint_id()).collect();
+    let sweep: Vec<bool> = items.iter().map(|(_, write)| matches!(write, Write::Expire)).collect();
+    via.rows(&RUN_FAIL, wait, scope, &[&runs, &digests, &reasons, &retry_at, &next, &sweep]).await
+}
+
+async fn release(
+    via: &Via<'_>,
+    scope: &Scope,
+    wait: Wait,
+    items: &[(&RunRef, &Write)],
+    runs: &[Uuid],
+    digests: &[Option<&str>],
+) -> Result<Vec<Row>, Fault> {
+    let mut places = Vec::with_capacity(items.len());
+    let mut delays = Vec::with_capacity(items.len());
+    let mut firsts = Vec::with_capacity(items.len());
+    for (_, write) in items {
+        let Write::Release { available_at, delay_ms, first_claim } = write else { continue };
+        places.push(*available_at);
+        delays.push(*delay_ms);
+        firsts.push(*first_claim);
+    }
+    via.rows(&RUN_RELEASE, wait, scope, &[&runs, &digests, &places, &delays, &firsts]).await
+}
+
+fn json(write: &Write) -> Option<&JsonText> {
+    match write {
+        Write::Complete { result: json }
+        | Write::Fail { reason: json, .. }
+        | Write::Checkpoint { state: json, .. } => json.as_ref(),
+        Write::Expire | Write::Extend { .. } | Write::Release { .. } => None,
+    }
+}
+
+fn seconds(write: &Write) -> i32 {
+    match write {
+        Write::Extend { seconds } | Write::Checkpoint { seconds, .. } => *seconds,
+        _ => 0,
+    }
+}
+
+/// Reads one row of a settling statement; all of them name the same leading columns.
+fn answer(kind: Kind, run: &RunRef, row: &Row) -> Answer {
+    let run_id = run.run_id;
+    let found: bool = row.get("found");
+    if !found {
+        return Answer::Settled(Err(Error::RunNotFound(run_id)));
+    }
+    if row.get("skipped") {
+        return Answer::Busy;
+    }
+    let state: String = row.get("state");
+    let state = State::from_stored(&state).unwrap_or(State::Failed);
+    let owned: bool = row.get("owned");
+    let done: bool = row.get("done");
+    let same: bool = row.get::<_, Option<bool>>("same").unwrap_or(false);
+    let task_id: Uuid = row.get("task_id");
+    let shown = run.digest.is_some();
+    if done {
+        return Answer::Settled(Ok(settled(kind, task_id, false, row)));
+    }
+    if state == State::Running && owned && kind != Kind::Fail {
+        // Ours, but the task's row was locked.
+        return Answer::Busy;
+    }
+    let replayed = match kind {
+        Kind::Complete => state == State::Completed && owned && (shown || same),
+        Kind::Fail => state == State::Failed && owned && !row.get::<_, bool>("expired") && (shown || same),
+        Kind::Release => same,
+        Kind::Extend | Kind::Checkpoint => false,
+    };
+    if replayed {
+        return Answer::Settled(Ok(settled(kind, task_id, true, row)));
+    }
+    let wrong_state = || Error::RunNotRunning { run: run_id, state: state.as_str().to_owned() };
+    Answer::Settled(Err(match state {
+        State::Cancelled => Error::TaskCancelled(run_id),
+        State::Failed if owned => Error::ClaimExpired(run_id),
+        State::Completed if owned => wrong_state(),
+        _ if shown => Error::ClaimLost(run_id),
+        State::Running if kind == Kind::Fail => return Answer::Busy,
+        _ => wrong_state(),
+    }))
+}
+
+fn settled(kind: Kind, task_id: Uuid, replayed: bool, row: &Row) -> Settled {
+    let mut settled =
+        Settled { task_id, replayed, claim_expires_at: None, applied: false, failed: None };
+    match kind {
+        Kind::Extend => settled.claim_expires_at = row.get("claim_expires_at"),
+        Kind::Checkpoint => {
+            settled.claim_expires_at = row.get("claim_expires_at");
+            settled.applied = row.get("applied");
+        }
+        Kind::Fail => {
+            let state: Option<String> = row.get("task_state");
+            let next: Option<Uuid> = row.get("next_run_id");
+            let attempt: Option<i32> = row.get("next_attempt");
+            let at: Option<Instant> = row.get("next_available_at");
+            settled.failed = Some(Failed {
+                task_state: state.as_deref().and_then(State::from_stored).unwrap_or(State::Failed),
+                next: next.zip(attempt).zip(at).map(|((run, attempt), at)| (run, attempt, at)),
+                next_in_ms: row.get("next_in_ms"),
+            });
+        }
+        Kind::Complete | Kind::Release => {}
+    }
+    settled
+}

@@ -1,0 +1,129 @@
+//! What a statement can fail with. The only file that knows a SQLSTATE.
+
+use deadpool_postgres::PoolError;
+use tokio_postgres::error::SqlState;
+
+use crate::domain::Error;
+use crate::scope::Scope;
+
+/// A failed statement, by what can be done about it.
+#[derive(Debug, Clone)]
+pub enum Fault {
+    /// A table does not exist: the queue does not.
+    Missing,
+    /// Postgres refused a value.
+    Data(String),
+    /// A lock was not to be had in time.
+    Locked,
+    /// A serialization failure or a deadlock: run it again.
+    Conflict,
+    /// No connection, or it was lost before the statement was sent.
+    Gone(String),
+    /// The connection was lost while the statement ran: it may have been carried out.
+    Unknown(String),
+    /// No connection was free in time.
+    Busy,
+    /// The statement ran into its time limit.
+    Timeout,
+    /// A unique key exists.
+    Duplicate,
+    /// An error raised by a function of the contract.
+    Raised {
+        /// SQLSTATE.
+        code: String,
+        /// Text, for the log.
+        message: String,
+    },
+    /// Anything else; a bug.
+    Bug(String),
+}
+
+/// A cached plan whose result type changed, or a prepared statement that a pooler lost.
+pub(crate) fn is_stale_plan(error: &tokio_postgres::Error) -> bool {
+    error.code().is_some_and(|code| {
+        *code == SqlState::FEATURE_NOT_SUPPORTED || *code == SqlState::INVALID_SQL_STATEMENT_NAME
+    })
+}
+
+impl Fault {
+    pub(crate) fn from_pool(error: PoolError) -> Self {
+        match error {
+            PoolError::Timeout(deadpool_postgres::TimeoutType::Wait) => Self::Busy,
+            PoolError::Backend(error) => match Self::from_postgres(&error) {
+                Self::Bug(text) | Self::Unknown(text) => Self::Gone(text),
+                fault => fault,
+            },
+            other => Self::Gone(other.to_string()),
+        }
+    }
+
+    pub(crate) fn from_postgres(error: &tokio_postgres::Error) -> Self {
+        let Some(database) = error.as_db_error() else {
+            // A value that could not be encoded never left this process; everything else is the connection.
+            let text = describe(error);
+            return if error.is_closed() || text.contains("communicating") || text.contains("connect") {
+                Self::Unknown(text)
+            } else {
+                Self::Bug(text)
+            };
+        };
+        let text = format!("{} {}", database.code().code(), database.message());
+        match database.code().code() {
+            "42P01" | "3F000" => Self::Missing,
+            "22P02" | "22P05" | "22003" | "22021" | "22007" | "22008" | "22004" | "23502" | "23514" | "54000"
+            | "54001" | "2201W" => Self::Data(text),
+            "23505" => Self::Duplicate,
+            "55P03" => Self::Locked,
+            "40001" | "40P01" => Self::Conflict,
+            "57014" => Self::Timeout,
+            "25006" | "53300" | "53400" | "53100" | "53200" | "57P01" | "57P02" | "57P03" | "57P05" => {
+                Self::Gone(text)
+            }
+            code if code.starts_with("08") => Self::Unknown(text),
+            code @ ("P0001" | "AB001" | "AB002" | "AB003") => {
+                Self::Raised { code: code.into(), message: database.message().into() }
+            }
+            _ => Self::Bug(text),
+        }
+    }
+
+    /// Whether the same statement may succeed soon.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Conflict | Self::Gone(_) | Self::Unknown(_) | Self::Busy)
+    }
+
+    /// The domain's error.
+    pub fn into_error(self, scope: &Scope) -> Error {
+        match self {
+            Self::Missing => Error::QueueNotFound(scope.queue().as_str().to_owned()),
+            Self::Data(problem) => Error::Json { field: "request".into(), problem },
+            Self::Locked | Self::Timeout => Error::DeadlineExceeded,
+            Self::Conflict => Error::Unavailable("conflict with another transaction".into()),
+            Self::Gone(text) => Error::Unavailable(text),
+            Self::Unknown(_) => Error::OutcomeUnknown,
+            Self::Busy => Error::Unavailable("no connection was free in time".into()),
+            Self::Duplicate => Error::Unavailable("a key was taken at the same time".into()),
+            Self::Raised { code, message } => Error::Internal(format!("{code} {message}")),
+            Self::Bug(text) => Error::Internal(text),
+        }
+    }
+
+    /// The domain's error of a read, which a lost connection cannot leave in doubt.
+    pub fn into_read_error(self, scope: &Scope) -> Error {
+        match self {
+            Self::Unknown(text) => Error::Unavailable(text),
+            other => other.into_error(scope),
+        }
+    }
+}
+
+fn describe(error: &tokio_postgres::Error) -> String {
+    use std::error::Error as _;
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

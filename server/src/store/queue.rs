@@ -1,0 +1,76 @@
+//! Queues: create, drop, list, count.
+
+use tokio_postgres::Row;
+
+use super::statement::{QUEUE_CREATE, QUEUE_DOORBELL, QUEUE_DROP, QUEUE_GET, QUEUE_LIST, QUEUE_STATS};
+use super::{Fault, Store, Wait};
+use crate::domain::Error;
+use crate::scope::Scope;
+
+/// How far counts go.
+pub const COUNT_MAX: i64 = 100_000;
+
+impl Store {
+    /// Storage mode of a queue, and whether its tables exist. A queue works without a registry row.
+    pub async fn queue_get(&self, scope: &Scope) -> Result<(Option<String>, bool), Error> {
+        let rows = self
+            .rows(&QUEUE_GET, Wait::Skip, None, &[&scope.queue().as_str()])
+            .await
+            .map_err(|fault| fault.into_read_error(scope))?;
+        Ok(rows.first().map_or((None, false), |row| (row.get("storage_mode"), row.get("usable"))))
+    }
+
+    /// Creates a queue; says whether it is new.
+    pub async fn queue_create(&self, scope: &Scope, mode: &str) -> Result<bool, Error> {
+        let (before, usable) = self.queue_get(scope).await?;
+        if before.as_deref().is_some_and(|before| before != mode) {
+            return Err(Error::QueueExists(scope.queue().as_str().to_owned()));
+        }
+        let created = self.rows(&QUEUE_CREATE, Wait::Skip, None, &[&scope.queue().as_str(), &mode]).await;
+        match created {
+            Ok(_) => Ok(!(before.is_some() && usable)),
+            Err(Fault::Raised { code, .. }) if code == "P0001" => {
+                Err(Error::QueueExists(scope.queue().as_str().to_owned()))
+            }
+            // Two creators at once: the other one made it.
+            Err(Fault::Duplicate) => Ok(false),
+            Err(fault) => Err(fault.into_error(scope)),
+        }
+    }
+
+    /// Hangs the doorbell on a queue. May fail for want of a lock; it is tried again later.
+    pub async fn queue_doorbell(&self, scope: &Scope) -> Result<(), Fault> {
+        let tx = self.begin(std::time::Duration::from_millis(100)).await?;
+        match tx.rows(&QUEUE_DOORBELL, Wait::Skip, None, &[&scope.queue().as_str()]).await {
+            Ok(_) => tx.commit().await,
+            Err(fault) => {
+                tx.rollback().await;
+                Err(fault)
+            }
+        }
+    }
+
+    /// Drops a queue; says whether there was one.
+    pub async fn queue_drop(&self, scope: &Scope) -> Result<bool, Error> {
+        let (before, _) = self.queue_get(scope).await?;
+        self.rows(&QUEUE_DROP, Wait::Skip, None, &[&scope.queue().as_str()])
+            .await
+            .map_err(|fault| fault.into_error(scope))?;
+        Ok(before.is_some())
+    }
+
+    /// A page of queues after a name.
+    pub async fn queue_list(&self, scope: Option<&Scope>, after: &str, limit: i64) -> Result<Vec<Row>, Fault> {
+        self.rows(&QUEUE_LIST, Wait::Skip, scope, &[&after, &limit]).await
+    }
+
+    /// Counts of a queue.
+    pub async fn queue_stats(&self, scope: &Scope) -> Result<Row, Error> {
+        self.rows(&QUEUE_STATS, Wait::Skip, Some(scope), &[&COUNT_MAX])
+            .await
+            .map_err(|fault| fault.into_read_error(scope))?
+            .into_iter()
+            .next()
+            .ok_or_else(|| Error::Internal("queue_stats returned nothing".into()))
+    }
+}

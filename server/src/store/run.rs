@@ -1,0 +1,251 @@
+//! Runs: claiming, checking, cutting leases, reading.
+
+use tokio_postgres::Row;
+use uuid::Uuid;
+
+use super::statement::{
+    CHECKPOINT_LIST, RELEASE_COUNT, RELEASE_FORGET, RUN_CHECK, RUN_CLAIM, RUN_CLAIM_NAMED, RUN_CUT_LEASE, RUN_GET,
+    RUN_LIST_CLAIMED, RUN_LIST_EXPIRED,
+};
+use super::{Fault, Store, Wait};
+use crate::domain::claim::{Checkpoint, Secret};
+use crate::domain::{Claim, ClaimToken, Digest, Error, Instant, JsonText, RunId, State, WorkerId};
+use crate::scope::Scope;
+
+/// One unit of credit of one stream.
+#[derive(Debug, Clone)]
+pub struct Slot {
+    /// Who will hold the run.
+    pub worker_id: WorkerId,
+    /// Secret of the claim, should one be made.
+    pub secret: Secret,
+    /// Lease in seconds; 0 never ends.
+    pub lease_seconds: u32,
+}
+
+/// Where a filtered walk stands.
+#[derive(Debug, Clone, Copy)]
+pub struct Cursor {
+    available_at: Instant,
+    run_id: Uuid,
+}
+
+impl Cursor {
+    /// Before every run.
+    pub const HEAD: Self = Self { available_at: Instant::from_micros(0), run_id: Uuid::nil() };
+}
+
+/// What a claim statement took.
+#[derive(Debug)]
+pub struct Claimed {
+    /// Claims with the index of their slot.
+    pub claims: Vec<(usize, Claim)>,
+    /// Where the next filtered walk starts.
+    pub cursor: Cursor,
+    /// Whether that is not the head: there is more to look at.
+    pub more: bool,
+}
+
+/// What a check says about a claim.
+#[derive(Debug, Clone, Copy)]
+pub struct Check {
+    /// State of the run; None: no such run.
+    pub state: Option<State>,
+    /// Whether the claim still owns it.
+    pub owned: bool,
+    /// End of the lease.
+    pub claim_expires_at: Option<Instant>,
+    /// Whether its lease ran out.
+    pub expired: bool,
+}
+
+/// A run, as stored.
+#[derive(Debug)]
+pub struct RunRecord {
+    /// Columns in the order of the contract.
+    pub row: Row,
+}
+
+impl Store {
+    /// Claims at most one run per slot, oldest first.
+    pub async fn run_claim(
+        &self,
+        scope: &Scope,
+        slots: &[Slot],
+        names: &[String],
+        cursor: Cursor,
+    ) -> Result<Claimed, Fault> {
+        let workers: Vec<&str> = slots.iter().map(|slot| slot.worker_id.as_str()).collect();
+        let digests: Vec<String> = slots.iter().map(|slot| slot.secret.digest().as_str().to_owned()).collect();
+        let leases: Vec<i32> =
+            slots.iter().map(|slot| i32::try_from(slot.lease_seconds).unwrap_or(i32::MAX)).collect();
+        let quantity = i32::try_from(slots.len()).unwrap_or(i32::MAX);
+        let rows = if names.is_empty() {
+            self.rows(&RUN_CLAIM, Wait::Skip, Some(scope), &[&workers, &digests, &leases, &quantity]).await?
+        } else {
+            let params: [&(dyn postgres_types::ToSql + Sync); 7] =
+                [&workers, &digests, &leases, &quantity, &names, &cursor.available_at, &cursor.run_id];
+            self.rows(&RUN_CLAIM_NAMED, Wait::Skip, Some(scope), &params).await?
+        };
+        let mut next = Cursor::HEAD;
+        let mut more = false;
+        if let Some(row) = rows.first().filter(|_| !names.is_empty()) {
+            if let Some((available_at, run_id)) =
+                row.get::<_, Option<Instant>>("edge_at").zip(row.get::<_, Option<Uuid>>("edge_run_id"))
+            {
+                next = Cursor { available_at, run_id };
+                more = true;
+            }
+        }
+        let claims = rows.iter().filter_map(|row| claim(slots, row)).collect();
+        Ok(Claimed { claims, cursor: next, more })
+    }
+
+    /// Adds to resumed claims the checkpoints that their runs may see, up to a budget of bytes each.
+    pub async fn run_load_checkpoints(
+        &self,
+        scope: &Scope,
+        claims: &mut [(usize, Claim)],
+        budget: i64,
+    ) -> Result<(), Fault> {
+        let resumed: Vec<&Claim> = claims.iter().map(|(_, claim)| claim).filter(|claim| claim.resumed).collect();
+        if resumed.is_empty() {
+            return Ok(());
+        }
+        let tasks: Vec<Uuid> = resumed.iter().map(|claim| claim.task_id).collect();
+        let runs: Vec<Uuid> = resumed.iter().map(|claim| claim.run_id).collect();
+        let attempts: Vec<i32> = resumed.iter().map(|claim| claim.attempt).collect();
+        let rows =
+            self.rows(&CHECKPOINT_LIST, Wait::Skip, Some(scope), &[&tasks, &runs, &attempts, &budget]).await?;
+        for row in rows {
+            let run_id: Uuid = row.get("run_id");
+            let Some((_, claim)) = claims.iter_mut().find(|(_, claim)| claim.run_id == run_id) else { continue };
+            if row.get::<_, bool>("beyond") {
+                claim.checkpoints_complete = false;
+                continue;
+            }
+            claim.checkpoints.push(Checkpoint {
+                name: row.get("checkpoint_name"),
+                state: row.get("state"),
+                owner_run_id: row.get("owner_run_id"),
+                updated_at: row.get("updated_at"),
+            });
+        }
+        Ok(())
+    }
+
+    /// Finds what a claim took whose answer was lost.
+    pub async fn run_list_claimed(
+        &self,
+        scope: &Scope,
+        slots: &[Slot],
+        since: Instant,
+    ) -> Result<Vec<(RunId, Digest)>, Fault> {
+        let by: Vec<String> = slots
+            .iter()
+            .map(|slot| format!("{}#{}", slot.worker_id.as_str(), slot.secret.digest().as_str()))
+            .collect();
+        let rows = self.rows(&RUN_LIST_CLAIMED, Wait::Skip, Some(scope), &[&by, &since]).await?;
+        Ok(rows
+            .iter()
+            .filter_map(|row| {
+                let claimed_by: String = row.get("claimed_by");
+                let index = by.iter().position(|by| *by == claimed_by)?;
+                Some((row.get("run_id"), slots[index].secret.digest()))
+            })
+            .collect())
+    }
+
+    /// What claims are worth; one answer per claim, in order. Takes no locks.
+    pub async fn run_check(&self, scope: &Scope, claims: &[(RunId, Digest)]) -> Result<Vec<Check>, Fault> {
+        let runs: Vec<Uuid> = claims.iter().map(|(run, _)| *run).collect();
+        let digests: Vec<&str> = claims.iter().map(|(_, digest)| digest.as_str()).collect();
+        let rows = self.rows(&RUN_CHECK, Wait::Skip, Some(scope), &[&runs, &digests]).await?;
+        Ok(rows
+            .iter()
+            .map(|row| Check {
+                state: row.get::<_, Option<String>>("state").as_deref().and_then(State::from_stored),
+                owned: row.get("owned"),
+                claim_expires_at: row.get("claim_expires_at"),
+                expired: row.get("expired"),
+            })
+            .collect())
+    }
+
+    /// Cuts leases to a grace, where nobody has touched them since.
+    pub async fn run_cut_lease(
+        &self,
+        scope: &Scope,
+        claims: &[(RunId, Digest, Instant)],
+        grace_ms: i32,
+    ) -> Result<(), Fault> {
+        let runs: Vec<Uuid> = claims.iter().map(|(run, _, _)| *run).collect();
+        let digests: Vec<&str> = claims.iter().map(|(_, digest, _)| digest.as_str()).collect();
+        let seen: Vec<Instant> = claims.iter().map(|(_, _, seen)| *seen).collect();
+        let grace: Vec<i32> = claims.iter().map(|_| grace_ms).collect();
+        self.rows(&RUN_CUT_LEASE, Wait::Skip, Some(scope), &[&runs, &digests, &seen, &grace]).await?;
+        Ok(())
+    }
+
+    /// Runs whose lease has run out.
+    pub async fn run_list_expired(&self, scope: &Scope, limit: i64, offset: i64) -> Result<Vec<RunId>, Fault> {
+        let rows = self.rows(&RUN_LIST_EXPIRED, Wait::Skip, Some(scope), &[&limit, &offset]).await?;
+        Ok(rows.iter().map(|row| row.get("run_id")).collect())
+    }
+
+    /// Counts a release after delivery; returns the runs with their counts.
+    pub async fn release_count(&self, scope: &Scope, runs: &[RunId]) -> Result<Vec<(RunId, i32)>, Fault> {
+        let rows =
+            self.rows(&RELEASE_COUNT, Wait::Skip, None, &[&scope.queue().as_str(), &runs]).await?;
+        Ok(rows.iter().map(|row| (row.get("run_id"), row.get("releases"))).collect())
+    }
+
+    /// Forgets old release counts.
+    pub async fn release_forget(&self) -> Result<(), Fault> {
+        self.rows(&RELEASE_FORGET, Wait::Skip, None, &[]).await?;
+        Ok(())
+    }
+
+    /// Reads a run.
+    pub async fn run_get(&self, scope: &Scope, run_id: RunId) -> Result<RunRecord, Error> {
+        let rows = self
+            .rows(&RUN_GET, Wait::Skip, Some(scope), &[&run_id])
+            .await
+            .map_err(|fault| fault.into_read_error(scope))?;
+        rows.into_iter().next().map(|row| RunRecord { row }).ok_or(Error::RunNotFound(run_id))
+    }
+}
+
+fn claim(slots: &[Slot], row: &Row) -> Option<(usize, Claim)> {
+    let slot: i64 = row.get::<_, Option<i64>>("slot")?;
+    let index = usize::try_from(slot).ok()?.checked_sub(1)?;
+    let taken = slots.get(index)?;
+    let run_id: Uuid = row.get("run_id");
+    let attempt: i32 = row.get("attempt");
+    let first_claim: bool = row.get("first_claim");
+    let token =
+        ClaimToken::new(run_id, taken.secret, taken.lease_seconds, row.get("was_available_at"), first_claim);
+    let params: JsonText = row.get("params");
+    let resumed: bool = row.get("resumed");
+    Some((
+        index,
+        Claim {
+            token,
+            run_id,
+            task_id: row.get("task_id"),
+            attempt,
+            task_name: row.get("task_name"),
+            params,
+            retry_strategy: row.get("retry_strategy"),
+            max_attempts: row.get("max_attempts"),
+            headers: row.get("headers"),
+            wake_event: row.get("wake_event"),
+            event_payload: row.get("event_payload"),
+            claim_expires_at: row.get("claim_expires_at"),
+            resumed: resumed || attempt > 1,
+            checkpoints: Vec::new(),
+            checkpoints_complete: true,
+            params_omitted: false,
+        },
+    ))
+}

@@ -1,0 +1,127 @@
+//! Named statements. Each is a file; a template's `{t} {r} {c} {e} {w} {i}` become the tables of a queue.
+
+/// What to do about rows that somebody else has locked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Wait {
+    /// Leave them out.
+    Skip,
+    /// Wait, as long as `lock_timeout` allows.
+    Block,
+}
+
+/// A statement, before its queue is known.
+#[derive(Debug, Clone, Copy)]
+pub struct Statement {
+    /// Name of its file.
+    pub name: &'static str,
+    template: &'static str,
+}
+
+impl Statement {
+    /// The text for a queue.
+    pub fn render(&self, queue: &str, wait: Wait) -> String {
+        let mut text = format!("-- {}\n{}", self.name, self.template);
+        for kind in ["t", "r", "c", "e", "w", "i"] {
+            let mark = format!("{{{kind}}}");
+            if text.contains(&mark) {
+                text = text.replace(&mark, &table(kind, queue));
+            }
+        }
+        text.replace(
+            "{wait}",
+            match wait {
+                Wait::Skip => "skip locked",
+                Wait::Block => "",
+            },
+        )
+    }
+}
+
+/// A queue's table as a quoted identifier: the only place where a queue name becomes SQL.
+fn table(kind: &str, queue: &str) -> String {
+    format!("absurd.\"{kind}_{}\"", queue.replace('"', "\"\""))
+}
+
+macro_rules! statements {
+    ($($constant:ident = $name:literal;)*) => {
+        $(
+            #[doc = concat!("`sql/queries/", $name, ".sql`")]
+            pub const $constant: Statement = Statement {
+                name: $name,
+                template: include_str!(concat!("../../sql/queries/", $name, ".sql")),
+            };
+        )*
+        /// Every statement that this server sends.
+        pub const ALL: &[Statement] = &[$($constant),*];
+    };
+}
+
+statements! {
+    CHECKPOINT_LIST = "checkpoint_list";
+    CHECKPOINT_PUT = "checkpoint_put";
+    CREDIT_NOTIFY = "credit_notify";
+    DOORBELL_ARM = "doorbell_arm";
+    DOORBELL_DISARM = "doorbell_disarm";
+    DOORBELL_RING = "doorbell_ring";
+    KEY_RESERVE = "key_reserve";
+    QUEUE_CREATE = "queue_create";
+    QUEUE_DOORBELL = "queue_doorbell";
+    QUEUE_DROP = "queue_drop";
+    QUEUE_GET = "queue_get";
+    QUEUE_LIST = "queue_list";
+    QUEUE_STATS = "queue_stats";
+    RELEASE_COUNT = "release_count";
+    RELEASE_FORGET = "release_forget";
+    REPLICA_LEAVE = "replica_leave";
+    RUN_CHECK = "run_check";
+    RUN_CLAIM = "run_claim";
+    RUN_CLAIM_NAMED = "run_claim_named";
+    RUN_COMPLETE = "run_complete";
+    RUN_CUT_LEASE = "run_cut_lease";
+    RUN_EXTEND = "run_extend";
+    RUN_FAIL = "run_fail";
+    RUN_GET = "run_get";
+    RUN_LIST_CLAIMED = "run_list_claimed";
+    RUN_LIST_EXPIRED = "run_list_expired";
+    RUN_LOCK = "run_lock";
+    RUN_RELEASE = "run_release";
+    TASK_CANCEL = "task_cancel";
+    TASK_CANCELLED = "task_cancelled";
+    TASK_ENDED = "task_ended";
+    TASK_FIND = "task_find";
+    TASK_FIND_KEYED = "task_find_keyed";
+    TASK_GET = "task_get";
+    TASK_LIST = "task_list";
+    TASK_LIST_CANCELLABLE = "task_list_cancellable";
+    TASK_LIST_EDGE = "task_list_edge";
+    TASK_RESPAWN = "task_respawn";
+    TASK_RESULT = "task_result";
+    TASK_RETRY = "task_retry";
+    TASK_SPAWN = "task_spawn";
+    TICK = "tick";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_file_is_a_statement() {
+        let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/sql/queries");
+        let mut files: Vec<String> = std::fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap().replace(".sql", ""))
+            .collect();
+        files.sort();
+        let mut names: Vec<&str> = ALL.iter().map(|statement| statement.name).collect();
+        names.sort_unstable();
+        assert_eq!(files, names);
+    }
+
+    #[test]
+    fn a_queue_name_is_quoted() {
+        let text = RUN_LOCK.render("it's \"odd\"", Wait::Block);
+        assert!(text.contains("absurd.\"r_it's \"\"odd\"\"\""), "{text}");
+        assert!(!text.contains('{'), "{text}");
+    }
+}

@@ -1,0 +1,445 @@
+//! Tasks: spawn, read, list, cancel, retry.
+
+use std::time::Duration;
+
+use tokio_postgres::Row;
+use uuid::Uuid;
+
+use super::statement::{
+    KEY_RESERVE, QUEUE_GET, RUN_LOCK, TASK_CANCEL, TASK_CANCELLED, TASK_ENDED, TASK_FIND, TASK_FIND_KEYED, TASK_GET,
+    TASK_LIST, TASK_LIST_CANCELLABLE, TASK_LIST_EDGE, TASK_RESPAWN, TASK_RESULT, TASK_RETRY, TASK_SPAWN,
+};
+use super::{Fault, Store, Tx, Wait};
+use crate::domain::{Error, JsonText, QueueName, RunId, State, TaskId, TaskName};
+use crate::scope::Scope;
+
+/// A task to be spawned, valid.
+#[derive(Debug, Clone)]
+pub struct NewTask {
+    /// Id, chosen by the caller or minted.
+    pub task_id: TaskId,
+    /// Id of the first run.
+    pub run_id: RunId,
+    /// Handler.
+    pub name: TaskName,
+    /// Input; None is stored as JSON null.
+    pub params: Option<JsonText>,
+    /// Headers.
+    pub headers: Option<JsonText>,
+    /// Stored form.
+    pub retry_strategy: Option<JsonText>,
+    /// None: unlimited.
+    pub max_attempts: Option<i32>,
+    /// Stored form.
+    pub cancellation: Option<JsonText>,
+    /// Business key.
+    pub idempotency_key: Option<String>,
+}
+
+/// Ids of a spawned task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Spawned {
+    /// The task.
+    pub task_id: TaskId,
+    /// Its newest run.
+    pub run_id: RunId,
+    /// Attempt of that run.
+    pub attempt: i32,
+    /// False: the key's owner existed before.
+    pub created: bool,
+    /// Whether this very call made it; then the queue has new work.
+    pub fresh: bool,
+}
+
+/// State and result of a task.
+#[derive(Debug, Clone)]
+pub struct TaskEnd {
+    /// The task.
+    pub task_id: TaskId,
+    /// None: there is no such task.
+    pub state: Option<State>,
+    /// When completed.
+    pub result: Option<JsonText>,
+    /// When failed.
+    pub failure_reason: Option<JsonText>,
+}
+
+impl Store {
+    /// Spawns tasks, all or none. With keys it waits for other spawns of the same key at most `lock_wait`.
+    pub async fn task_spawn(
+        &self,
+        scope: &Scope,
+        tasks: &[NewTask],
+        lock_wait: Duration,
+    ) -> Result<Vec<Result<Spawned, Error>>, Fault> {
+        if tasks.iter().all(|task| task.idempotency_key.is_none()) {
+            let params = Columns::of(tasks.iter());
+            let made = self.rows(&TASK_SPAWN, Wait::Skip, Some(scope), &params.as_sql()).await?;
+            if made.len() == tasks.len() {
+                return Ok(tasks.iter().map(|task| Ok(fresh(task))).collect());
+            }
+            let old = self.task_find(scope, None, tasks, false).await?;
+            return Ok(answers(tasks, &made, &old));
+        }
+        let tx = self.begin(lock_wait).await?;
+        let answered = self.task_spawn_keyed(scope, &tx, tasks).await;
+        match answered {
+            Ok(answered) => {
+                tx.commit().await?;
+                Ok(answered)
+            }
+            Err(fault) => {
+                tx.rollback().await;
+                Err(fault)
+            }
+        }
+    }
+
+    /// As `task_spawn` inside a transaction; a conflict on an id fails all (for `SpawnTasks`).
+    async fn task_spawn_keyed(
+        &self,
+        scope: &Scope,
+        tx: &Tx,
+        tasks: &[NewTask],
+    ) -> Result<Vec<Result<Spawned, Error>>, Fault> {
+        let queue = tx.rows(&QUEUE_GET, Wait::Skip, None, &[&scope.queue().as_str()]).await?;
+        let parted = queue.first().is_some_and(|row| row.get("keyed"));
+        let mut wanted: Vec<&NewTask> = tasks.iter().collect();
+        if parted {
+            let keyed: Vec<&NewTask> = tasks.iter().filter(|task| task.idempotency_key.is_some()).collect();
+            let keys: Vec<&str> = keyed.iter().filter_map(|task| task.idempotency_key.as_deref()).collect();
+            let ids: Vec<Uuid> = keyed.iter().map(|task| task.task_id).collect();
+            let reserved: Vec<String> = tx
+                .rows(&KEY_RESERVE, Wait::Skip, Some(scope), &[&keys, &ids])
+                .await?
+                .iter()
+                .map(|row| row.get("idempotency_key"))
+                .collect();
+            // Of several items with one key only the first may be inserted.
+            let mut open: std::collections::HashSet<String> = reserved.into_iter().collect();
+            wanted.retain(|task| task.idempotency_key.as_ref().is_none_or(|key| open.remove(key)));
+        }
+        let params = Columns::of(wanted.into_iter());
+        let made = tx.rows(&TASK_SPAWN, Wait::Skip, Some(scope), &params.as_sql()).await?;
+        if made.len() == tasks.len() {
+            return Ok(tasks.iter().map(|task| Ok(fresh(task))).collect());
+        }
+        let old = self.task_find(scope, Some(tx), tasks, parted).await?;
+        if old.iter().any(|row| row.get::<_, Option<Uuid>>("task_id").is_none()) {
+            // The owner of a key was removed in between.
+            return Err(Fault::Conflict);
+        }
+        Ok(answers(tasks, &made, &old))
+    }
+
+    async fn task_find(
+        &self,
+        scope: &Scope,
+        tx: Option<&Tx>,
+        tasks: &[NewTask],
+        parted: bool,
+    ) -> Result<Vec<Row>, Fault> {
+        let ids: Vec<Uuid> = tasks.iter().map(|task| task.task_id).collect();
+        let keys: Vec<Option<&str>> = tasks.iter().map(|task| task.idempotency_key.as_deref()).collect();
+        let names: Vec<&str> = tasks.iter().map(|task| task.name.as_str()).collect();
+        let params: Vec<Option<&JsonText>> = tasks.iter().map(|task| task.params.as_ref()).collect();
+        let statement = if parted { &TASK_FIND_KEYED } else { &TASK_FIND };
+        match tx {
+            Some(tx) => tx.rows(statement, Wait::Skip, Some(scope), &[&ids, &keys, &names, &params]).await,
+            None => self.rows(statement, Wait::Skip, Some(scope), &[&ids, &keys, &names, &params]).await,
+        }
+    }
+
+    /// Reads a task, with all or a part of its params.
+    pub async fn task_get(
+        &self,
+        scope: &Scope,
+        task_id: TaskId,
+        range: Option<(i32, i32)>,
+    ) -> Result<Row, Error> {
+        let (offset, limit) = range.unzip();
+        self.rows(&TASK_GET, Wait::Skip, Some(scope), &[&task_id, &offset, &limit])
+            .await
+            .map_err(|fault| fault.into_read_error(scope))?
+            .into_iter()
+            .next()
+            .ok_or(Error::TaskNotFound(task_id))
+    }
+
+    /// Reads state and result of a task.
+    pub async fn task_result(&self, scope: &Scope, task_id: TaskId) -> Result<TaskEnd, Error> {
+        self.rows(&TASK_RESULT, Wait::Skip, Some(scope), &[&task_id])
+            .await
+            .map_err(|fault| fault.into_read_error(scope))?
+            .first()
+            .map(end)
+            .ok_or(Error::TaskNotFound(task_id))
+    }
+
+    /// Which of the awaited tasks have ended, over all queues.
+    pub async fn task_ended(&self, waits: &[(QueueName, TaskId)]) -> Result<Vec<(String, TaskEnd)>, Fault> {
+        let queues: Vec<&str> = waits.iter().map(|(queue, _)| queue.as_str()).collect();
+        let ids: Vec<Uuid> = waits.iter().map(|(_, id)| *id).collect();
+        let rows = self.rows(&TASK_ENDED, Wait::Skip, None, &[&queues, &ids]).await?;
+        Ok(rows.iter().map(|row| (row.get("queue_name"), end(row))).collect())
+    }
+
+    /// A page of tasks before `before`, newest first; and the cursor of the next page.
+    pub async fn task_list(
+        &self,
+        scope: &Scope,
+        before: TaskId,
+        state: Option<State>,
+        name: Option<&str>,
+        limit: i64,
+    ) -> Result<(Vec<Row>, Option<TaskId>), Error> {
+        let fail = |fault: Fault| fault.into_read_error(scope);
+        let state = state.map(State::as_str);
+        let rows = self
+            .rows(&TASK_LIST, Wait::Skip, Some(scope), &[&before, &state, &name, &limit])
+            .await
+            .map_err(fail)?;
+        if i64::try_from(rows.len()).is_ok_and(|count| count == limit) {
+            let next = rows.last().map(|row| row.get("task_id"));
+            return Ok((rows, next));
+        }
+        if state.is_none() && name.is_none() {
+            return Ok((rows, None));
+        }
+        let edge = self.rows(&TASK_LIST_EDGE, Wait::Skip, Some(scope), &[&before]).await.map_err(fail)?;
+        let next = edge.first().filter(|row| row.get::<_, i64>("seen") == 10_000).and_then(|row| {
+            row.get::<_, Option<String>>("edge").and_then(|edge| Uuid::try_parse(&edge).ok())
+        });
+        Ok((rows, next))
+    }
+
+    /// Cancels a task; says whether this call did it, and the state now.
+    pub async fn task_cancel(
+        &self,
+        scope: &Scope,
+        task_id: TaskId,
+        lock_wait: Duration,
+    ) -> Result<(bool, State), Error> {
+        let tx = self.begin(lock_wait).await.map_err(|fault| fault.into_error(scope))?;
+        match self.task_cancel_in(scope, &tx, task_id).await {
+            Ok(done) => {
+                tx.commit().await.map_err(|fault| fault.into_error(scope))?;
+                Ok(done)
+            }
+            Err(error) => {
+                tx.rollback().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Cancels the task of a run, only while the run is pending or sleeping.
+    pub async fn task_cancel_by_run(
+        &self,
+        scope: &Scope,
+        run_id: RunId,
+        lock_wait: Duration,
+    ) -> Result<(bool, State, TaskId), Error> {
+        let tx = self.begin(lock_wait).await.map_err(|fault| fault.into_error(scope))?;
+        let locked = tx.rows(&RUN_LOCK, Wait::Block, Some(scope), &[&run_id]).await;
+        let outcome = match locked.map_err(|fault| fault.into_error(scope)) {
+            Err(error) => Err(error),
+            Ok(rows) => match rows.first() {
+                None => Err(Error::RunNotFound(run_id)),
+                Some(row) => {
+                    let task_id: Uuid = row.get("task_id");
+                    let state = State::from_stored(row.get("state")).unwrap_or(State::Failed);
+                    if matches!(state, State::Pending | State::Sleeping) {
+                        self.task_cancel_in(scope, &tx, task_id).await.map(|(done, state)| (done, state, task_id))
+                    } else {
+                        Ok((false, state, task_id))
+                    }
+                }
+            },
+        };
+        match outcome {
+            Ok(done) => {
+                tx.commit().await.map_err(|fault| fault.into_error(scope))?;
+                Ok(done)
+            }
+            Err(error) => {
+                tx.rollback().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn task_cancel_in(&self, scope: &Scope, tx: &Tx, task_id: TaskId) -> Result<(bool, State), Error> {
+        let cancelled =
+            tx.rows(&TASK_CANCEL, Wait::Block, None, &[&scope.queue().as_str(), &task_id]).await;
+        match cancelled {
+            // The function raises plain exceptions; the only one with these arguments is "not found".
+            Err(Fault::Raised { code, .. }) if code == "P0001" => return Err(Error::TaskNotFound(task_id)),
+            Err(fault) => return Err(fault.into_error(scope)),
+            Ok(_) => {}
+        }
+        let rows = tx
+            .rows(&TASK_CANCELLED, Wait::Block, Some(scope), &[&task_id])
+            .await
+            .map_err(|fault| fault.into_error(scope))?;
+        let row = rows.first().ok_or(Error::TaskNotFound(task_id))?;
+        Ok((row.get("mine"), State::from_stored(row.get("state")).unwrap_or(State::Cancelled)))
+    }
+
+    /// Gives a failed task another attempt, with a run id chosen before.
+    pub async fn task_retry(
+        &self,
+        scope: &Scope,
+        task_id: TaskId,
+        run_id: RunId,
+        max_attempts: Option<i32>,
+    ) -> Result<Spawned, Error> {
+        let rows = self
+            .rows(&TASK_RETRY, Wait::Block, Some(scope), &[&task_id, &run_id, &max_attempts])
+            .await
+            .map_err(|fault| fault.into_error(scope))?;
+        let row = rows.first().ok_or(Error::TaskNotFound(task_id))?;
+        let spawned = |attempt, fresh| Spawned { task_id, run_id, attempt, created: false, fresh };
+        if let Some(attempt) = row.get::<_, Option<i32>>("made") {
+            return Ok(spawned(attempt, true));
+        }
+        if let Some(attempt) = row.get::<_, Option<i32>>("before") {
+            return Ok(spawned(attempt, false));
+        }
+        let state: String = row.get("state");
+        if state != "failed" {
+            return Err(Error::TaskNotFailed { task: task_id, state });
+        }
+        Err(Error::MaxAttemptsTooLow { allowed: row.get("allowed"), made: row.get("attempts") })
+    }
+
+    /// Spawns a copy of a failed task, with ids chosen before.
+    pub async fn task_respawn(
+        &self,
+        scope: &Scope,
+        task_id: TaskId,
+        new_task_id: TaskId,
+        run_id: RunId,
+        max_attempts: Option<i32>,
+    ) -> Result<Spawned, Error> {
+        let rows = self
+            .rows(&TASK_RESPAWN, Wait::Block, Some(scope), &[&task_id, &new_task_id, &run_id, &max_attempts])
+            .await
+            .map_err(|fault| fault.into_error(scope))?;
+        let row = rows.first().ok_or(Error::TaskNotFound(task_id))?;
+        let made: Option<Uuid> = row.get("made");
+        let before: Option<Uuid> = row.get("before");
+        if let Some(run_id) = made.or(before) {
+            let fresh = made.is_some();
+            return Ok(Spawned { task_id: new_task_id, run_id, attempt: 1, created: true, fresh });
+        }
+        let state: String = row.get("state");
+        if state == "failed" {
+            return Err(Error::TaskIdConflict(new_task_id));
+        }
+        Err(Error::TaskNotFailed { task: task_id, state })
+    }
+
+    /// A page of tasks with a cancellation policy, after a cursor; and which are due.
+    pub async fn task_list_cancellable(&self, scope: &Scope, after: TaskId) -> Result<Vec<(TaskId, bool)>, Fault> {
+        let rows = self.rows(&TASK_LIST_CANCELLABLE, Wait::Skip, Some(scope), &[&after]).await?;
+        Ok(rows.iter().map(|row| (row.get("task_id"), row.get("due"))).collect())
+    }
+}
+
+fn end(row: &Row) -> TaskEnd {
+    TaskEnd {
+        task_id: row.get("task_id"),
+        state: State::from_stored(row.get("state")),
+        result: row.get("result"),
+        failure_reason: row.get("failure_reason"),
+    }
+}
+
+fn fresh(task: &NewTask) -> Spawned {
+    Spawned { task_id: task.task_id, run_id: task.run_id, attempt: 1, created: true, fresh: true }
+}
+
+/// Joins what was made with what was found in the way.
+fn answers(tasks: &[NewTask], made: &[Row], old: &[Row]) -> Vec<Result<Spawned, Error>> {
+    let mut made: std::collections::HashSet<Uuid> = made.iter().map(|row| row.get("run_id")).collect();
+    tasks
+        .iter()
+        .zip(old)
+        .map(|(task, row)| {
+            if made.remove(&task.run_id) {
+                return Ok(fresh(task));
+            }
+            let Some(task_id) = row.get::<_, Option<Uuid>>("task_id") else {
+                return Err(Error::Unavailable("the task was removed at the same time".into()));
+            };
+            let first: Option<Uuid> = row.get("first_run_id");
+            if row.get::<_, bool>("same_id") {
+                // The same request again: the same answer as the first time.
+                return match first {
+                    Some(run_id) if row.get::<_, bool>("same_task") => {
+                        Ok(Spawned { task_id, run_id, attempt: 1, created: true, fresh: false })
+                    }
+                    _ => Err(Error::TaskIdConflict(task_id)),
+                };
+            }
+            let run_id = row.get::<_, Option<Uuid>>("last_attempt_run").or(first).unwrap_or_default();
+            Ok(Spawned { task_id, run_id, attempt: row.get("attempts"), created: false, fresh: false })
+        })
+        .collect()
+}
+
+/// The parameters of `task_spawn`, column by column.
+struct Columns<'a> {
+    task_ids: Vec<Uuid>,
+    run_ids: Vec<Uuid>,
+    names: Vec<&'a str>,
+    params: Vec<Option<&'a JsonText>>,
+    headers: Vec<Option<&'a JsonText>>,
+    strategies: Vec<Option<&'a JsonText>>,
+    max_attempts: Vec<Option<i32>>,
+    cancellations: Vec<Option<&'a JsonText>>,
+    keys: Vec<Option<&'a str>>,
+}
+
+impl<'a> Columns<'a> {
+    fn of(tasks: impl Iterator<Item = &'a NewTask>) -> Self {
+        let mut columns = Self {
+            task_ids: Vec::new(),
+            run_ids: Vec::new(),
+            names: Vec::new(),
+            params: Vec::new(),
+            headers: Vec::new(),
+            strategies: Vec::new(),
+            max_attempts: Vec::new(),
+            cancellations: Vec::new(),
+            keys: Vec::new(),
+        };
+        for task in tasks {
+            columns.task_ids.push(task.task_id);
+            columns.run_ids.push(task.run_id);
+            columns.names.push(task.name.as_str());
+            columns.params.push(task.params.as_ref());
+            columns.headers.push(task.headers.as_ref());
+            columns.strategies.push(task.retry_strategy.as_ref());
+            columns.max_attempts.push(task.max_attempts);
+            columns.cancellations.push(task.cancellation.as_ref());
+            columns.keys.push(task.idempotency_key.as_deref());
+        }
+        columns
+    }
+
+    fn as_sql(&self) -> [&(dyn postgres_types::ToSql + Sync); 9] {
+        [
+            &self.task_ids,
+            &self.run_ids,
+            &self.names,
+            &self.params,
+            &self.headers,
+            &self.strategies,
+            &self.max_attempts,
+            &self.cancellations,
+            &self.keys,
+        ]
+    }
+}

@@ -1,0 +1,8 @@
+//! The gRPC side: parse at the edge, call the engine, render. The only layer that knows wire types.
+
+pub mod claim_stream;
+pub mod convert;
+pub mod service;
+pub mod status;
+
+pub use service::{Limits, Service};

@@ -1,0 +1,478 @@
+//! Wire messages to valid values and back. Past this file nothing is checked again.
+
+use std::time::Duration;
+
+use absurd_proto::v1 as pb;
+use prost_types::{Duration as PbDuration, Timestamp};
+use tokio_postgres::Row;
+use uuid::Uuid;
+
+use crate::domain::claim::Checkpoint;
+use crate::domain::id::{parse_idempotency_key, parse_uuid};
+use crate::domain::policy::{CancellationPolicy, RetryStrategy};
+use crate::domain::{
+    CheckpointName, Claim, ClaimToken, Error, Instant, JsonText, QueueName, RunId, Settled, State, TaskName, Verdict,
+};
+use crate::scope::{Caller, Scope};
+use crate::store::Store;
+use crate::store::batch::{RunRef, Write};
+use crate::store::task::{NewTask, Spawned, TaskEnd};
+use crate::transport::service::Limits;
+use crate::transport::status;
+
+/// Longest lease and extension.
+pub const LEASE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// Longest delay of a release.
+const DELAY_MAX: Duration = Duration::from_secs(60 * 60);
+/// How far a chosen id's time may be from the database's.
+const ID_SKEW_MAX: i64 = 24 * 60 * 60 * 1_000_000;
+
+/// The scope of a request.
+pub fn scope(queue: &str) -> Result<Scope, Error> {
+    Ok(Caller::anonymous().scope(QueueName::parse("queue", queue)?))
+}
+
+/// A duration that is not negative and not above `max`.
+pub fn duration(field: &str, value: PbDuration, max: Duration) -> Result<Duration, Error> {
+    let wrong = |problem: String| Error::invalid(field, problem);
+    if value.seconds < 0 || value.nanos < 0 {
+        return Err(wrong("must not be negative".into()));
+    }
+    if value.nanos > 999_999_999 {
+        return Err(wrong("nanos must be below 1,000,000,000".into()));
+    }
+    let duration = Duration::new(value.seconds.unsigned_abs(), value.nanos.unsigned_abs());
+    if duration > max {
+        return Err(wrong(format!("must be at most {}", humantime::format_duration(max))));
+    }
+    Ok(duration)
+}
+
+/// A duration within bounds, or nothing.
+pub fn duration_between(
+    field: &str,
+    value: Option<PbDuration>,
+    min: Duration,
+    max: Duration,
+) -> Result<Option<Duration>, Error> {
+    let Some(value) = value else { return Ok(None) };
+    let duration = duration(field, value, max)?;
+    if duration < min {
+        return Err(Error::invalid(field, format!("must be at least {}", humantime::format_duration(min))));
+    }
+    Ok(Some(duration))
+}
+
+/// Whole seconds, more than none, at most a day.
+fn extension(field: &str, value: Option<PbDuration>) -> Result<i32, Error> {
+    let Some(value) = value else { return Err(Error::invalid(field, "must be set")) };
+    let duration = duration(field, value, LEASE_MAX)?;
+    if duration.subsec_nanos() != 0 {
+        return Err(Error::invalid(field, "must be whole seconds"));
+    }
+    if duration.is_zero() {
+        return Err(Error::invalid(field, "must be > 0"));
+    }
+    Ok(i32::try_from(duration.as_secs()).unwrap_or(i32::MAX))
+}
+
+/// A lease in whole seconds; 0 only where it is allowed.
+pub fn lease(field: &str, value: Option<PbDuration>, zero: bool) -> Result<u32, Error> {
+    let Some(value) = value else { return Ok(30) };
+    let duration = duration(field, value, LEASE_MAX)?;
+    if duration.subsec_nanos() != 0 {
+        return Err(Error::invalid(field, "must be whole seconds"));
+    }
+    if duration.is_zero() && !zero {
+        return Err(Error::invalid(field, "must be at least 1 s; a lease that never ends is only for ClaimTask"));
+    }
+    Ok(u32::try_from(duration.as_secs()).unwrap_or(u32::MAX))
+}
+
+fn instant(field: &str, value: &Timestamp) -> Result<Instant, Error> {
+    // Years 1 to 9999, as the wire format promises.
+    if !(-62_135_596_800..=253_402_300_799).contains(&value.seconds) || !(0..1_000_000_000).contains(&value.nanos) {
+        return Err(Error::invalid(field, "must be a time between the years 1 and 9999"));
+    }
+    Ok(Instant::from_micros(value.seconds * 1_000_000 + i64::from(value.nanos / 1000)))
+}
+
+/// Checked JSON.
+pub fn json(field: &str, value: Option<pb::Json>, limit: usize) -> Result<Option<JsonText>, Error> {
+    value.map(|json| JsonText::parse(field, json.text, limit)).transpose()
+}
+
+/// Names a run by token or id.
+pub fn run_ref(run_id: &str, token: Option<&str>, limits: &Limits) -> Result<(RunRef, Option<ClaimToken>), Error> {
+    let Some(token) = token.filter(|token| !token.is_empty()) else {
+        if limits.require_claim_token {
+            return Err(Error::TokenRequired);
+        }
+        return Ok((RunRef { run_id: parse_uuid("run_id", run_id)?, digest: None }, None));
+    };
+    let token = ClaimToken::parse(token)?;
+    if !run_id.is_empty() && parse_uuid("run_id", run_id)? != token.run_id {
+        return Err(Error::invalid("run_id", "is not the run of claim_token"));
+    }
+    Ok((RunRef { run_id: token.run_id, digest: Some(token.digest()) }, Some(token)))
+}
+
+/// Completes.
+pub fn complete(result: Option<pb::Json>, limits: &Limits) -> Result<Write, Error> {
+    Ok(Write::Complete { result: json("result", result, limits.payload_bytes_max)? })
+}
+
+/// Fails. The reason is cleaned, never refused.
+pub fn fail(reason: Option<pb::Json>, retry_at: Option<&Timestamp>) -> Result<Write, Error> {
+    Ok(Write::Fail {
+        reason: reason.map(|json| JsonText::reason(&json.text)),
+        retry_at: retry_at.map(|at| instant("retry_at", at)).transpose()?,
+    })
+}
+
+/// Extends.
+pub fn extend(extend_by: Option<PbDuration>) -> Result<Write, Error> {
+    Ok(Write::Extend { seconds: extension("extend_by", extend_by)? })
+}
+
+/// Releases.
+pub fn release(delay: Option<PbDuration>, token: Option<&ClaimToken>) -> Result<Write, Error> {
+    let delay = delay.map(|delay| duration("delay", delay, DELAY_MAX)).transpose()?.unwrap_or_default();
+    Ok(Write::Release {
+        available_at: token.map(|token| token.was_available_at),
+        delay_ms: i32::try_from(delay.as_millis()).unwrap_or(i32::MAX),
+        first_claim: token.is_some_and(|token| token.first_claim),
+    })
+}
+
+fn checkpoint(action: pb::CheckpointAction, limits: &Limits) -> Result<Write, Error> {
+    Ok(Write::Checkpoint {
+        name: CheckpointName::parse("checkpoint_name", &action.checkpoint_name)?,
+        state: json("state", action.state, limits.payload_bytes_max)?,
+        seconds: match action.extend_by {
+            Some(by) => extension("extend_by", Some(by))?,
+            None => 0,
+        },
+    })
+}
+
+/// One item of `SettleTasks`.
+pub fn settle_item(item: pb::SettleItem, limits: &Limits) -> Result<(RunRef, Write), Error> {
+    use pb::settle_item::Action;
+    let (run, token) = run_ref(&item.run_id, item.claim_token.as_deref(), limits)?;
+    let write = match item.action {
+        Some(Action::Complete(action)) => complete(action.result, limits),
+        Some(Action::Fail(action)) => fail(action.reason, action.retry_at.as_ref()),
+        Some(Action::Checkpoint(action)) => checkpoint(action, limits),
+        Some(Action::Extend(action)) => extend(action.extend_by),
+        Some(Action::Release(action)) => release(action.delay, token.as_ref()),
+        None => return Err(Error::invalid("action", "must be set")),
+    };
+    Ok((run, write?))
+}
+
+fn strategy(value: pb::RetryStrategy) -> Result<RetryStrategy, Error> {
+    let delay = |field: &str, value: Option<PbDuration>| {
+        value
+            .map(|value| duration(&format!("retry_strategy.{field}"), value, Duration::from_secs(86_400)))
+            .transpose()
+    };
+    let (base, max) = (delay("base", value.base)?, delay("max", value.max)?);
+    match pb::RetryKind::try_from(value.kind) {
+        Ok(pb::RetryKind::Unspecified | pb::RetryKind::None) => Ok(RetryStrategy::None),
+        Ok(pb::RetryKind::Fixed) => RetryStrategy::Fixed { base }.checked(),
+        Ok(pb::RetryKind::Exponential) => {
+            RetryStrategy::Exponential { base, factor: value.factor, max }.checked()
+        }
+        Err(_) => Err(Error::invalid("retry_strategy.kind", "is not a known kind")),
+    }
+}
+
+fn cancellation(value: pb::CancellationPolicy) -> Result<CancellationPolicy, Error> {
+    let span = |field: &str, value: Option<PbDuration>| {
+        value
+            .map(|value| duration(&format!("cancellation.{field}"), value, Duration::from_secs(u64::MAX / 4)))
+            .transpose()
+    };
+    CancellationPolicy {
+        max_delay: span("max_delay", value.max_delay)?,
+        max_duration: span("max_duration", value.max_duration)?,
+    }
+    .checked()
+}
+
+/// An id that a caller chose: version 7, within a day of the database's time.
+pub fn chosen_id(field: &str, text: &str, store: &Store) -> Result<Uuid, Error> {
+    let id = parse_uuid(field, text)?;
+    let Some((seconds, nanos)) =
+        id.get_timestamp().filter(|_| id.get_version_num() == 7).map(|stamp| stamp.to_unix())
+    else {
+        return Err(Error::invalid(field, "must be a UUID of version 7"));
+    };
+    let micros = i64::try_from(seconds).unwrap_or(i64::MAX / 2_000_000) * 1_000_000 + i64::from(nanos / 1000);
+    let skewed = store.now().is_some_and(|now| now.micros().abs_diff(micros) > ID_SKEW_MAX.unsigned_abs());
+    if skewed {
+        return Err(Error::invalid(field, "its time must be within a day of the database's"));
+    }
+    Ok(id)
+}
+
+/// A task to be spawned.
+pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<NewTask, Error> {
+    if task.max_attempts.is_some_and(|attempts| attempts < 1) {
+        return Err(Error::invalid("max_attempts", "must be at least 1"));
+    }
+    let headers = task
+        .headers
+        .map(|json| JsonText::parse_object("headers", json.text, limits.headers_bytes_max))
+        .transpose()?;
+    Ok(NewTask {
+        task_id: match &task.task_id {
+            Some(id) => chosen_id("task_id", id, store)?,
+            None => store.mint_id(),
+        },
+        run_id: store.mint_id(),
+        name: TaskName::parse("task_name", &task.task_name)?,
+        params: json("params", task.params, limits.payload_bytes_max)?,
+        headers,
+        retry_strategy: task.retry_strategy.map(strategy).transpose()?.map(RetryStrategy::to_json),
+        max_attempts: task.max_attempts,
+        cancellation: task.cancellation.map(cancellation).transpose()?.map(CancellationPolicy::to_json),
+        idempotency_key: task
+            .idempotency_key
+            .map(|key| parse_idempotency_key("idempotency_key", &key))
+            .transpose()?,
+    })
+}
+
+// From here on: values to wire messages.
+
+/// A time; never becomes absent.
+pub fn timestamp(at: Instant) -> Option<Timestamp> {
+    if at.is_never() {
+        return None;
+    }
+    let nanos = i32::try_from(at.micros().rem_euclid(1_000_000)).unwrap_or(0) * 1000;
+    Some(Timestamp { seconds: at.micros().div_euclid(1_000_000), nanos })
+}
+
+/// A duration.
+pub fn pb_duration(duration: Duration) -> PbDuration {
+    PbDuration {
+        seconds: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
+        nanos: i32::try_from(duration.subsec_nanos()).unwrap_or(0),
+    }
+}
+
+fn pb_json(json: JsonText) -> pb::Json {
+    pb::Json { text: json.into_string() }
+}
+
+/// JSON null as headers means none.
+fn pb_object(json: Option<JsonText>) -> Option<pb::Json> {
+    json.filter(|json| json.as_str() != "null").map(pb_json)
+}
+
+/// A state.
+pub fn pb_state(state: State) -> i32 {
+    let state = match state {
+        State::Pending => pb::State::Pending,
+        State::Running => pb::State::Running,
+        State::Sleeping => pb::State::Sleeping,
+        State::Completed => pb::State::Completed,
+        State::Failed => pb::State::Failed,
+        State::Cancelled => pb::State::Cancelled,
+    };
+    state.into()
+}
+
+/// A state to filter by; unspecified is none.
+pub fn state_filter(state: i32) -> Result<Option<State>, Error> {
+    Ok(match pb::State::try_from(state) {
+        Ok(pb::State::Unspecified) => None,
+        Ok(pb::State::Pending) => Some(State::Pending),
+        Ok(pb::State::Running) => Some(State::Running),
+        Ok(pb::State::Sleeping) => Some(State::Sleeping),
+        Ok(pb::State::Completed) => Some(State::Completed),
+        Ok(pb::State::Failed) => Some(State::Failed),
+        Ok(pb::State::Cancelled) => Some(State::Cancelled),
+        Err(_) => return Err(Error::invalid("state", "is not a known state")),
+    })
+}
+
+/// A verdict.
+pub fn pb_verdict(verdict: Verdict) -> i32 {
+    let verdict = match verdict {
+        Verdict::Held => pb::Verdict::Held,
+        Verdict::Lost => pb::Verdict::Lost,
+        Verdict::Expired => pb::Verdict::Expired,
+        Verdict::Cancelled => pb::Verdict::Cancelled,
+        Verdict::Finished => pb::Verdict::Finished,
+        Verdict::Invalid => pb::Verdict::Invalid,
+        Verdict::Busy => pb::Verdict::Busy,
+        Verdict::Released => pb::Verdict::Released,
+    };
+    verdict.into()
+}
+
+/// A claimed task.
+pub fn pb_claim(scope: &Scope, claim: Claim) -> pb::ClaimedTask {
+    pb::ClaimedTask {
+        claim_token: claim.token.encode(),
+        queue: scope.queue().as_str().to_owned(),
+        run_id: claim.run_id.to_string(),
+        task_id: claim.task_id.to_string(),
+        attempt: claim.attempt,
+        task_name: claim.task_name,
+        params_bytes: i64::try_from(claim.params.len()).unwrap_or(i64::MAX),
+        params: (!claim.params_omitted).then(|| pb_json(claim.params)),
+        retry_strategy: claim.retry_strategy.map(pb_json),
+        max_attempts: claim.max_attempts,
+        headers: pb_object(claim.headers),
+        wake_event: claim.wake_event,
+        event_payload: claim.event_payload.map(pb_json),
+        claim_expires_at: claim.claim_expires_at.and_then(timestamp),
+        checkpoints: claim.checkpoints.into_iter().map(pb_checkpoint).collect(),
+        checkpoints_complete: claim.checkpoints_complete,
+        params_omitted: claim.params_omitted,
+    }
+}
+
+fn pb_checkpoint(checkpoint: Checkpoint) -> pb::Checkpoint {
+    pb::Checkpoint {
+        checkpoint_name: checkpoint.name,
+        state: checkpoint.state.map(pb_json),
+        owner_run_id: checkpoint.owner_run_id.map(|id| id.to_string()),
+        updated_at: timestamp(checkpoint.updated_at),
+    }
+}
+
+/// Ids of a spawned task.
+pub fn pb_spawned(spawned: &Spawned) -> pb::SpawnedTask {
+    pb::SpawnedTask {
+        task_id: spawned.task_id.to_string(),
+        run_id: spawned.run_id.to_string(),
+        attempt: spawned.attempt,
+        created: spawned.created,
+    }
+}
+
+/// What follows a failure.
+pub fn pb_fail_outcome(settled: &Settled) -> Option<pb::FailOutcome> {
+    settled.failed.map(|failed| pb::FailOutcome {
+        replayed: settled.replayed,
+        task_state: pb_state(failed.task_state),
+        next_run_id: failed.next.map(|(run, _, _)| run.to_string()),
+        next_attempt: failed.next.map(|(_, attempt, _)| attempt),
+        next_available_at: failed.next.and_then(|(_, _, at)| timestamp(at)),
+    })
+}
+
+/// The answer to one item of `SettleTasks`.
+pub fn pb_settle_result(outcome: &Result<Settled, Error>) -> pb::SettleResult {
+    match outcome {
+        Ok(settled) => pb::SettleResult {
+            error: None,
+            replayed: settled.replayed,
+            claim_expires_at: settled.claim_expires_at.and_then(timestamp),
+            fail: pb_fail_outcome(settled),
+            applied: settled.applied,
+        },
+        Err(error) => pb::SettleResult {
+            error: Some(pb::SettleError {
+                code: status::code(error).into(),
+                reason: error.reason().to_owned(),
+                message: status::status(error).message().to_owned(),
+            }),
+            ..pb::SettleResult::default()
+        },
+    }
+}
+
+/// State and result.
+pub fn pb_task_end(end: TaskEnd) -> pb::TaskResult {
+    pb::TaskResult {
+        task_id: end.task_id.to_string(),
+        state: end.state.map_or(0, pb_state),
+        result: end.result.map(pb_json),
+        failure_reason: end.failure_reason.map(pb_json),
+    }
+}
+
+fn stored_state(row: &Row) -> i32 {
+    State::from_stored(row.get("state")).map_or(0, pb_state)
+}
+
+fn at(row: &Row, column: &str) -> Option<Timestamp> {
+    row.get::<_, Option<Instant>>(column).and_then(timestamp)
+}
+
+fn stored_json(row: &Row, column: &str) -> Option<pb::Json> {
+    row.get::<_, Option<JsonText>>(column).map(pb_json)
+}
+
+/// A task.
+pub fn pb_task(row: &Row) -> pb::Task {
+    pb::Task {
+        task_id: row.get::<_, Uuid>("task_id").to_string(),
+        task_name: row.get("task_name"),
+        params: Some(pb::Json { text: row.get("params") }),
+        headers: pb_object(row.get("headers")),
+        retry_strategy: stored_json(row, "retry_strategy"),
+        max_attempts: row.get("max_attempts"),
+        cancellation: stored_json(row, "cancellation"),
+        enqueue_at: at(row, "enqueue_at"),
+        first_started_at: at(row, "first_started_at"),
+        state: stored_state(row),
+        attempts: row.get("attempts"),
+        last_attempt_run: row.get::<_, Option<Uuid>>("last_attempt_run").map(|id| id.to_string()),
+        completed_payload: stored_json(row, "completed_payload"),
+        cancelled_at: at(row, "cancelled_at"),
+        idempotency_key: row.get("idempotency_key"),
+        tenant_id: None,
+    }
+}
+
+/// A task in a list.
+pub fn pb_task_summary(row: &Row) -> pb::TaskSummary {
+    pb::TaskSummary {
+        task_id: row.get::<_, Uuid>("task_id").to_string(),
+        task_name: row.get("task_name"),
+        state: stored_state(row),
+        attempts: row.get("attempts"),
+        max_attempts: row.get("max_attempts"),
+        enqueue_at: at(row, "enqueue_at"),
+        first_started_at: at(row, "first_started_at"),
+    }
+}
+
+/// A run.
+pub fn pb_run(row: &Row) -> pb::Run {
+    let available_at: Instant = row.get("available_at");
+    pb::Run {
+        run_id: row.get::<_, RunId>("run_id").to_string(),
+        task_id: row.get::<_, Uuid>("task_id").to_string(),
+        attempt: row.get("attempt"),
+        state: stored_state(row),
+        claimed_by: row.get("claimed_by"),
+        claim_expires_at: at(row, "claim_expires_at"),
+        available_at: timestamp(available_at),
+        available_never: available_at.is_never(),
+        wake_event: row.get("wake_event"),
+        event_payload: stored_json(row, "event_payload"),
+        started_at: at(row, "started_at"),
+        completed_at: at(row, "completed_at"),
+        failed_at: at(row, "failed_at"),
+        result: stored_json(row, "result"),
+        failure_reason: stored_json(row, "failure_reason"),
+        created_at: at(row, "created_at"),
+        tenant_id: None,
+    }
+}
+
+/// A queue.
+pub fn pb_queue(row: &Row) -> pb::Queue {
+    let mode: String = row.get("storage_mode");
+    let mode = if mode == "partitioned" { pb::StorageMode::Partitioned } else { pb::StorageMode::Unpartitioned };
+    pb::Queue { name: row.get("queue_name"), storage_mode: mode.into(), created_at: at(row, "created_at") }
+}

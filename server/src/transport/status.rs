@@ -1,0 +1,111 @@
+//! The one place where an error becomes a gRPC status.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
+use uuid::Uuid;
+
+use crate::domain::Error;
+
+/// Domain of every `ErrorInfo`.
+pub const DOMAIN: &str = "absurd.v1";
+
+/// The gRPC code of an error.
+pub fn code(error: &Error) -> Code {
+    match error {
+        Error::Invalid { .. }
+        | Error::Json { .. }
+        | Error::TooLarge { .. }
+        | Error::TokenInvalid
+        | Error::TokenRequired => Code::InvalidArgument,
+        Error::QueueNotFound(_) | Error::TaskNotFound(_) | Error::RunNotFound(_) => Code::NotFound,
+        Error::TaskIdConflict(_) | Error::QueueExists(_) => Code::AlreadyExists,
+        Error::ClaimLost(_) | Error::ClaimExpired(_) => Code::Aborted,
+        Error::TaskCancelled(_)
+        | Error::RunNotRunning { .. }
+        | Error::TaskNotFailed { .. }
+        | Error::MaxAttemptsTooLow { .. }
+        | Error::ItemSkipped => Code::FailedPrecondition,
+        Error::StreamLimit(_) | Error::TooManyRequests => Code::ResourceExhausted,
+        Error::Unavailable(_) | Error::ShuttingDown => Code::Unavailable,
+        Error::DeadlineExceeded => Code::DeadlineExceeded,
+        Error::OutcomeUnknown => Code::Unknown,
+        Error::Internal(_) => Code::Internal,
+    }
+}
+
+/// The text for the caller. What Postgres said stays in the log.
+pub fn message(error: &Error) -> String {
+    let mut text = error.to_string();
+    if text.len() > 1000 {
+        let mut end = 1000;
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        text.truncate(end);
+    }
+    text
+}
+
+/// The status of an error.
+pub fn status(error: &Error) -> Status {
+    let mut details = ErrorDetails::new();
+    let mut metadata = HashMap::new();
+    let mut message = message(error);
+    match error {
+        Error::Invalid { field, problem } | Error::Json { field, problem } => {
+            details.add_bad_request_violation(field, problem);
+        }
+        Error::TooLarge { field, size, limit } => {
+            details.add_bad_request_violation(field, &message);
+            metadata.insert("size".to_owned(), size.to_string());
+            metadata.insert("limit".to_owned(), limit.to_string());
+        }
+        Error::TokenInvalid | Error::TokenRequired => {
+            details.add_bad_request_violation("claim_token", &message);
+        }
+        Error::QueueNotFound(name) | Error::QueueExists(name) => {
+            details.set_resource_info("queue", name, "", &message);
+        }
+        Error::TaskNotFound(id) | Error::TaskIdConflict(id) => {
+            details.set_resource_info("task", id.to_string(), "", &message);
+        }
+        Error::RunNotFound(id) => {
+            details.set_resource_info("run", id.to_string(), "", &message);
+        }
+        Error::StreamLimit(_) | Error::TooManyRequests => {
+            details.set_retry_info(Some(Duration::from_secs(1)));
+        }
+        Error::Unavailable(text) => {
+            tracing::debug!(error = text, "unavailable");
+            details.set_retry_info(Some(Duration::from_millis(200)));
+            "the database is not available; try again".clone_into(&mut message);
+        }
+        Error::ShuttingDown => {
+            details.set_retry_info(Some(Duration::from_millis(50)));
+        }
+        Error::Internal(text) => {
+            let id = Uuid::new_v4().to_string();
+            tracing::error!(error.id = id, error = text, "internal error");
+            message = format!("internal error; the server's log has it under {id}");
+            metadata.insert("error_id".to_owned(), id);
+        }
+        Error::ClaimLost(run)
+        | Error::ClaimExpired(run)
+        | Error::TaskCancelled(run)
+        | Error::RunNotRunning { run, .. } => {
+            metadata.insert("run_id".to_owned(), run.to_string());
+        }
+        Error::TaskNotFailed { task, .. } => {
+            metadata.insert("task_id".to_owned(), task.to_string());
+        }
+        Error::MaxAttemptsTooLow { .. }
+        | Error::ItemSkipped
+        | Error::DeadlineExceeded
+        | Error::OutcomeUnknown => {}
+    }
+    details.set_error_info(error.reason(), DOMAIN, metadata);
+    Status::with_error_details(code(error), message, details)
+}
