@@ -16,5 +16,4 @@ pub mod absurd {
 pub use absurd::v1;
 
 /// The encoded `FileDescriptorSet` of the API and of all that it imports; gRPC reflection serves it.
-pub const FILE_DESCRIPTOR_SET: &[u8] =
-    include_bytes!(concat!(env!("OUT_DIR"), "/descriptor.bin"));
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptor.bin"));

@@ -48,8 +48,13 @@ pub(crate) trait Batch: Send + Sync + 'static {
         key: &Self::Key,
         items: &[&Self::Item],
         lock_wait: Option<Duration>,
-    ) -> impl Future<Output = Result<Vec<Option<Result<Self::Out, Error>>>, Fault>> + Send;
+    ) -> impl Future<Output = Result<Outcomes<Self>, Fault>> + Send
+    where
+        Self: Sized;
 }
+
+/// One answer per item of a batch, in order; `None` for an item whose row is locked.
+type Outcomes<B> = Vec<Option<Result<<B as Batch>::Out, Error>>>;
 
 struct Entry<B: Batch> {
     item: B::Item,
@@ -178,14 +183,9 @@ async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry
             Err(fault) if fault.is_passing() => {
                 unknown |= matches!(fault, Fault::Unknown(_));
                 let now = Instant::now();
-                let (over, left): (Vec<_>, Vec<_>) =
-                    part.into_iter().partition(|entry| entry.deadline <= now + pause);
+                let (over, left): (Vec<_>, Vec<_>) = part.into_iter().partition(|entry| entry.deadline <= now + pause);
                 for entry in over {
-                    let error = if unknown {
-                        Error::OutcomeUnknown
-                    } else {
-                        fault.clone().into_error(B::scope(key))
-                    };
+                    let error = if unknown { Error::OutcomeUnknown } else { fault.clone().into_error(B::scope(key)) };
                     let _ = entry.answer.send(Err(error));
                 }
                 if !left.is_empty() {
@@ -202,8 +202,6 @@ async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry
         }
     }
 }
-
-type Outcomes<B> = Vec<Option<Result<<B as Batch>::Out, Error>>>;
 
 fn settle<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, part: Vec<Entry<B>>, outcomes: Outcomes<B>) {
     for (entry, outcome) in part.into_iter().zip(outcomes) {

@@ -16,9 +16,7 @@ use tokio::time::Instant;
 
 use crate::activity::{Activity, Feed};
 use crate::commit::{Committer, Settles};
-use crate::domain::{
-    Claim, ClaimToken, Error, Instant as DbTime, JsonText, QueueName, RunId, SessionId, Verdict,
-};
+use crate::domain::{Claim, ClaimToken, Error, Instant as DbTime, JsonText, QueueName, RunId, SessionId, Verdict};
 use crate::doorbell::Hints;
 use crate::scope::Scope;
 use crate::store::batch::{RunRef, Write};
@@ -48,11 +46,7 @@ pub struct DispatchOptions {
 
 impl Default for DispatchOptions {
     fn default() -> Self {
-        Self {
-            heartbeat: Duration::from_secs(15),
-            stream_age: Duration::from_secs(30 * 60),
-            streams_max: 20_000,
-        }
+        Self { heartbeat: Duration::from_secs(15), stream_age: Duration::from_secs(30 * 60), streams_max: 20_000 }
     }
 }
 
@@ -190,11 +184,8 @@ impl Dispatcher {
     fn with_queue<T>(&self, scope: &Scope, act: impl FnOnce(&mut State) -> T) -> (Arc<Queue>, T) {
         let mut queues = self.queues();
         let queue = queues.entry(scope.queue().clone()).or_insert_with(|| {
-            let queue = Arc::new(Queue {
-                scope: scope.clone(),
-                state: Mutex::new(State::default()),
-                bell: Notify::new(),
-            });
+            let queue =
+                Arc::new(Queue { scope: scope.clone(), state: Mutex::new(State::default()), bell: Notify::new() });
             tokio::spawn(self.clone().run(Arc::clone(&queue)));
             queue
         });
@@ -238,11 +229,8 @@ impl Dispatcher {
             state.open(id, options, Arc::clone(&outbox), kept, Instant::now(), spans, age);
         });
         let stream = Stream { id, queue, outbox, shared: Arc::clone(&self.shared) };
-        let held = held
-            .into_iter()
-            .zip(verdicts)
-            .map(|(token, (verdict, expires_at))| (token, verdict, expires_at))
-            .collect();
+        let held =
+            held.into_iter().zip(verdicts).map(|(token, (verdict, expires_at))| (token, verdict, expires_at)).collect();
         Ok((stream, Opened { stream_id: id, session_id, age, held }))
     }
 

@@ -147,12 +147,7 @@ pub async fn send(hints: &Hints, store: &Store, dispatcher: &Dispatcher) {
     }
 }
 
-async fn probe(
-    hints: &Hints,
-    store: &Store,
-    dispatcher: &Dispatcher,
-    probes: &mut Vec<(Instant, Vec<QueueName>)>,
-) {
+async fn probe(hints: &Hints, store: &Store, dispatcher: &Dispatcher, probes: &mut Vec<(Instant, Vec<QueueName>)>) {
     let now = Instant::now();
     let mut due: HashSet<QueueName> = HashSet::new();
     probes.retain(|(at, queues)| {
@@ -235,7 +230,10 @@ pub async fn hear(hints: &Hints, store: &Store, database: &tokio_postgres::Confi
                     match said {
                         Heard::Payload(payload) => act(&payload, dispatcher),
                         Heard::Lost(error) => {
-                            tracing::warn!(error, "lost the LISTEN connection; tasks are found by the tick until it is back");
+                            tracing::warn!(
+                                error,
+                                "lost the LISTEN connection; tasks are found by the tick until it is back"
+                            );
                         }
                     }
                 }

@@ -40,13 +40,7 @@ impl Engine {
         let settles = Committer::new(Settles { store: store.clone() });
         let feed = Feed::default();
         Self {
-            dispatcher: Dispatcher::new(
-                store.clone(),
-                settles.clone(),
-                Arc::clone(&hints),
-                feed.clone(),
-                options,
-            ),
+            dispatcher: Dispatcher::new(store.clone(), settles.clone(), Arc::clone(&hints), feed.clone(), options),
             waits: Waits::default(),
             spawns: Committer::new(Spawns { store: store.clone() }),
             settles,
@@ -149,11 +143,9 @@ impl Engine {
         let run_id = run.run_id;
         let (store, scope_) = (self.store.clone(), scope.clone());
         // On a task of its own: a caller that goes away must not leave half of it undone.
-        let work =
-            tokio::spawn(async move { commit::sequence(&store, &scope_, &run, &writes, deadline).await });
-        let outcomes = work.await.unwrap_or_else(|error| {
-            kinds.iter().map(|_| Err(Error::Internal(error.to_string()))).collect()
-        });
+        let work = tokio::spawn(async move { commit::sequence(&store, &scope_, &run, &writes, deadline).await });
+        let outcomes =
+            work.await.unwrap_or_else(|error| kinds.iter().map(|_| Err(Error::Internal(error.to_string()))).collect());
         for (kind, outcome) in kinds.iter().zip(&outcomes) {
             self.settled(scope, run_id, *kind, outcome);
         }
@@ -189,7 +181,12 @@ impl Engine {
             }
             (
                 _,
-                Err(Error::ClaimLost(_) | Error::ClaimExpired(_) | Error::TaskCancelled(_) | Error::RunNotRunning { .. }),
+                Err(
+                    Error::ClaimLost(_)
+                    | Error::ClaimExpired(_)
+                    | Error::TaskCancelled(_)
+                    | Error::RunNotRunning { .. },
+                ),
             ) => {
                 // Whoever held it through us does not any more; a stale token must not touch a newer claim's credit,
                 // so the reconciling look decides. Completed and cancelled runs free it now.

@@ -86,15 +86,15 @@ async fn sweep(engine: &Arc<Engine>, ticks: &[QueueTick], cursors: &mut Cursors)
     for tick in ticks {
         let Ok(name) = QueueName::parse("queue", &tick.queue) else { continue };
         let scope = Caller::anonymous().scope(name);
-        if tick.expired {
-            if let Err(fault) = expire(engine, &scope).await {
-                tracing::warn!(queue.name = %scope.queue(), ?fault, "could not sweep expired leases");
-            }
+        if tick.expired
+            && let Err(fault) = expire(engine, &scope).await
+        {
+            tracing::warn!(queue.name = %scope.queue(), ?fault, "could not sweep expired leases");
         }
-        if tick.cancellable {
-            if let Err(fault) = cancel(engine, &scope, cursors).await {
-                tracing::warn!(queue.name = %scope.queue(), ?fault, "could not sweep cancellation policies");
-            }
+        if tick.cancellable
+            && let Err(fault) = cancel(engine, &scope, cursors).await
+        {
+            tracing::warn!(queue.name = %scope.queue(), ?fault, "could not sweep cancellation policies");
         }
     }
 }
@@ -104,9 +104,8 @@ async fn expire(engine: &Arc<Engine>, scope: &Scope) -> Result<(), Fault> {
     let runs = engine.store.run_list_expired(scope, EXPIRED_MAX, 0).await?;
     // A locked row must not hold up the sweep: it is left to its holder after this long.
     let deadline = Instant::now() + Duration::from_secs(2);
-    let writes = runs.into_iter().map(|run_id| {
-        engine.settle(scope, RunRef { run_id, digest: None }, Write::Expire, deadline)
-    });
+    let writes =
+        runs.into_iter().map(|run_id| engine.settle(scope, RunRef { run_id, digest: None }, Write::Expire, deadline));
     let outcomes = futures_util::future::join_all(writes).await;
     let swept = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
     if swept > 0 {

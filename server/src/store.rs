@@ -47,11 +47,14 @@ pub struct Store {
     inner: Arc<Inner>,
 }
 
+/// Name of a statement, its variant, and the queue that it is rendered for.
+type TextKey = (&'static str, Wait, String);
+
 #[derive(Debug)]
 struct Inner {
     pool: Pool,
     options: StoreOptions,
-    texts: Mutex<HashMap<(&'static str, Wait, String), Arc<str>>>,
+    texts: Mutex<HashMap<TextKey, Arc<str>>>,
     /// A reading of the database's clock, and when it was taken.
     clock: Mutex<Option<(Monotonic, i64)>>,
 }
@@ -76,11 +79,7 @@ impl Store {
     /// A store whose connections are opened when they are first needed.
     pub fn new(options: StoreOptions) -> Result<Self, Error> {
         let config = session_config(&options.database, "absurd server");
-        let manager = Manager::from_config(
-            config,
-            NoTls,
-            ManagerConfig { recycling_method: RecyclingMethod::Fast },
-        );
+        let manager = Manager::from_config(config, NoTls, ManagerConfig { recycling_method: RecyclingMethod::Fast });
         let pool = Pool::builder(manager)
             .max_size(options.connections_max)
             .runtime(Runtime::Tokio1)
@@ -89,12 +88,7 @@ impl Store {
             .build()
             .map_err(|error| Error::Internal(error.to_string()))?;
         Ok(Self {
-            inner: Arc::new(Inner {
-                pool,
-                options,
-                texts: Mutex::new(HashMap::new()),
-                clock: Mutex::new(None),
-            }),
+            inner: Arc::new(Inner { pool, options, texts: Mutex::new(HashMap::new()), clock: Mutex::new(None) }),
         })
     }
 
@@ -185,11 +179,7 @@ impl Store {
     }
 }
 
-async fn query(
-    client: &Object,
-    text: &str,
-    params: &[&(dyn ToSql + Sync)],
-) -> Result<Vec<Row>, tokio_postgres::Error> {
+async fn query(client: &Object, text: &str, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, tokio_postgres::Error> {
     let prepared = client.prepare_cached(text).await?;
     client.query(&prepared, params).await
 }
@@ -217,22 +207,22 @@ impl Tx {
 
     /// Commits; the connection goes back to the pool.
     pub(crate) async fn commit(mut self) -> Result<(), Fault> {
-        if let Some(client) = self.client.take() {
-            if let Err(error) = client.batch_execute("commit").await {
-                let fault = Fault::from_postgres(&error);
-                drop(Object::take(client));
-                return Err(fault);
-            }
+        if let Some(client) = self.client.take()
+            && let Err(error) = client.batch_execute("commit").await
+        {
+            let fault = Fault::from_postgres(&error);
+            drop(Object::take(client));
+            return Err(fault);
         }
         Ok(())
     }
 
     /// Rolls back; the connection goes back to the pool.
     pub(crate) async fn rollback(mut self) {
-        if let Some(client) = self.client.take() {
-            if client.batch_execute("rollback").await.is_err() {
-                drop(Object::take(client));
-            }
+        if let Some(client) = self.client.take()
+            && client.batch_execute("rollback").await.is_err()
+        {
+            drop(Object::take(client));
         }
     }
 }

@@ -269,10 +269,10 @@ impl State {
         self.streams.insert(id, stream);
         for (token, expires_at) in held {
             self.strays.remove(&token.run_id);
-            if let Some(before) = self.owners.get(&token.run_id).copied() {
-                if let Some(stream) = self.streams.get_mut(&before) {
-                    stream.runs.remove(&token.run_id);
-                }
+            if let Some(before) = self.owners.get(&token.run_id).copied()
+                && let Some(stream) = self.streams.get_mut(&before)
+            {
+                stream.runs.remove(&token.run_id);
             }
             let held = Held { expires_at, bytes: 0, taken: true, alive: true, start_by: None, token };
             self.insert(id, held, now);
@@ -291,11 +291,12 @@ impl State {
     }
 
     fn requeue(&mut self, id: StreamId) {
-        if let Some(stream) = self.streams.get_mut(&id) {
-            if !stream.queued && stream.credit() > 0 {
-                stream.queued = true;
-                self.ready.push_back(id);
-            }
+        if let Some(stream) = self.streams.get_mut(&id)
+            && !stream.queued
+            && stream.credit() > 0
+        {
+            stream.queued = true;
+            self.ready.push_back(id);
         }
     }
 
@@ -356,10 +357,11 @@ impl State {
         }
         let Some(id) = self.owners.remove(&run_id) else { return false };
         if let Some(stream) = self.streams.get_mut(&id) {
-            if let Some(held) = stream.runs.remove(&run_id) {
-                if held.taken && !held.alive {
-                    stream.unproven_bytes = stream.unproven_bytes.saturating_sub(held.bytes);
-                }
+            if let Some(held) = stream.runs.remove(&run_id)
+                && held.taken
+                && !held.alive
+            {
+                stream.unproven_bytes = stream.unproven_bytes.saturating_sub(held.bytes);
             }
             stream.check_pause = CHECK_FULL.0;
             self.requeue(id);
@@ -383,9 +385,7 @@ impl State {
             if !held.taken {
                 continue;
             }
-            if let (Some(grace), false, Some(seen)) =
-                (stream.options.reconnect_grace, stream.ending, held.expires_at)
-            {
+            if let (Some(grace), false, Some(seen)) = (stream.options.reconnect_grace, stream.ending, held.expires_at) {
                 leftover.grace = grace;
                 leftover.cuts.push((run_id, held.token.digest(), seen));
             }
@@ -473,8 +473,7 @@ impl State {
         match timer {
             Timer::Heartbeat(id) => {
                 if let Some(stream) = self.streams.get(&id) {
-                    let heartbeat =
-                        Message::Heartbeat { in_flight: stream.runs.len(), credit: stream.credit() };
+                    let heartbeat = Message::Heartbeat { in_flight: stream.runs.len(), credit: stream.credit() };
                     let _ = stream.outbox.push(heartbeat);
                     self.timers.push(Reverse((now + spans.heartbeat, Timer::Heartbeat(id))));
                 }
@@ -497,10 +496,10 @@ impl State {
             }
             Timer::Start(run_id) => self.start_is_due(run_id, now, turn),
             Timer::Pull(id) => {
-                if let Some(index) = self.pulls.iter().position(|(pull, _)| *pull == id) {
-                    if let Some((_, pull)) = self.pulls.remove(index) {
-                        let _ = pull.answer.send(Ok(Vec::new()));
-                    }
+                if let Some(index) = self.pulls.iter().position(|(pull, _)| *pull == id)
+                    && let Some((_, pull)) = self.pulls.remove(index)
+                {
+                    let _ = pull.answer.send(Ok(Vec::new()));
                 }
             }
         }
@@ -657,10 +656,10 @@ impl State {
     /// Ends a pull that wanted one look, unless a filtered walk goes on.
     fn answer_empty(&mut self, id: StreamId, more: bool) {
         let once = |(pull, entry): &(StreamId, Pull)| *pull == id && entry.once && !more;
-        if let Some(index) = self.pulls.iter().position(once) {
-            if let Some((_, pull)) = self.pulls.remove(index) {
-                let _ = pull.answer.send(Ok(Vec::new()));
-            }
+        if let Some(index) = self.pulls.iter().position(once)
+            && let Some((_, pull)) = self.pulls.remove(index)
+        {
+            let _ = pull.answer.send(Ok(Vec::new()));
         }
     }
 

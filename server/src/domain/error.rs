@@ -154,9 +154,7 @@ impl Error {
         match self {
             Self::Invalid { field, problem } => Self::Invalid { field: join(field), problem },
             Self::Json { field, problem } => Self::Json { field: join(field), problem },
-            Self::TooLarge { field, size, limit } => {
-                Self::TooLarge { field: join(field), size, limit }
-            }
+            Self::TooLarge { field, size, limit } => Self::TooLarge { field: join(field), size, limit },
             other => other,
         }
     }

@@ -148,8 +148,7 @@ mod tests {
         assert!(RetryStrategy::Fixed { base: long }.checked().is_err());
         let nan = RetryStrategy::Exponential { base: None, factor: Some(f64::NAN), max: None };
         assert!(nan.checked().is_err());
-        let fraction =
-            CancellationPolicy { max_delay: Some(Duration::from_millis(1500)), max_duration: None };
+        let fraction = CancellationPolicy { max_delay: Some(Duration::from_millis(1500)), max_duration: None };
         assert!(fraction.checked().is_err());
     }
 }

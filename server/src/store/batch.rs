@@ -131,8 +131,7 @@ pub(crate) async fn write(
 ) -> Result<Vec<Answer>, Fault> {
     let Some(kind) = items.first().map(|(_, write)| write.kind()) else { return Ok(Vec::new()) };
     let runs: Vec<Uuid> = items.iter().map(|(run, _)| run.run_id).collect();
-    let digests: Vec<Option<&str>> =
-        items.iter().map(|(run, _)| run.digest.as_ref().map(Digest::as_str)).collect();
+    let digests: Vec<Option<&str>> = items.iter().map(|(run, _)| run.digest.as_ref().map(Digest::as_str)).collect();
     let rows = match kind {
         Kind::Complete => {
             let results: Vec<Option<&JsonText>> = items.iter().map(|(_, write)| json(write)).collect();
@@ -204,9 +203,9 @@ async fn release(
 
 fn json(write: &Write) -> Option<&JsonText> {
     match write {
-        Write::Complete { result: json }
-        | Write::Fail { reason: json, .. }
-        | Write::Checkpoint { state: json, .. } => json.as_ref(),
+        Write::Complete { result: json } | Write::Fail { reason: json, .. } | Write::Checkpoint { state: json, .. } => {
+            json.as_ref()
+        }
         Write::Expire | Write::Extend { .. } | Write::Release { .. } => None,
     }
 }
@@ -263,8 +262,7 @@ fn answer(kind: Kind, run: &RunRef, row: &Row) -> Answer {
 }
 
 fn settled(kind: Kind, task_id: Uuid, replayed: bool, row: &Row) -> Settled {
-    let mut settled =
-        Settled { task_id, replayed, claim_expires_at: None, applied: false, failed: None };
+    let mut settled = Settled { task_id, replayed, claim_expires_at: None, applied: false, failed: None };
     match kind {
         Kind::Extend => settled.claim_expires_at = row.get("claim_expires_at"),
         Kind::Checkpoint => {

@@ -40,9 +40,9 @@ pub enum Fault {
 
 /// A cached plan whose result type changed, or a prepared statement that a pooler lost.
 pub(crate) fn is_stale_plan(error: &tokio_postgres::Error) -> bool {
-    error.code().is_some_and(|code| {
-        *code == SqlState::FEATURE_NOT_SUPPORTED || *code == SqlState::INVALID_SQL_STATEMENT_NAME
-    })
+    error
+        .code()
+        .is_some_and(|code| *code == SqlState::FEATURE_NOT_SUPPORTED || *code == SqlState::INVALID_SQL_STATEMENT_NAME)
 }
 
 impl Fault {
@@ -76,9 +76,7 @@ impl Fault {
             "55P03" => Self::Locked,
             "40001" | "40P01" => Self::Conflict,
             "57014" => Self::Timeout,
-            "25006" | "53300" | "53400" | "53100" | "53200" | "57P01" | "57P02" | "57P03" | "57P05" => {
-                Self::Gone(text)
-            }
+            "25006" | "53300" | "53400" | "53100" | "53200" | "57P01" | "57P02" | "57P03" | "57P05" => Self::Gone(text),
             code if code.starts_with("08") => Self::Unknown(text),
             code @ ("P0001" | "AB001" | "AB002" | "AB003") => {
                 Self::Raised { code: code.into(), message: database.message().into() }

@@ -21,8 +21,7 @@ pub enum Heard {
 pub async fn listen(database: &Config) -> Result<(tokio_postgres::Client, mpsc::Receiver<Heard>), Fault> {
     let mut config = super::session_config(database, "absurd server (listen)");
     config.keepalives_idle(std::time::Duration::from_secs(10));
-    let (client, mut connection) =
-        config.connect(NoTls).await.map_err(|error| Fault::from_postgres(&error))?;
+    let (client, mut connection) = config.connect(NoTls).await.map_err(|error| Fault::from_postgres(&error))?;
     let (tell, heard) = mpsc::channel(1024);
     tokio::spawn(async move {
         loop {
@@ -39,9 +38,6 @@ pub async fn listen(database: &Config) -> Result<(tokio_postgres::Client, mpsc::
             }
         }
     });
-    client
-        .batch_execute(&format!("listen {CHANNEL}"))
-        .await
-        .map_err(|error| Fault::from_postgres(&error))?;
+    client.batch_execute(&format!("listen {CHANNEL}")).await.map_err(|error| Fault::from_postgres(&error))?;
     Ok((client, heard))
 }

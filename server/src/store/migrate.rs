@@ -176,11 +176,7 @@ async fn origin(client: &Client) -> Result<Origin, Error> {
         .map_err(|error| fail(&error))?
         .get(0);
     let version: Option<String> = if known {
-        client
-            .query_one("select absurd.get_schema_version()", &[])
-            .await
-            .map_err(|error| fail(&error))?
-            .get(0)
+        client.query_one("select absurd.get_schema_version()", &[]).await.map_err(|error| fail(&error))?.get(0)
     } else {
         None
     };
@@ -255,10 +251,8 @@ pub async fn inspect(client: &Client) -> Result<Option<bool>, Error> {
 }
 
 async fn relation_exists(client: &Client, name: &str) -> Result<bool, Error> {
-    let row = client
-        .query_one("select to_regclass($1::text) is not null", &[&name])
-        .await
-        .map_err(|error| fail(&error))?;
+    let row =
+        client.query_one("select to_regclass($1::text) is not null", &[&name]).await.map_err(|error| fail(&error))?;
     Ok(row.get(0))
 }
 

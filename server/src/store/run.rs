@@ -77,8 +77,7 @@ impl Store {
     ) -> Result<Claimed, Fault> {
         let workers: Vec<&str> = slots.iter().map(|slot| slot.worker_id.as_str()).collect();
         let digests: Vec<String> = slots.iter().map(|slot| slot.secret.digest().as_str().to_owned()).collect();
-        let leases: Vec<i32> =
-            slots.iter().map(|slot| i32::try_from(slot.lease_seconds).unwrap_or(i32::MAX)).collect();
+        let leases: Vec<i32> = slots.iter().map(|slot| i32::try_from(slot.lease_seconds).unwrap_or(i32::MAX)).collect();
         let quantity = i32::try_from(slots.len()).unwrap_or(i32::MAX);
         let rows = if names.is_empty() {
             self.rows(&RUN_CLAIM, Wait::Skip, Some(scope), &[&workers, &digests, &leases, &quantity]).await?
@@ -89,13 +88,12 @@ impl Store {
         };
         let mut next = Cursor::HEAD;
         let mut more = false;
-        if let Some(row) = rows.first().filter(|_| !names.is_empty()) {
-            if let Some((available_at, run_id)) =
+        if let Some(row) = rows.first().filter(|_| !names.is_empty())
+            && let Some((available_at, run_id)) =
                 row.get::<_, Option<Instant>>("edge_at").zip(row.get::<_, Option<Uuid>>("edge_run_id"))
-            {
-                next = Cursor { available_at, run_id };
-                more = true;
-            }
+        {
+            next = Cursor { available_at, run_id };
+            more = true;
         }
         let claims = rows.iter().filter_map(|row| claim(slots, row)).collect();
         Ok(Claimed { claims, cursor: next, more })
@@ -115,8 +113,7 @@ impl Store {
         let tasks: Vec<Uuid> = resumed.iter().map(|claim| claim.task_id).collect();
         let runs: Vec<Uuid> = resumed.iter().map(|claim| claim.run_id).collect();
         let attempts: Vec<i32> = resumed.iter().map(|claim| claim.attempt).collect();
-        let rows =
-            self.rows(&CHECKPOINT_LIST, Wait::Skip, Some(scope), &[&tasks, &runs, &attempts, &budget]).await?;
+        let rows = self.rows(&CHECKPOINT_LIST, Wait::Skip, Some(scope), &[&tasks, &runs, &attempts, &budget]).await?;
         for row in rows {
             let run_id: Uuid = row.get("run_id");
             let Some((_, claim)) = claims.iter_mut().find(|(_, claim)| claim.run_id == run_id) else { continue };
@@ -141,10 +138,8 @@ impl Store {
         slots: &[Slot],
         since: Instant,
     ) -> Result<Vec<(RunId, Digest)>, Fault> {
-        let by: Vec<String> = slots
-            .iter()
-            .map(|slot| format!("{}#{}", slot.worker_id.as_str(), slot.secret.digest().as_str()))
-            .collect();
+        let by: Vec<String> =
+            slots.iter().map(|slot| format!("{}#{}", slot.worker_id.as_str(), slot.secret.digest().as_str())).collect();
         let rows = self.rows(&RUN_LIST_CLAIMED, Wait::Skip, Some(scope), &[&by, &since]).await?;
         Ok(rows
             .iter()
@@ -195,8 +190,7 @@ impl Store {
 
     /// Counts a release after delivery; returns the runs with their counts.
     pub async fn release_count(&self, scope: &Scope, runs: &[RunId]) -> Result<Vec<(RunId, i32)>, Fault> {
-        let rows =
-            self.rows(&RELEASE_COUNT, Wait::Skip, None, &[&scope.queue().as_str(), &runs]).await?;
+        let rows = self.rows(&RELEASE_COUNT, Wait::Skip, None, &[&scope.queue().as_str(), &runs]).await?;
         Ok(rows.iter().map(|row| (row.get("run_id"), row.get("releases"))).collect())
     }
 
@@ -223,8 +217,7 @@ fn claim(slots: &[Slot], row: &Row) -> Option<(usize, Claim)> {
     let run_id: Uuid = row.get("run_id");
     let attempt: i32 = row.get("attempt");
     let first_claim: bool = row.get("first_claim");
-    let token =
-        ClaimToken::new(run_id, taken.secret, taken.lease_seconds, row.get("was_available_at"), first_claim);
+    let token = ClaimToken::new(run_id, taken.secret, taken.lease_seconds, row.get("was_available_at"), first_claim);
     let params: JsonText = row.get("params");
     let resumed: bool = row.get("resumed");
     Some((

@@ -151,12 +151,7 @@ impl Store {
     }
 
     /// Reads a task, with all or a part of its params.
-    pub async fn task_get(
-        &self,
-        scope: &Scope,
-        task_id: TaskId,
-        range: Option<(i32, i32)>,
-    ) -> Result<Row, Error> {
+    pub async fn task_get(&self, scope: &Scope, task_id: TaskId, range: Option<(i32, i32)>) -> Result<Row, Error> {
         let (offset, limit) = range.unzip();
         self.rows(&TASK_GET, Wait::Skip, Some(scope), &[&task_id, &offset, &limit])
             .await
@@ -195,10 +190,8 @@ impl Store {
     ) -> Result<(Vec<Row>, Option<TaskId>), Error> {
         let fail = |fault: Fault| fault.into_read_error(scope);
         let state = state.map(State::as_str);
-        let rows = self
-            .rows(&TASK_LIST, Wait::Skip, Some(scope), &[&before, &state, &name, &limit])
-            .await
-            .map_err(fail)?;
+        let rows =
+            self.rows(&TASK_LIST, Wait::Skip, Some(scope), &[&before, &state, &name, &limit]).await.map_err(fail)?;
         if i64::try_from(rows.len()).is_ok_and(|count| count == limit) {
             let next = rows.last().map(|row| row.get("task_id"));
             return Ok((rows, next));
@@ -207,9 +200,10 @@ impl Store {
             return Ok((rows, None));
         }
         let edge = self.rows(&TASK_LIST_EDGE, Wait::Skip, Some(scope), &[&before]).await.map_err(fail)?;
-        let next = edge.first().filter(|row| row.get::<_, i64>("seen") == 10_000).and_then(|row| {
-            row.get::<_, Option<String>>("edge").and_then(|edge| Uuid::try_parse(&edge).ok())
-        });
+        let next = edge
+            .first()
+            .filter(|row| row.get::<_, i64>("seen") == 10_000)
+            .and_then(|row| row.get::<_, Option<String>>("edge").and_then(|edge| Uuid::try_parse(&edge).ok()));
         Ok((rows, next))
     }
 
@@ -270,8 +264,7 @@ impl Store {
     }
 
     async fn task_cancel_in(&self, scope: &Scope, tx: &Tx, task_id: TaskId) -> Result<(bool, State), Error> {
-        let cancelled =
-            tx.rows(&TASK_CANCEL, Wait::Block, None, &[&scope.queue().as_str(), &task_id]).await;
+        let cancelled = tx.rows(&TASK_CANCEL, Wait::Block, None, &[&scope.queue().as_str(), &task_id]).await;
         match cancelled {
             // The function raises plain exceptions; the only one with these arguments is "not found".
             Err(Fault::Raised { code, .. }) if code == "P0001" => return Err(Error::TaskNotFound(task_id)),

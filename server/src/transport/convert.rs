@@ -173,17 +173,13 @@ pub fn settle_item(item: pb::SettleItem, limits: &Limits) -> Result<(RunRef, Wri
 
 fn strategy(value: pb::RetryStrategy) -> Result<RetryStrategy, Error> {
     let delay = |field: &str, value: Option<PbDuration>| {
-        value
-            .map(|value| duration(&format!("retry_strategy.{field}"), value, Duration::from_secs(86_400)))
-            .transpose()
+        value.map(|value| duration(&format!("retry_strategy.{field}"), value, Duration::from_secs(86_400))).transpose()
     };
     let (base, max) = (delay("base", value.base)?, delay("max", value.max)?);
     match pb::RetryKind::try_from(value.kind) {
         Ok(pb::RetryKind::Unspecified | pb::RetryKind::None) => Ok(RetryStrategy::None),
         Ok(pb::RetryKind::Fixed) => RetryStrategy::Fixed { base }.checked(),
-        Ok(pb::RetryKind::Exponential) => {
-            RetryStrategy::Exponential { base, factor: value.factor, max }.checked()
-        }
+        Ok(pb::RetryKind::Exponential) => RetryStrategy::Exponential { base, factor: value.factor, max }.checked(),
         Err(_) => Err(Error::invalid("retry_strategy.kind", "is not a known kind")),
     }
 }
@@ -204,8 +200,7 @@ fn cancellation(value: pb::CancellationPolicy) -> Result<CancellationPolicy, Err
 /// An id that a caller chose: version 7, within a day of the database's time.
 pub fn chosen_id(field: &str, text: &str, store: &Store) -> Result<Uuid, Error> {
     let id = parse_uuid(field, text)?;
-    let Some((seconds, nanos)) =
-        id.get_timestamp().filter(|_| id.get_version_num() == 7).map(|stamp| stamp.to_unix())
+    let Some((seconds, nanos)) = id.get_timestamp().filter(|_| id.get_version_num() == 7).map(|stamp| stamp.to_unix())
     else {
         return Err(Error::invalid(field, "must be a UUID of version 7"));
     };
@@ -222,10 +217,8 @@ pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<New
     if task.max_attempts.is_some_and(|attempts| attempts < 1) {
         return Err(Error::invalid("max_attempts", "must be at least 1"));
     }
-    let headers = task
-        .headers
-        .map(|json| JsonText::parse_object("headers", json.text, limits.headers_bytes_max))
-        .transpose()?;
+    let headers =
+        task.headers.map(|json| JsonText::parse_object("headers", json.text, limits.headers_bytes_max)).transpose()?;
     Ok(NewTask {
         task_id: match &task.task_id {
             Some(id) => chosen_id("task_id", id, store)?,
@@ -238,10 +231,7 @@ pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<New
         retry_strategy: task.retry_strategy.map(strategy).transpose()?.map(RetryStrategy::to_json),
         max_attempts: task.max_attempts,
         cancellation: task.cancellation.map(cancellation).transpose()?.map(CancellationPolicy::to_json),
-        idempotency_key: task
-            .idempotency_key
-            .map(|key| parse_idempotency_key("idempotency_key", &key))
-            .transpose()?,
+        idempotency_key: task.idempotency_key.map(|key| parse_idempotency_key("idempotency_key", &key)).transpose()?,
     })
 }
 

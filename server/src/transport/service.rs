@@ -287,23 +287,18 @@ impl Service {
     async fn open_stream(&self, request: pb::ClaimStreamRequest) -> Result<Responses, Error> {
         let options = stream_options(&request)?;
         let scope = self.existing(&request.queue).await?;
-        if self.engine.hints.doorbell() {
-            if let Err(fault) = self.engine.store.queue_doorbell(&scope).await {
-                tracing::debug!(queue.name = %scope.queue(), ?fault, "could not hang the doorbell; will try again");
-            }
+        if self.engine.hints.doorbell()
+            && let Err(fault) = self.engine.store.queue_doorbell(&scope).await
+        {
+            tracing::debug!(queue.name = %scope.queue(), ?fault, "could not hang the doorbell; will try again");
         }
-        let (stream, opened) =
-            self.engine.dispatcher.open(&scope, options.clone(), request.held_claim_tokens).await?;
+        let (stream, opened) = self.engine.dispatcher.open(&scope, options.clone(), request.held_claim_tokens).await?;
         let heartbeat = self.engine.dispatcher.options().heartbeat;
         let opened = claim_stream::opened(opened, &options, heartbeat, self.engine.hints.replica_id());
         Ok(Responses::new(scope, stream, opened))
     }
 
-    async fn cancel(
-        &self,
-        request: pb::CancelTaskRequest,
-        deadline: Instant,
-    ) -> Result<pb::CancelTaskResponse, Error> {
+    async fn cancel(&self, request: pb::CancelTaskRequest, deadline: Instant) -> Result<pb::CancelTaskResponse, Error> {
         use pb::cancel_task_request::Target;
         let scope = scope(&request.queue)?;
         let (cancelled, state, task_id) = match &request.target {
@@ -392,11 +387,8 @@ impl Service {
     async fn list_tasks_page(&self, request: pb::ListTasksRequest) -> Result<pb::ListTasksResponse, Error> {
         let scope = scope(&request.queue)?;
         let limit = page_size(request.page_size)?;
-        let before = if request.page_token.is_empty() {
-            Uuid::max()
-        } else {
-            parse_uuid("page_token", &request.page_token)?
-        };
+        let before =
+            if request.page_token.is_empty() { Uuid::max() } else { parse_uuid("page_token", &request.page_token)? };
         let state = state_filter(request.state)?;
         let (rows, next) =
             self.engine.store.task_list(&scope, before, state, request.task_name.as_deref(), limit).await?;
@@ -419,8 +411,7 @@ impl Service {
             .map_err(|fault| Error::Unavailable(format!("{fault:?}")))?;
         let queues: Vec<pb::Queue> = rows.iter().map(convert::pb_queue).collect();
         let full = i64::try_from(queues.len()).is_ok_and(|count| count == limit);
-        let next_page_token =
-            queues.last().filter(|_| full).map(|queue| queue.name.clone()).unwrap_or_default();
+        let next_page_token = queues.last().filter(|_| full).map(|queue| queue.name.clone()).unwrap_or_default();
         Ok(pb::ListQueuesResponse { queues, next_page_token })
     }
 
@@ -432,10 +423,10 @@ impl Service {
             Err(_) => return Err(Error::invalid("storage_mode", "is not a known mode")),
         };
         let created = self.engine.store.queue_create(&scope, mode).await?;
-        if self.engine.hints.doorbell() {
-            if let Err(fault) = self.engine.store.queue_doorbell(&scope).await {
-                tracing::debug!(queue.name = %scope.queue(), ?fault, "could not hang the doorbell; will try again");
-            }
+        if self.engine.hints.doorbell()
+            && let Err(fault) = self.engine.store.queue_doorbell(&scope).await
+        {
+            tracing::debug!(queue.name = %scope.queue(), ?fault, "could not hang the doorbell; will try again");
         }
         Ok(pb::CreateQueueResponse { created })
     }
@@ -454,10 +445,7 @@ impl Service {
             Some(range) => Some((range.offset, range.limit)),
         };
         let row = self.engine.store.task_get(&scope, task_id, range).await?;
-        Ok(pb::GetTaskStatusResponse {
-            task: Some(convert::pb_task(&row)),
-            params_length: row.get("params_length"),
-        })
+        Ok(pb::GetTaskStatusResponse { task: Some(convert::pb_task(&row)), params_length: row.get("params_length") })
     }
 }
 
@@ -484,10 +472,7 @@ impl AbsurdService for Service {
         reply(in_time(deadline(&request), self.list_queues_page(request.into_inner())).await)
     }
 
-    async fn get_queue_stats(
-        &self,
-        request: Request<pb::GetQueueStatsRequest>,
-    ) -> Reply<pb::GetQueueStatsResponse> {
+    async fn get_queue_stats(&self, request: Request<pb::GetQueueStatsRequest>) -> Reply<pb::GetQueueStatsResponse> {
         reply(in_time(deadline(&request), self.stats(&request.get_ref().queue)).await)
     }
 
@@ -583,9 +568,11 @@ impl AbsurdService for Service {
         let request = request.into_inner();
         let run = self.run(&request.run_id, request.claim_token.as_deref());
         let settled = self.settle_one(&request.queue, run, convert::extend(request.extend_by), deadline).await;
-        reply(settled.map(|settled| pb::ExtendClaimResponse {
-            claim_expires_at: settled.claim_expires_at.and_then(timestamp),
-        }))
+        reply(
+            settled.map(|settled| pb::ExtendClaimResponse {
+                claim_expires_at: settled.claim_expires_at.and_then(timestamp),
+            }),
+        )
     }
 
     async fn extend_claims(&self, request: Request<pb::ExtendClaimsRequest>) -> Reply<pb::ExtendClaimsResponse> {
@@ -607,10 +594,7 @@ impl AbsurdService for Service {
         reply(work.await)
     }
 
-    async fn release_claims(
-        &self,
-        request: Request<pb::ReleaseClaimsRequest>,
-    ) -> Reply<pb::ReleaseClaimsResponse> {
+    async fn release_claims(&self, request: Request<pb::ReleaseClaimsRequest>) -> Reply<pb::ReleaseClaimsResponse> {
         let deadline = deadline(&request);
         let request = request.into_inner();
         let work = async {
@@ -632,10 +616,7 @@ impl AbsurdService for Service {
         reply(in_time(deadline(&request), self.retry(request.into_inner())).await)
     }
 
-    async fn get_task_status(
-        &self,
-        request: Request<pb::GetTaskStatusRequest>,
-    ) -> Reply<pb::GetTaskStatusResponse> {
+    async fn get_task_status(&self, request: Request<pb::GetTaskStatusRequest>) -> Reply<pb::GetTaskStatusResponse> {
         reply(in_time(deadline(&request), self.task_status(request.into_inner())).await)
     }
 
@@ -650,10 +631,7 @@ impl AbsurdService for Service {
         reply(in_time(deadline, work).await)
     }
 
-    async fn get_task_result(
-        &self,
-        request: Request<pb::GetTaskResultRequest>,
-    ) -> Reply<pb::GetTaskResultResponse> {
+    async fn get_task_result(&self, request: Request<pb::GetTaskResultRequest>) -> Reply<pb::GetTaskResultResponse> {
         let deadline = deadline(&request);
         let request = request.into_inner();
         let work = async {

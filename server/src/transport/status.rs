@@ -101,10 +101,7 @@ pub fn status(error: &Error) -> Status {
         Error::TaskNotFailed { task, .. } => {
             metadata.insert("task_id".to_owned(), task.to_string());
         }
-        Error::MaxAttemptsTooLow { .. }
-        | Error::ItemSkipped
-        | Error::DeadlineExceeded
-        | Error::OutcomeUnknown => {}
+        Error::MaxAttemptsTooLow { .. } | Error::ItemSkipped | Error::DeadlineExceeded | Error::OutcomeUnknown => {}
     }
     details.set_error_info(error.reason(), DOMAIN, metadata);
     Status::with_error_details(code(error), message, details)
