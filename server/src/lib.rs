@@ -4,12 +4,14 @@
 //! types, only `store` knows SQL, and `app` is the one place that knows everybody.
 
 pub mod activity;
+pub mod app;
 pub mod commit;
 pub mod dispatch;
 pub mod domain;
 pub mod doorbell;
 pub mod engine;
 pub mod maintenance;
+pub mod postgres;
 pub mod scope;
 pub mod store;
 pub mod transport;

@@ -168,6 +168,12 @@ impl Store {
         clock.map(|(read_at, micros)| Instant::from_micros(micros).plus(read_at.elapsed()))
     }
 
+    /// How long ago the database's clock was read.
+    pub fn clock_age(&self) -> Option<Duration> {
+        let clock = self.inner.clock.lock().unwrap_or_else(PoisonError::into_inner);
+        clock.map(|(read_at, _)| read_at.elapsed())
+    }
+
     /// A new `UUIDv7` by the database's time.
     pub fn mint_id(&self) -> Uuid {
         let micros = self.now().map_or(0, Instant::micros).max(0).unsigned_abs();

@@ -1,0 +1,419 @@
+//! `AbsurdClient`: the methods of the service, one call each.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use absurd_proto::v1 as pb;
+use absurd_proto::v1::absurd_service_client::AbsurdServiceClient;
+use serde::Serialize;
+use tokio::time::Instant;
+use tonic::transport::Channel;
+use tonic::{Request, Response, Status};
+use uuid::Uuid;
+
+use crate::backoff::Backoff;
+use crate::claimed::ClaimedTask;
+use crate::connect::{ConnectOptions, MESSAGE_BYTES_MAX};
+use crate::registry::Registry;
+use crate::settle::Settler;
+use crate::stream::{ClaimStream, StreamOptions};
+use crate::task::{self, FailOutcome, NewTask, SpawnOptions, Spawned, State, TaskResult};
+use crate::{Error, Json};
+
+/// Queue of a client that names none and finds none in `ABSURD_DEFAULT_QUEUE`.
+pub const DEFAULT_QUEUE: &str = "default";
+/// Longest wait that one `AwaitTaskResult` call asks for.
+const AWAIT_SLICE: Duration = Duration::from_secs(60);
+/// Tasks of one `SpawnTasks` call.
+const SPAWN_MAX: usize = 1000;
+
+/// Access to one queue of the service. Cheap to clone; all clones share one connection.
+///
+/// Every call is a transaction of its own. Calls are repeated until the deadline where repeating them is safe; the
+/// claim tokens of runs that were claimed through this client are shown without the caller's doing.
+#[derive(Debug, Clone)]
+pub struct AbsurdClient {
+    queue: Arc<str>,
+    worker_id: Arc<str>,
+    pub(crate) shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) grpc: AbsurdServiceClient<Channel>,
+    pub(crate) settler: Settler,
+    pub(crate) registry: Registry,
+    pub(crate) next_stream: AtomicU64,
+    deadline: Duration,
+}
+
+/// How to claim once.
+#[derive(Debug, Clone)]
+pub struct ClaimOptions {
+    /// Lease; zero never ends.
+    pub claim_timeout: Duration,
+    /// Tasks at most, 1 to 1,000.
+    pub qty: i32,
+    /// Wait this long for a first task.
+    pub wait: Duration,
+    /// Only tasks of these names; empty: all.
+    pub task_names: Vec<String>,
+}
+
+impl Default for ClaimOptions {
+    fn default() -> Self {
+        Self { claim_timeout: Duration::from_secs(30), qty: 1, wait: Duration::ZERO, task_names: Vec::new() }
+    }
+}
+
+/// How to retry a failed task.
+#[derive(Debug, Clone, Default)]
+pub struct RetryOptions {
+    /// Spawn a copy instead of giving the task another attempt.
+    pub spawn_new: bool,
+    /// New limit; None: one more than now.
+    pub max_attempts: Option<i32>,
+}
+
+/// Which tasks to list.
+#[derive(Debug, Clone, Default)]
+pub struct ListOptions {
+    /// Only in this state.
+    pub state: Option<State>,
+    /// Only of this name.
+    pub task_name: Option<String>,
+    /// At most this many in the page, 1 to 1,000; 0: 100.
+    pub page_size: i32,
+    /// Token of the page before.
+    pub page_token: String,
+}
+
+impl AbsurdClient {
+    /// A client that connects when it is first used. The queue is `ABSURD_DEFAULT_QUEUE`, else `default`; the worker id
+    /// is `ABSURD_WORKER_ID`, else host and process.
+    pub fn connect(options: &ConnectOptions) -> Result<Self, Error> {
+        let channel = options.channel()?;
+        let grpc = AbsurdServiceClient::new(channel)
+            .max_decoding_message_size(MESSAGE_BYTES_MAX * 2)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX);
+        let from_env = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let queue = from_env("ABSURD_DEFAULT_QUEUE").unwrap_or_else(|| DEFAULT_QUEUE.into());
+        let worker_id = from_env("ABSURD_WORKER_ID").unwrap_or_else(|| format!("rust:{}", std::process::id()));
+        Ok(Self {
+            queue: queue.into(),
+            worker_id: worker_id.into(),
+            shared: Arc::new(Shared {
+                settler: Settler::new(grpc.clone()),
+                grpc,
+                registry: Registry::default(),
+                next_stream: AtomicU64::new(1),
+                deadline: options.deadline,
+            }),
+        })
+    }
+
+    /// The same client on another queue.
+    #[must_use]
+    pub fn with_queue(&self, queue: impl Into<Arc<str>>) -> Self {
+        Self { queue: queue.into(), ..self.clone() }
+    }
+
+    /// The same client with another worker id.
+    #[must_use]
+    pub fn with_worker_id(&self, worker_id: impl Into<Arc<str>>) -> Self {
+        Self { worker_id: worker_id.into(), ..self.clone() }
+    }
+
+    /// The queue.
+    pub fn queue_name(&self) -> &str {
+        &self.queue
+    }
+
+    /// The worker id.
+    pub fn worker_id(&self) -> &str {
+        &self.worker_id
+    }
+
+    pub(crate) fn deadline(&self) -> Instant {
+        Instant::now() + self.shared.deadline
+    }
+
+    /// Calls until the answer is one that repeating would not change, or the deadline passes.
+    pub(crate) async fn call<Q, R, F>(
+        &self,
+        request: Q,
+        limit: Duration,
+        send: impl Fn(AbsurdServiceClient<Channel>, Request<Q>) -> F,
+    ) -> Result<R, Error>
+    where
+        Q: Clone,
+        F: Future<Output = Result<Response<R>, Status>>,
+    {
+        let deadline = Instant::now() + limit;
+        let mut backoff = Backoff::call();
+        loop {
+            let mut attempt = Request::new(request.clone());
+            let left = deadline.saturating_duration_since(Instant::now());
+            attempt.set_timeout(left.max(Duration::from_millis(1)));
+            let error = match send(self.shared.grpc.clone(), attempt).await {
+                Ok(response) => return Ok(response.into_inner()),
+                Err(status) => Error::from(status),
+            };
+            let wait = backoff.after(&error);
+            if !error.is_passing() || Instant::now() + wait >= deadline {
+                return Err(error);
+            }
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    fn queue(&self) -> String {
+        self.queue.as_ref().to_owned()
+    }
+
+    /// Creates the queue if it is missing; says whether it was.
+    pub async fn create_queue(&self) -> Result<bool, Error> {
+        let request = pb::CreateQueueRequest { queue: self.queue(), ..Default::default() };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.create_queue(request).await };
+        Ok(self.call(request, self.shared.deadline, send).await?.created)
+    }
+
+    /// Creates the queue with weekly partitions if it is missing; says whether it was.
+    pub async fn create_partitioned_queue(&self) -> Result<bool, Error> {
+        let mut request = pb::CreateQueueRequest { queue: self.queue(), ..Default::default() };
+        request.set_storage_mode(pb::StorageMode::Partitioned);
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.create_queue(request).await };
+        Ok(self.call(request, self.shared.deadline, send).await?.created)
+    }
+
+    /// Drops the queue with all its tasks; says whether there was one.
+    pub async fn drop_queue(&self) -> Result<bool, Error> {
+        let request = pb::DropQueueRequest { queue: self.queue() };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.drop_queue(request).await };
+        Ok(self.call(request, self.shared.deadline, send).await?.dropped)
+    }
+
+    /// All queues, by name.
+    pub async fn list_queues(&self) -> Result<Vec<pb::Queue>, Error> {
+        let mut queues = Vec::new();
+        let mut page_token = String::new();
+        loop {
+            let request = pb::ListQueuesRequest { page_size: 1000, page_token };
+            let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.list_queues(request).await };
+            let page = self.call(request, self.shared.deadline, send).await?;
+            queues.extend(page.queues);
+            if page.next_page_token.is_empty() {
+                return Ok(queues);
+            }
+            page_token = page.next_page_token;
+        }
+    }
+
+    /// Counts of the queue.
+    pub async fn get_queue_stats(&self) -> Result<pb::GetQueueStatsResponse, Error> {
+        let request = pb::GetQueueStatsRequest { queue: self.queue() };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.get_queue_stats(request).await };
+        self.call(request, self.shared.deadline, send).await
+    }
+
+    /// Spawns a task. The client chooses its id, so that a repeated call makes one task.
+    pub async fn spawn_task<P: Serialize + ?Sized>(
+        &self,
+        task_name: &str,
+        params: &P,
+        options: SpawnOptions,
+    ) -> Result<Spawned, Error> {
+        self.spawn_new_task(NewTask::new(task_name, params, options)?).await
+    }
+
+    /// Spawns a task that is put together already.
+    pub async fn spawn_new_task(&self, task: NewTask) -> Result<Spawned, Error> {
+        let request = pb::SpawnTaskRequest { queue: self.queue(), task: Some(task.wire) };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.spawn_task(request).await };
+        Spawned::from_wire(self.call(request, self.shared.deadline, send).await?.task)
+    }
+
+    /// Spawns up to 1,000 tasks, all or none.
+    pub async fn spawn_tasks(&self, tasks: Vec<NewTask>) -> Result<Vec<Spawned>, Error> {
+        if tasks.len() > SPAWN_MAX {
+            return Err(Error::argument("tasks", format!("must hold at most {SPAWN_MAX} tasks")));
+        }
+        let tasks = tasks.into_iter().map(|task| task.wire).collect();
+        let request = pb::SpawnTasksRequest { queue: self.queue(), tasks };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.spawn_tasks(request).await };
+        let response = self.call(request, self.shared.deadline, send).await?;
+        response.tasks.into_iter().map(|task| Spawned::from_wire(Some(task))).collect()
+    }
+
+    /// Claims once. The caller keeps the leases ([`AbsurdClient::extend_claim`]). Not repeated on failure: a claim whose
+    /// answer was lost comes back when its lease ends.
+    pub async fn claim_task(&self, options: ClaimOptions) -> Result<Vec<ClaimedTask>, Error> {
+        let mut request = Request::new(pb::ClaimTaskRequest {
+            queue: self.queue(),
+            worker_id: self.worker_id.as_ref().to_owned(),
+            qty: options.qty,
+            claim_timeout: Some(task::duration(options.claim_timeout)),
+            wait: Some(task::duration(options.wait)),
+            start_deadline: None,
+            task_names: options.task_names,
+            max_message_bytes: i32::try_from(MESSAGE_BYTES_MAX).unwrap_or(i32::MAX),
+            accepts_omitted_params: false,
+        });
+        request.set_timeout(options.wait + self.shared.deadline);
+        let response = self.shared.grpc.clone().claim_task(request).await?.into_inner();
+        response.tasks.into_iter().map(|task| ClaimedTask::new(self, task, None)).collect()
+    }
+
+    /// Opens a stream on which tasks arrive. Waits for the first answer of the server, whose refusals (a wrong option, an
+    /// unknown queue) are errors; afterwards the stream reconnects by itself until it is closed.
+    pub async fn claim_stream(&self, options: StreamOptions) -> Result<ClaimStream, Error> {
+        ClaimStream::open(self, options).await
+    }
+
+    pub(crate) async fn settle(
+        &self,
+        run_id: Uuid,
+        token: Option<String>,
+        action: pb::settle_item::Action,
+    ) -> Result<pb::SettleResult, Error> {
+        use pb::settle_item::Action;
+        let ends = matches!(action, Action::Complete(_) | Action::Fail(_) | Action::Release(_));
+        let token = token.or_else(|| self.shared.registry.token(run_id));
+        let item = pb::SettleItem { run_id: run_id.to_string(), claim_token: token.clone(), action: Some(action) };
+        let outcome = self.shared.settler.submit(&self.queue, item, self.deadline()).await;
+        let over = match &outcome {
+            Ok(_) => ends,
+            Err(error) => error.is_claim_over(),
+        };
+        if over {
+            self.shared.registry.remove(run_id, token.as_deref());
+        }
+        outcome
+    }
+
+    /// Completes a run. Repeating it is harmless.
+    pub async fn complete_task<T: Serialize + ?Sized>(&self, run_id: Uuid, result: &T) -> Result<(), Error> {
+        let result = Some(Json::of(result)?.into_wire());
+        let action = pb::settle_item::Action::Complete(pb::CompleteAction { result });
+        self.settle(run_id, None, action).await.map(drop)
+    }
+
+    /// Fails a run: the task is retried as its strategy says. `reason` is by convention an object with `name`,
+    /// `message` and `traceback`.
+    pub async fn fail_task<T: Serialize + ?Sized>(&self, run_id: Uuid, reason: &T) -> Result<FailOutcome, Error> {
+        let reason = Some(Json::of(reason)?.into_wire());
+        let action = pb::settle_item::Action::Fail(pb::FailAction { reason, retry_at: None });
+        FailOutcome::from_wire(self.settle(run_id, None, action).await?.fail)
+    }
+
+    /// Moves the end of a lease to now + `extend_by`.
+    pub async fn extend_claim(&self, run_id: Uuid, extend_by: Duration) -> Result<(), Error> {
+        let extend_by = Some(task::duration(extend_by));
+        self.settle(run_id, None, pb::settle_item::Action::Extend(pb::ExtendAction { extend_by })).await.map(drop)
+    }
+
+    /// Gives a claim back without using up an attempt; the run is offered again after `delay`, at most an hour.
+    pub async fn release_claim(&self, run_id: Uuid, delay: Duration) -> Result<(), Error> {
+        let delay = Some(task::duration(delay));
+        self.settle(run_id, None, pb::settle_item::Action::Release(pb::ReleaseAction { delay })).await.map(drop)
+    }
+
+    /// Cancels a task that has not ended; says whether this call did it, and the task's state.
+    pub async fn cancel_task(&self, task_id: Uuid) -> Result<(bool, State), Error> {
+        self.cancel(pb::cancel_task_request::Target::TaskId(task_id.to_string())).await
+    }
+
+    /// Cancels the task of a run, only while that run is pending or sleeping.
+    pub async fn cancel_run(&self, run_id: Uuid) -> Result<(bool, State), Error> {
+        self.cancel(pb::cancel_task_request::Target::RunId(run_id.to_string())).await
+    }
+
+    async fn cancel(&self, target: pb::cancel_task_request::Target) -> Result<(bool, State), Error> {
+        let request = pb::CancelTaskRequest { queue: self.queue(), target: Some(target) };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.cancel_task(request).await };
+        let response = self.call(request, self.shared.deadline, send).await?;
+        Ok((response.cancelled, State::from_wire(response.state).ok_or_else(task::unclear)?))
+    }
+
+    /// Gives a failed task another attempt, or spawns a copy of it.
+    pub async fn retry_task(&self, task_id: Uuid, options: RetryOptions) -> Result<Spawned, Error> {
+        let request = pb::RetryTaskRequest {
+            queue: self.queue(),
+            task_id: task_id.to_string(),
+            spawn_new: options.spawn_new,
+            max_attempts: options.max_attempts,
+            request_id: Some(Uuid::now_v7().to_string()),
+        };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.retry_task(request).await };
+        Spawned::from_wire(self.call(request, self.shared.deadline, send).await?.task)
+    }
+
+    /// The task, as stored; None: there is none.
+    pub async fn get_task_status(&self, task_id: Uuid) -> Result<Option<pb::Task>, Error> {
+        let request =
+            pb::GetTaskStatusRequest { queue: self.queue(), task_id: task_id.to_string(), params_range: None };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.get_task_status(request).await };
+        match self.call(request, self.shared.deadline, send).await {
+            Ok(response) => Ok(response.task),
+            Err(error) if error.reason() == crate::Reason::TaskNotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The run, as stored; None: there is none.
+    pub async fn get_run_status(&self, run_id: Uuid) -> Result<Option<pb::Run>, Error> {
+        let request = pb::GetRunStatusRequest { queue: self.queue(), run_id: run_id.to_string() };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.get_run_status(request).await };
+        match self.call(request, self.shared.deadline, send).await {
+            Ok(response) => Ok(response.run),
+            Err(error) if error.reason() == crate::Reason::RunNotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// State and result of a task, as of now.
+    pub async fn get_task_result(&self, task_id: Uuid) -> Result<TaskResult, Error> {
+        let request = pb::GetTaskResultRequest { queue: self.queue(), task_id: task_id.to_string() };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.get_task_result(request).await };
+        TaskResult::from_wire(self.call(request, self.shared.deadline, send).await?.result)
+    }
+
+    /// Waits until a task has ended, for ever when `timeout` is None. `DeadlineExceeded` when the time is up.
+    pub async fn await_task_result(&self, task_id: Uuid, timeout: Option<Duration>) -> Result<TaskResult, Error> {
+        let until = timeout.map(|timeout| Instant::now() + timeout);
+        loop {
+            let slice =
+                until.map_or(AWAIT_SLICE, |until| until.saturating_duration_since(Instant::now()).min(AWAIT_SLICE));
+            let request = pb::AwaitTaskResultRequest {
+                queue: self.queue(),
+                task_id: task_id.to_string(),
+                timeout: Some(task::duration(slice)),
+            };
+            let send =
+                |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.await_task_result(request).await };
+            let response = self.call(request, slice + self.shared.deadline, send).await?;
+            if response.done {
+                return TaskResult::from_wire(response.result);
+            }
+            if until.is_some_and(|until| Instant::now() >= until) {
+                return Err(Error::deadline());
+            }
+        }
+    }
+
+    /// A page of tasks, newest first, and the token of the next page (empty on the last).
+    pub async fn list_tasks(&self, options: ListOptions) -> Result<(Vec<pb::TaskSummary>, String), Error> {
+        let request = pb::ListTasksRequest {
+            queue: self.queue(),
+            page_size: options.page_size,
+            page_token: options.page_token,
+            state: options.state.map_or(pb::State::Unspecified, State::to_wire).into(),
+            task_name: options.task_name,
+        };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.list_tasks(request).await };
+        let response = self.call(request, self.shared.deadline, send).await?;
+        Ok((response.tasks, response.next_page_token))
+    }
+}

@@ -1,0 +1,242 @@
+//! One error type: what happened, by reason, and whether asking again may help.
+
+use std::fmt;
+use std::time::Duration;
+
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+
+/// Domain of the server's `ErrorInfo`.
+const DOMAIN: &str = "absurd.v1";
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal;)*) => {
+        /// Why a call failed. The names on the wire are listed at `AbsurdService` in the proto files.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        #[non_exhaustive]
+        pub enum Reason {
+            $($(#[$doc])* $variant,)*
+            /// No answer of the service arrived: the connection failed, or something between us answered.
+            Transport,
+            /// The answer could not be understood.
+            Other,
+        }
+
+        impl Reason {
+            fn from_wire(name: &str) -> Self {
+                match name {
+                    $($name => Self::$variant,)*
+                    _ => Self::Other,
+                }
+            }
+
+            /// The stable name, as on the wire.
+            pub fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)*
+                    Self::Transport => "TRANSPORT",
+                    Self::Other => "OTHER",
+                }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// A field is wrong; [`Error::field`] names it.
+    InvalidArgument = "INVALID_ARGUMENT";
+    /// A JSON field holds what Postgres refuses.
+    JsonInvalid = "JSON_INVALID";
+    /// A JSON field is over the server's limit.
+    PayloadTooLarge = "PAYLOAD_TOO_LARGE";
+    /// The claim token is not one of this service.
+    ClaimTokenInvalid = "CLAIM_TOKEN_INVALID";
+    /// The server insists on claim tokens.
+    ClaimTokenRequired = "CLAIM_TOKEN_REQUIRED";
+    /// No such queue.
+    QueueNotFound = "QUEUE_NOT_FOUND";
+    /// No such task.
+    TaskNotFound = "TASK_NOT_FOUND";
+    /// No such run.
+    RunNotFound = "RUN_NOT_FOUND";
+    /// The chosen task id belongs to another task.
+    TaskIdConflict = "TASK_ID_CONFLICT";
+    /// The queue exists with another storage mode.
+    QueueExists = "QUEUE_EXISTS";
+    /// Another claim owns the run: stop, report nothing.
+    ClaimLost = "CLAIM_LOST";
+    /// The lease ran out and the attempt was failed: stop.
+    ClaimExpired = "CLAIM_EXPIRED";
+    /// The task was cancelled: stop.
+    TaskCancelled = "TASK_CANCELLED";
+    /// The run is not in a state that allows the call.
+    RunNotRunning = "RUN_NOT_RUNNING";
+    /// Only failed tasks can be retried.
+    TaskNotFailed = "TASK_NOT_FAILED";
+    /// `max_attempts` does not allow another attempt.
+    MaxAttemptsTooLow = "MAX_ATTEMPTS_TOO_LOW";
+    /// An earlier write about the same run failed.
+    ItemSkipped = "ITEM_SKIPPED";
+    /// The replica has as many streams as it takes.
+    StreamLimit = "STREAM_LIMIT";
+    /// Too many requests wait at the replica.
+    TooManyRequests = "TOO_MANY_REQUESTS";
+    /// Postgres cannot be reached or is busy.
+    Unavailable = "UNAVAILABLE";
+    /// The replica is leaving.
+    ShuttingDown = "SHUTTING_DOWN";
+    /// The call's deadline passed.
+    DeadlineExceeded = "DEADLINE_EXCEEDED";
+    /// The commit's outcome cannot be told.
+    OutcomeUnknown = "OUTCOME_UNKNOWN";
+    /// A bug in the server; the message holds the id of its log line.
+    Internal = "INTERNAL";
+}
+
+/// A failed call.
+#[derive(Debug, Clone)]
+pub struct Error(Box<Inside>);
+
+#[derive(Debug, Clone)]
+struct Inside {
+    reason: Reason,
+    code: Code,
+    message: String,
+    field: Option<String>,
+    retry_after: Option<Duration>,
+}
+
+impl Error {
+    pub(crate) fn new(reason: Reason, code: Code, message: impl Into<String>) -> Self {
+        Self(Box::new(Inside { reason, code, message: message.into(), field: None, retry_after: None }))
+    }
+
+    /// A wrong argument that was found before anything was sent.
+    pub(crate) fn argument(field: &str, problem: impl fmt::Display) -> Self {
+        let mut error = Self::new(Reason::InvalidArgument, Code::InvalidArgument, format!("{field}: {problem}"));
+        error.0.field = Some(field.to_owned());
+        error
+    }
+
+    pub(crate) fn deadline() -> Self {
+        Self::new(Reason::DeadlineExceeded, Code::DeadlineExceeded, "the deadline has passed")
+    }
+
+    pub(crate) fn from_wire(code: i32, reason: &str, message: &str) -> Self {
+        Self::new(Reason::from_wire(reason), Code::from_i32(code), message)
+    }
+
+    /// Why.
+    pub fn reason(&self) -> Reason {
+        self.0.reason
+    }
+
+    /// The gRPC code.
+    pub fn code(&self) -> Code {
+        self.0.code
+    }
+
+    /// For people.
+    pub fn message(&self) -> &str {
+        &self.0.message
+    }
+
+    /// Path of the wrong field, such as `tasks[3].params`.
+    pub fn field(&self) -> Option<&str> {
+        self.0.field.as_deref()
+    }
+
+    /// How long the server asks to wait before the next try.
+    pub fn retry_after(&self) -> Option<Duration> {
+        self.0.retry_after
+    }
+
+    /// Whether the claim that the call spoke of is over: stop working on the run, report nothing.
+    pub fn is_claim_over(&self) -> bool {
+        matches!(
+            self.reason(),
+            Reason::ClaimLost
+                | Reason::ClaimExpired
+                | Reason::TaskCancelled
+                | Reason::RunNotRunning
+                | Reason::RunNotFound
+                | Reason::QueueNotFound
+        )
+    }
+
+    /// Whether the same call may succeed soon.
+    pub fn is_passing(&self) -> bool {
+        matches!(
+            self.reason(),
+            Reason::Transport
+                | Reason::Unavailable
+                | Reason::ShuttingDown
+                | Reason::TooManyRequests
+                | Reason::StreamLimit
+                | Reason::OutcomeUnknown
+        )
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.0.message, self.0.reason.as_str())
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<Status> for Error {
+    fn from(status: Status) -> Self {
+        let details = status.get_error_details();
+        let info = details.error_info().filter(|info| info.domain == DOMAIN);
+        let reason = match (info, status.code()) {
+            (Some(info), _) => Reason::from_wire(&info.reason),
+            // The transport says CANCELLED when a deadline passes.
+            (None, Code::DeadlineExceeded) => Reason::DeadlineExceeded,
+            (None, Code::Cancelled) if status.message().contains("imeout") => Reason::DeadlineExceeded,
+            (None, Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal | Code::ResourceExhausted) => {
+                Reason::Transport
+            }
+            (None, Code::OutOfRange) => Reason::PayloadTooLarge,
+            (None, _) => Reason::Other,
+        };
+        let mut error = Self::new(reason, status.code(), status.message());
+        error.0.field =
+            details.bad_request().and_then(|bad| bad.field_violations.first()).map(|violation| violation.field.clone());
+        error.0.retry_after = details.retry_info().and_then(|info| info.retry_delay);
+        error
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tonic_types::ErrorDetails;
+
+    #[test]
+    fn a_status_becomes_its_reason() {
+        let mut details = ErrorDetails::new();
+        details.set_error_info("CLAIM_LOST", DOMAIN, std::collections::HashMap::new());
+        details.set_retry_info(Some(Duration::from_millis(70)));
+        let error = Error::from(Status::with_error_details(Code::Aborted, "gone", details));
+        assert_eq!(error.reason(), Reason::ClaimLost);
+        assert_eq!(error.retry_after(), Some(Duration::from_millis(70)));
+        assert!(error.is_claim_over() && !error.is_passing());
+    }
+
+    #[test]
+    fn a_transport_failure_is_passing_and_a_deadline_is_not() {
+        assert!(Error::from(Status::unavailable("no route")).is_passing());
+        assert!(Error::from(Status::unknown("h2 protocol error")).is_passing());
+        let late = Error::from(Status::cancelled("Timeout expired"));
+        assert_eq!(late.reason(), Reason::DeadlineExceeded);
+        assert!(!late.is_passing());
+    }
+
+    #[test]
+    fn names_survive_the_wire() {
+        assert_eq!(Reason::from_wire(Reason::OutcomeUnknown.as_str()), Reason::OutcomeUnknown);
+        assert_eq!(Reason::from_wire("SOMETHING_NEW"), Reason::Other);
+    }
+}

@@ -1,0 +1,58 @@
+//! JSON as text: numbers keep their digits, and nothing is parsed that nobody asks for.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::Error;
+use absurd_proto::v1 as pb;
+
+/// A JSON text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Json(String);
+
+impl Json {
+    /// The JSON of a value.
+    pub fn of<T: Serialize + ?Sized>(value: &T) -> Result<Self, Error> {
+        serde_json::to_string(value).map(Self).map_err(|error| Error::argument("json", error))
+    }
+
+    /// A text that is JSON already; the server checks it.
+    pub fn from_text(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+
+    /// JSON null.
+    pub fn null() -> Self {
+        Self("null".into())
+    }
+
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Reads it as a type.
+    pub fn to<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
+        serde_json::from_str(&self.0)
+    }
+
+    pub(crate) fn into_wire(self) -> pb::Json {
+        pb::Json { text: self.0 }
+    }
+
+    pub(crate) fn from_wire(json: Option<pb::Json>) -> Option<Self> {
+        json.map(|json| Self(json.text))
+    }
+}
+
+impl std::fmt::Display for Json {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<serde_json::Value> for Json {
+    fn from(value: serde_json::Value) -> Self {
+        Self(value.to_string())
+    }
+}

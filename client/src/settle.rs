@@ -1,0 +1,156 @@
+//! Outcomes travel together: while one `SettleTasks` call is in flight, the next one gathers.
+//!
+//! Guarantees: each caller gets its own outcome; writes about one run keep their order; a call whose answer was lost is
+//! repeated, which the server answers as the first time.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use absurd_proto::v1 as pb;
+use absurd_proto::v1::absurd_service_client::AbsurdServiceClient;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use tonic::transport::Channel;
+use tonic::{Code, Request};
+
+use crate::backoff::Backoff;
+use crate::{Error, Reason};
+
+/// Items of one call at most.
+const ITEMS_MAX: usize = 1000;
+/// Bytes of one call at most, unless a single item has more.
+const BYTES_MAX: usize = 2 * 1024 * 1024;
+
+struct Entry {
+    item: pb::SettleItem,
+    deadline: Instant,
+    answer: oneshot::Sender<Result<pb::SettleResult, Error>>,
+}
+
+type Lanes = Arc<Mutex<HashMap<String, VecDeque<Entry>>>>;
+
+/// See the module.
+#[derive(Clone)]
+pub(crate) struct Settler {
+    grpc: AbsurdServiceClient<Channel>,
+    /// A lane exists while a task drives it.
+    lanes: Lanes,
+}
+
+impl std::fmt::Debug for Settler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Settler(..)")
+    }
+}
+
+impl Settler {
+    pub(crate) fn new(grpc: AbsurdServiceClient<Channel>) -> Self {
+        Self { grpc, lanes: Lanes::default() }
+    }
+
+    /// Sends one outcome with whatever else waits for this queue.
+    pub(crate) async fn submit(
+        &self,
+        queue: &str,
+        item: pb::SettleItem,
+        deadline: Instant,
+    ) -> Result<pb::SettleResult, Error> {
+        let (answer, answered) = oneshot::channel();
+        let entry = Entry { item, deadline, answer };
+        {
+            let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(lane) = lanes.get_mut(queue) {
+                lane.push_back(entry);
+            } else {
+                lanes.insert(queue.to_owned(), VecDeque::from([entry]));
+                tokio::spawn(drive(self.grpc.clone(), Arc::clone(&self.lanes), queue.to_owned()));
+            }
+        }
+        answered.await.unwrap_or_else(|_| Err(Error::new(Reason::Transport, Code::Unavailable, "the client stopped")))
+    }
+}
+
+async fn drive(grpc: AbsurdServiceClient<Channel>, lanes: Lanes, queue: String) {
+    loop {
+        let batch = {
+            let mut lanes = lanes.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(lane) = lanes.get_mut(&queue) else { return };
+            if lane.is_empty() {
+                lanes.remove(&queue);
+                return;
+            }
+            take(lane)
+        };
+        send(&grpc, &queue, batch).await;
+    }
+}
+
+fn take(lane: &mut VecDeque<Entry>) -> Vec<Entry> {
+    let mut bytes = 0;
+    let mut batch = Vec::new();
+    while batch.len() < ITEMS_MAX {
+        let Some(size) = lane.front().map(|entry| size(&entry.item)) else { break };
+        if bytes + size > BYTES_MAX && !batch.is_empty() {
+            break;
+        }
+        bytes += size;
+        batch.extend(lane.pop_front());
+    }
+    batch
+}
+
+fn size(item: &pb::SettleItem) -> usize {
+    use pb::settle_item::Action;
+    let json = |json: &Option<pb::Json>| json.as_ref().map_or(0, |json| json.text.len());
+    200 + match &item.action {
+        Some(Action::Complete(action)) => json(&action.result),
+        Some(Action::Fail(action)) => json(&action.reason),
+        Some(Action::Checkpoint(action)) => json(&action.state) + action.checkpoint_name.len(),
+        Some(Action::Extend(_) | Action::Release(_)) | None => 0,
+    }
+}
+
+/// Sends a batch until it is answered; an item whose deadline passes leaves it.
+async fn send(grpc: &AbsurdServiceClient<Channel>, queue: &str, mut batch: Vec<Entry>) {
+    let mut backoff = Backoff::call();
+    loop {
+        batch.retain(|entry| !entry.answer.is_closed());
+        let now = Instant::now();
+        let Some(longest) = batch.iter().map(|entry| entry.deadline.saturating_duration_since(now)).max() else {
+            return;
+        };
+        let items = batch.iter().map(|entry| entry.item.clone()).collect();
+        let mut request = Request::new(pb::SettleTasksRequest { queue: queue.to_owned(), items });
+        request.set_timeout(longest.max(std::time::Duration::from_millis(1)));
+        let error = match grpc.clone().settle_tasks(request).await {
+            Ok(response) => return answer(batch, response.into_inner().results),
+            Err(status) => Error::from(status),
+        };
+        let wait = backoff.after(&error);
+        let until = Instant::now() + wait;
+        let (left, over): (Vec<_>, Vec<_>) =
+            batch.into_iter().partition(|entry| error.is_passing() && entry.deadline > until);
+        for entry in over {
+            let _ = entry.answer.send(Err(error.clone()));
+        }
+        if left.is_empty() {
+            return;
+        }
+        batch = left;
+        tokio::time::sleep(wait).await;
+    }
+}
+
+fn answer(batch: Vec<Entry>, results: Vec<pb::SettleResult>) {
+    let mut results = results.into_iter();
+    for entry in batch {
+        let outcome = match results.next() {
+            None => Err(crate::task::unclear()),
+            Some(result) => match &result.error {
+                Some(error) => Err(Error::from_wire(error.code, &error.reason, &error.message)),
+                None => Ok(result),
+            },
+        };
+        let _ = entry.answer.send(outcome);
+    }
+}

@@ -1,0 +1,221 @@
+//! The running server: puts all parts together, serves, and takes them apart in the right order.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use absurd_proto::v1::absurd_service_server::AbsurdServiceServer;
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_postgres::{Config, NoTls};
+use tonic::transport::server::TcpIncoming;
+use tonic::transport::{Identity, Server, ServerTlsConfig};
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+use crate::dispatch::DispatchOptions;
+use crate::doorbell::{self, Hints};
+use crate::engine::Engine;
+use crate::maintenance;
+use crate::store::migrate::{self, Report};
+use crate::store::{Store, StoreOptions};
+use crate::transport::{Limits, Service};
+
+/// Name of the service in health checks.
+const SERVICE: &str = "absurd.v1.AbsurdService";
+/// The database counts as gone when its clock was last read this long ago.
+const DATABASE_SILENCE: Duration = Duration::from_secs(6);
+/// Largest request that is decoded.
+const REQUEST_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// Everything that a server needs to know.
+#[derive(Debug, Clone)]
+pub struct AppOptions {
+    /// The database; its password is never printed.
+    pub database: Config,
+    /// Where to LISTEN, when `database` goes through a pooler.
+    pub listen_database: Option<Config>,
+    /// Address to serve on; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Migrate before serving.
+    pub migrate: Option<migrate::Options>,
+    /// Connections to the database at most.
+    pub connections_max: usize,
+    /// Streams.
+    pub dispatch: DispatchOptions,
+    /// Bounds of requests.
+    pub limits: Limits,
+    /// Certificate and key; none serves in the clear.
+    pub tls: Option<(PathBuf, PathBuf)>,
+    /// Longest graceful shutdown.
+    pub shutdown_grace: Duration,
+}
+
+/// A server that serves.
+#[derive(Debug)]
+pub struct App {
+    addr: SocketAddr,
+    engine: Arc<Engine>,
+    migrated: Option<Report>,
+    health: HealthReporter,
+    loops: JoinSet<()>,
+    stop: oneshot::Sender<()>,
+    serving: JoinHandle<Result<(), tonic::transport::Error>>,
+    grace: Duration,
+}
+
+impl App {
+    /// Migrates if asked, checks the database, binds, and serves.
+    pub async fn start(options: AppOptions) -> anyhow::Result<Self> {
+        let migrated = match options.migrate {
+            Some(how) => Some(migrate::migrate(&options.database, how).await.context("cannot migrate the database")?),
+            None => None,
+        };
+        let doorbell = inspect(&options.database).await?;
+        let store = Store::new(StoreOptions {
+            database: options.database.clone(),
+            connections_max: options.connections_max,
+            wait_max: Duration::from_secs(10),
+        })?;
+        let hints = Arc::new(Hints::new(replica_id(), doorbell));
+        // The first look reads the database's clock, which every minted id needs.
+        store
+            .tick(&[], hints.replica_id())
+            .await
+            .map_err(|fault| anyhow::anyhow!("cannot use the database: {fault:?}"))?;
+        let engine = Arc::new(Engine::new(store, hints, options.dispatch));
+        let listener =
+            TcpListener::bind(options.listen).await.with_context(|| format!("cannot listen on {}", options.listen))?;
+        let addr = listener.local_addr()?;
+        let (health, health_service) = tonic_health::server::health_reporter();
+        let mut loops = JoinSet::new();
+        start_loops(&mut loops, &engine, options.listen_database.unwrap_or(options.database), health.clone());
+        set_health(&health, true).await;
+        let (stop, stopped) = oneshot::channel();
+        let router = server(options.tls.as_ref())?
+            .add_service(health_service)
+            .add_service(reflection().build_v1()?)
+            .add_service(reflection().build_v1alpha()?)
+            .add_service(
+                AbsurdServiceServer::new(Service::new(Arc::clone(&engine), options.limits))
+                    .max_decoding_message_size(REQUEST_BYTES_MAX)
+                    .max_encoding_message_size(usize::MAX),
+            );
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let serving = tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
+            let _ = stopped.await;
+        }));
+        Ok(Self { addr, engine, migrated, health, loops, stop, serving, grace: options.shutdown_grace })
+    }
+
+    /// The address served on.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// The parts, for what shows them (`absurd dev`).
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
+    /// What the migration at the start did, if there was one.
+    pub fn migrated(&self) -> Option<&Report> {
+        self.migrated.as_ref()
+    }
+
+    /// Stops: not healthy, no new claims, streams end politely, claims that no transport took come back, calls end.
+    pub async fn shut_down(mut self) -> anyhow::Result<()> {
+        let until = tokio::time::Instant::now() + self.grace;
+        set_health(&self.health, false).await;
+        self.engine.dispatcher.shut_down(self.grace / 2).await;
+        self.engine.waits.close();
+        let _ = self.stop.send(());
+        if tokio::time::timeout_at(until, &mut self.serving).await.is_err() {
+            tracing::warn!("some calls did not end in time; cutting them off");
+            self.serving.abort();
+        }
+        self.loops.shutdown().await;
+        let leaving = self.engine.store.replica_leave(self.engine.hints.replica_id());
+        if tokio::time::timeout(Duration::from_secs(2), leaving).await.is_err() {
+            tracing::debug!("could not sign off at the database in time");
+        }
+        self.engine.store.close();
+        Ok(())
+    }
+}
+
+/// Refuses a database that is not migrated, or whose clock is set by hand. Says whether the doorbell hangs.
+async fn inspect(database: &Config) -> anyhow::Result<bool> {
+    let (client, connection) = database.connect(NoTls).await.context("cannot connect to the database")?;
+    let connection = tokio::spawn(connection);
+    let known = migrate::inspect(&client).await?;
+    let fake: Option<String> =
+        client.query_one("select nullif(btrim(current_setting('absurd.fake_now', true)), '')", &[]).await?.get(0);
+    drop(client);
+    let _ = connection.await;
+    anyhow::ensure!(fake.is_none(), "absurd.fake_now is set in this database: its clock does not tell the time");
+    known.context("the database is not set up for this server; run `absurd migrate`, or add --migrate")
+}
+
+fn start_loops(loops: &mut JoinSet<()>, engine: &Arc<Engine>, listen_database: Config, health: HealthReporter) {
+    let parts = Arc::clone(engine);
+    loops.spawn(async move { doorbell::send(&parts.hints, &parts.store, &parts.dispatcher).await });
+    let parts = Arc::clone(engine);
+    loops.spawn(async move { doorbell::hear(&parts.hints, &parts.store, &listen_database, &parts.dispatcher).await });
+    let parts = Arc::clone(engine);
+    loops.spawn(async move { maintenance::tick(&parts).await });
+    let parts = Arc::clone(engine);
+    loops.spawn(async move { parts.waits.run(&parts.store).await });
+    let parts = Arc::clone(engine);
+    loops.spawn(async move { watch_database(&parts.store, &health).await });
+}
+
+/// Health follows the database: the tick reads its clock, so that no query of its own is needed.
+async fn watch_database(store: &Store, health: &HealthReporter) {
+    let mut healthy = true;
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let now = store.clock_age().is_some_and(|age| age < DATABASE_SILENCE);
+        if now != healthy {
+            healthy = now;
+            tracing::warn!(healthy, "the database {}", if healthy { "is back" } else { "does not answer" });
+            set_health(health, healthy).await;
+        }
+    }
+}
+
+async fn set_health(health: &HealthReporter, serving: bool) {
+    let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+    for service in ["", SERVICE] {
+        health.set_service_status(service, status).await;
+    }
+}
+
+fn server(tls: Option<&(PathBuf, PathBuf)>) -> anyhow::Result<Server> {
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .http2_max_header_list_size(64 * 1024)
+        .max_concurrent_streams(20_000)
+        .tcp_keepalive(Some(Duration::from_secs(30)))
+        .tcp_nodelay(true);
+    let Some((certificate, key)) = tls else { return Ok(server) };
+    let read = |path: &PathBuf| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    let identity = Identity::from_pem(read(certificate)?, read(key)?);
+    Ok(server.tls_config(ServerTlsConfig::new().identity(identity).timeout(Duration::from_secs(10)))?)
+}
+
+fn reflection<'a>() -> tonic_reflection::server::Builder<'a> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(absurd_proto::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+}
+
+/// One per process: where it runs, which process, and something that no other has.
+fn replica_id() -> String {
+    let host = gethostname::gethostname().to_string_lossy().into_owned();
+    format!("{host}:{}:{:x}", std::process::id(), uuid::Uuid::new_v4().as_fields().0)
+}
