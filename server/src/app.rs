@@ -42,6 +42,8 @@ pub struct AppOptions {
     pub listen: SocketAddr,
     /// Migrate before serving.
     pub migrate: Option<migrate::Options>,
+    /// Whether to use the doorbell, where the database has one.
+    pub doorbell: bool,
     /// Connections to the database at most.
     pub connections_max: usize,
     /// Streams.
@@ -74,7 +76,7 @@ impl App {
             Some(how) => Some(migrate::migrate(&options.database, how).await.context("cannot migrate the database")?),
             None => None,
         };
-        let doorbell = inspect(&options.database).await?;
+        let doorbell = inspect(&options.database).await? && options.doorbell;
         let store = Store::new(StoreOptions {
             database: options.database.clone(),
             connections_max: options.connections_max,

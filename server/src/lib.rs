@@ -5,6 +5,7 @@
 
 pub mod activity;
 pub mod app;
+pub mod cli;
 pub mod commit;
 pub mod dispatch;
 pub mod domain;
@@ -13,6 +14,7 @@ pub mod engine;
 pub mod maintenance;
 pub mod postgres;
 pub mod scope;
+pub mod settings;
 pub mod store;
 pub mod transport;
 pub mod wait;

@@ -1,1 +1,5 @@
-fn main() {}
+//! The `absurd` command.
+
+fn main() -> std::process::ExitCode {
+    absurd_server::cli::main()
+}

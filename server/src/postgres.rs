@@ -107,8 +107,7 @@ impl Cluster {
             initialize(&programs, user.as_ref(), &home)?;
         }
         let (pid, exited) = launch(&programs, user.as_ref(), &home, &socket, options)?;
-        let mut cluster =
-            Self { home, socket, version: programs.version.clone(), pid, exited, gone: false, _lock: lock };
+        let mut cluster = Self { home, socket, version: programs.version, pid, exited, gone: false, _lock: lock };
         cluster.wait_until_ready()?;
         Ok(cluster)
     }

@@ -1,0 +1,200 @@
+//! `absurd dev`: a private Postgres, migrated, served, and shown as it works.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use clap::Args;
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use tokio::sync::broadcast::error::RecvError;
+use uuid::Uuid;
+
+use super::{asked_to_stop, log, runtime};
+use crate::activity::{Activity, What};
+use crate::app::App;
+use crate::domain::State;
+use crate::postgres::{Cluster, ClusterOptions, DATABASE, default_home};
+use crate::settings::{DEFAULT_LISTEN, Secret, Settings};
+
+/// Tasks that have a live line of their own at the same time.
+const LINES_MAX: usize = 12;
+
+/// Flags of `absurd dev`.
+#[derive(Debug, Args)]
+pub(super) struct DevArgs {
+    /// Address to serve on; port 0 takes a free one
+    #[arg(long, env = "ABSURD_LISTEN", default_value_t = DEFAULT_LISTEN, value_name = "ADDR:PORT")]
+    listen: SocketAddr,
+    /// Directory of the private Postgres [default: /var/lib/absurd as root, else ~/.local/share/absurd]
+    #[arg(long, env = "ABSURD_DATA_DIR", value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Directory of initdb and postgres, where they are not found by themselves
+    #[arg(long, env = "ABSURD_PG_BIN", value_name = "DIR")]
+    pg_bin: Option<PathBuf>,
+    /// Queue to create
+    #[arg(long, short, env = "ABSURD_DEFAULT_QUEUE", default_value = absurd_client::DEFAULT_QUEUE)]
+    queue: String,
+    /// What to log beside the lines of tasks
+    #[arg(long, env = "ABSURD_LOG", default_value = "warn", value_name = "FILTER")]
+    log: String,
+}
+
+/// Runs until asked to stop.
+pub(super) fn run(args: DevArgs) -> anyhow::Result<()> {
+    log(&args.log, false)?;
+    let started = Instant::now();
+    let home = args.data_dir.unwrap_or_else(default_home);
+    // Before the runtime: Postgres must belong to a thread that stays.
+    let mut cluster = Cluster::start(&ClusterOptions { home, bin: args.pg_bin, durable: true, settings: Vec::new() })?;
+    let outcome = runtime()?.block_on(serve(&mut cluster, args.listen, &args.queue, started));
+    cluster.stop();
+    outcome
+}
+
+/// Starts a server on a private cluster: database, schemas, queue.
+pub(super) async fn start_on(cluster: &Cluster, listen: SocketAddr, queue: &str) -> anyhow::Result<App> {
+    create_database(cluster).await?;
+    let settings = Settings {
+        database_url: Some(Secret::from(cluster.url(DATABASE).as_str())),
+        listen: Some(listen),
+        migrate: Some(true),
+        ..Settings::default()
+    };
+    let app = App::start(settings.into_app_options()?).await?;
+    let client = absurd_client::AbsurdClient::connect(&absurd_client::ConnectOptions::new(url(app.addr())))?;
+    client.with_queue(queue).create_queue().await?;
+    Ok(app)
+}
+
+fn url(addr: SocketAddr) -> String {
+    if addr.ip().is_unspecified() { format!("http://127.0.0.1:{}", addr.port()) } else { format!("http://{addr}") }
+}
+
+async fn create_database(cluster: &Cluster) -> anyhow::Result<()> {
+    let (client, connection) = tokio_postgres::connect(&cluster.url("postgres"), tokio_postgres::NoTls).await?;
+    let connection = tokio::spawn(connection);
+    let known = client.query_opt("select from pg_database where datname = $1", &[&DATABASE]).await?;
+    if known.is_none() {
+        client.batch_execute(&format!("create database {DATABASE}")).await?;
+    }
+    drop(client);
+    let _ = connection.await;
+    Ok(())
+}
+
+async fn serve(cluster: &mut Cluster, listen: SocketAddr, queue: &str, started: Instant) -> anyhow::Result<()> {
+    let app = start_on(cluster, listen, queue).await?;
+    greet(cluster, &app, queue, started.elapsed());
+    let mut feed = app.engine().feed.watch();
+    let mut lines = Lines::new()?;
+    let mut stop = std::pin::pin!(asked_to_stop());
+    let mut look = tokio::time::interval(Duration::from_secs(1));
+    let ended = loop {
+        tokio::select! {
+            () = &mut stop => break Ok(()),
+            activity = feed.recv() => match activity {
+                Ok(activity) => lines.show(&activity),
+                Err(RecvError::Lagged(missed)) => lines.note(&format!("({missed} lines left out)")),
+                Err(RecvError::Closed) => break Ok(()),
+            },
+            _ = look.tick() => if cluster.has_exited() {
+                break Err(anyhow::anyhow!("Postgres has ended; see {}", cluster.home().join("postgres.log").display()));
+            },
+        }
+    };
+    lines.note("stopping");
+    app.shut_down().await.context("cannot stop")?;
+    ended
+}
+
+fn greet(cluster: &Cluster, app: &App, queue: &str, took: Duration) {
+    let url = url(app.addr());
+    let database = cluster.url(DATABASE);
+    let custom =
+        if url == absurd_client::DEFAULT_URL { String::new() } else { format!("    export ABSURD_URL='{url}'\n") };
+    println!(
+        "\nabsurd {version} is ready, {seconds:.1} s after its start\n\n  \
+         gRPC      {url}  (in the clear, for this machine)\n  \
+         Postgres  {postgres} in {home}  (kept between starts)\n  \
+         Queue     {queue}\n\n  \
+         For an SDK that speaks SQL:\n    export ABSURD_DATABASE_URL='{database}'\n\n  \
+         Next, in another terminal:\n{custom}    \
+         absurd worker --exec 'cat'\n    \
+         absurd task spawn greet '{{\"name\":\"world\"}}' --wait 10s\n    \
+         absurd demo --url {url}\n\n  \
+         Ctrl-C stops server and Postgres.\n",
+        version = env!("CARGO_PKG_VERSION"),
+        seconds = took.as_secs_f64(),
+        postgres = cluster.version(),
+        home = cluster.home().display(),
+    );
+}
+
+/// One live line per task on a terminal, one line per event elsewhere.
+struct Lines {
+    screen: MultiProgress,
+    live: HashMap<Uuid, (ProgressBar, Instant, String)>,
+    style: ProgressStyle,
+    terminal: bool,
+}
+
+impl Lines {
+    fn new() -> anyhow::Result<Self> {
+        use std::io::IsTerminal as _;
+        Ok(Self {
+            screen: MultiProgress::new(),
+            live: HashMap::new(),
+            style: ProgressStyle::with_template("{spinner} {msg}")?,
+            terminal: std::io::stderr().is_terminal() && std::io::stdout().is_terminal(),
+        })
+    }
+
+    fn note(&self, text: &str) {
+        if !self.terminal || self.screen.println(text).is_err() {
+            println!("{text}");
+        }
+    }
+
+    fn show(&mut self, activity: &Activity) {
+        let id = activity.task_id;
+        let (what, over) = match &activity.what {
+            What::Spawned { .. } => ("spawned".to_owned(), false),
+            What::Pushed { attempt, .. } => (format!("pushed, attempt {attempt}"), false),
+            What::Ended { state } => (state.as_str().to_owned(), state.is_terminal()),
+        };
+        let known = self.live.get(&id);
+        let name = match &activity.what {
+            What::Spawned { name } | What::Pushed { name, .. } => name.clone(),
+            What::Ended { .. } => known.map(|(_, _, name)| name.clone()).unwrap_or_default(),
+        };
+        let since = known.map(|(_, since, _)| *since);
+        let took = since.filter(|_| over).map(|since| format!("  after {} ms", since.elapsed().as_millis()));
+        let mark = match &activity.what {
+            What::Ended { state: State::Completed } => "✓",
+            What::Ended { state: State::Failed | State::Cancelled } => "✗",
+            _ => "·",
+        };
+        let line = format!("{mark} {}  {name}  {id}  {what}{}", activity.queue, took.unwrap_or_default());
+        if over {
+            if let Some((bar, _, _)) = self.live.remove(&id) {
+                bar.finish_and_clear();
+                self.screen.remove(&bar);
+            }
+            return self.note(&line);
+        }
+        if !self.terminal {
+            // Remembered for its name and its age; bounded as on a terminal.
+            println!("{line}");
+        }
+        if let Some((bar, _, _)) = self.live.get(&id) {
+            bar.set_message(line);
+        } else if self.live.len() < LINES_MAX || (!self.terminal && self.live.len() < 10_000) {
+            let bar = if self.terminal { self.screen.add(ProgressBar::new_spinner()) } else { ProgressBar::hidden() };
+            bar.set_style(self.style.clone());
+            bar.set_message(line);
+            self.live.insert(id, (bar, Instant::now(), name));
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! What `absurd serve` can be told: by flag, by environment, by file; in that order. An unknown key is an error.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use serde::Deserialize;
+
+use crate::app::AppOptions;
+use crate::dispatch::DispatchOptions;
+use crate::store::migrate;
+use crate::transport::Limits;
+
+/// A text that is never printed.
+#[derive(Clone, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The text.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+impl From<&str> for Secret {
+    fn from(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+}
+
+/// A span such as `15s`, `30m`, `1h 30m`.
+#[derive(Debug, Clone, Copy)]
+pub struct Span(pub Duration);
+
+impl FromStr for Span {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        humantime::parse_duration(text).map(Self).map_err(|error| format!("{error}; write it as 15s, 30m or 1h"))
+    }
+}
+
+impl<'de> Deserialize<'de> for Span {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// Declares the settings once, for flags, environment and file, and how two sources are joined.
+macro_rules! settings {
+    ($($(#[$meta:meta])* $name:ident: $type:ty,)*) => {
+        /// Settings of a server; what is absent has a default.
+        #[derive(Debug, Clone, Default, clap::Args, Deserialize)]
+        #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+        pub struct Settings {
+            $($(#[$meta])* pub $name: Option<$type>,)*
+        }
+
+        impl Settings {
+            /// These settings, and for what they leave open the other ones.
+            #[must_use]
+            pub fn or(self, other: Self) -> Self {
+                Self { $($name: self.$name.or(other.$name),)* }
+            }
+        }
+    };
+}
+
+settings! {
+    /// Database to serve, as a URL or in key=value form
+    #[arg(long, env = "ABSURD_DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    database_url: Secret,
+    /// Database to LISTEN on, where the other URL goes through a pooler in transaction mode
+    #[arg(long, env = "ABSURD_LISTEN_DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    listen_database_url: Secret,
+    /// Address to serve on [default: 127.0.0.1:50051]
+    #[arg(long, env = "ABSURD_LISTEN", value_name = "ADDR:PORT")]
+    listen: SocketAddr,
+    /// Install or upgrade the schemas before serving
+    #[arg(long, env = "ABSURD_MIGRATE", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    migrate: bool,
+    /// Do not let direct SQL writers wake the server; it finds their tasks within two seconds
+    #[arg(long, env = "ABSURD_NO_DOORBELL", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    no_doorbell: bool,
+    /// Connections to the database at most [default: 16]
+    #[arg(long, env = "ABSURD_MAX_CONNECTIONS", value_name = "N")]
+    max_connections: usize,
+    /// Claim streams at most [default: 20000]
+    #[arg(long, env = "ABSURD_MAX_STREAMS", value_name = "N")]
+    max_streams: usize,
+    /// Streams end politely after about this long and are opened again [default: 30m]
+    #[arg(long, env = "ABSURD_STREAM_AGE", value_name = "SPAN")]
+    stream_age: Span,
+    /// Between heartbeats on a stream [default: 15s]
+    #[arg(long, env = "ABSURD_HEARTBEAT", value_name = "SPAN")]
+    heartbeat: Span,
+    /// Largest params, result or checkpoint in bytes [default: 1048576]
+    #[arg(long, env = "ABSURD_MAX_PAYLOAD_BYTES", value_name = "BYTES")]
+    max_payload_bytes: usize,
+    /// Largest headers of a task in bytes [default: 65536]
+    #[arg(long, env = "ABSURD_MAX_HEADERS_BYTES", value_name = "BYTES")]
+    max_headers_bytes: usize,
+    /// Refuse calls about a run that show no claim token
+    #[arg(long, env = "ABSURD_REQUIRE_CLAIM_TOKEN", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    require_claim_token: bool,
+    /// Longest graceful shutdown [default: 20s]
+    #[arg(long, env = "ABSURD_SHUTDOWN_GRACE", value_name = "SPAN")]
+    shutdown_grace: Span,
+    /// PEM file of the certificate to serve TLS with
+    #[arg(long, env = "ABSURD_TLS_CERT", value_name = "FILE")]
+    tls_cert: PathBuf,
+    /// PEM file of the certificate's key
+    #[arg(long, env = "ABSURD_TLS_KEY", value_name = "FILE")]
+    tls_key: PathBuf,
+    /// What to log: error, warn, info, debug, or a filter by module [default: info]
+    #[arg(long, env = "ABSURD_LOG", value_name = "FILTER")]
+    log: String,
+    /// Log one JSON object per line
+    #[arg(long, env = "ABSURD_LOG_JSON", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    log_json: bool,
+}
+
+impl Settings {
+    /// Reads a TOML file whose keys are the flags' names.
+    pub fn read(path: &Path) -> anyhow::Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        toml::from_str(&text).with_context(|| format!("{} is not valid", path.display()))
+    }
+
+    /// The options of a server, all defaults filled in.
+    pub fn into_app_options(self) -> anyhow::Result<AppOptions> {
+        let database = self.database_url.context(
+            "no database was named: set ABSURD_DATABASE_URL or --database-url (or run `absurd dev`, which brings its own)",
+        )?;
+        let dispatch = DispatchOptions::default();
+        let limits = Limits::default();
+        let tls = match (self.tls_cert, self.tls_key) {
+            (Some(certificate), Some(key)) => Some((certificate, key)),
+            (None, None) => None,
+            _ => anyhow::bail!("tls-cert and tls-key go together"),
+        };
+        Ok(AppOptions {
+            database: parse_database(&database)?,
+            listen_database: self.listen_database_url.as_ref().map(parse_database).transpose()?,
+            listen: self.listen.unwrap_or(DEFAULT_LISTEN),
+            migrate: self
+                .migrate
+                .unwrap_or(false)
+                .then_some(migrate::Options { doorbell: false, no_doorbell: self.no_doorbell.unwrap_or(false) }),
+            doorbell: !self.no_doorbell.unwrap_or(false),
+            connections_max: self.max_connections.unwrap_or(16).max(2),
+            dispatch: DispatchOptions {
+                heartbeat: self.heartbeat.map_or(dispatch.heartbeat, |span| span.0),
+                stream_age: self.stream_age.map_or(dispatch.stream_age, |span| span.0),
+                streams_max: self.max_streams.unwrap_or(dispatch.streams_max),
+            },
+            limits: Limits {
+                payload_bytes_max: self.max_payload_bytes.unwrap_or(limits.payload_bytes_max),
+                headers_bytes_max: self.max_headers_bytes.unwrap_or(limits.headers_bytes_max),
+                require_claim_token: self.require_claim_token.unwrap_or(false),
+            },
+            tls,
+            shutdown_grace: self.shutdown_grace.map_or(Duration::from_secs(20), |span| span.0),
+        })
+    }
+}
+
+/// Where a server listens unless told otherwise.
+pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 50051);
+
+/// Parses a database URL; the error does not repeat it, as it may hold a password.
+pub fn parse_database(url: &Secret) -> anyhow::Result<tokio_postgres::Config> {
+    url.expose().parse().map_err(|error: tokio_postgres::Error| {
+        use std::error::Error as _;
+        let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
+        anyhow::anyhow!("the database URL is not valid{cause}; expected postgresql://user:password@host:5432/database")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_key_in_a_file_is_an_error() {
+        let known: Settings = toml::from_str("listen = \"127.0.0.1:1\"\nheartbeat = \"5s\"").unwrap();
+        assert_eq!(known.heartbeat.map(|span| span.0), Some(Duration::from_secs(5)));
+        let error = toml::from_str::<Settings>("lisen = \"127.0.0.1:1\"").unwrap_err().to_string();
+        assert!(error.contains("lisen"), "{error}");
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let flags = Settings { max_streams: Some(1), ..Settings::default() };
+        let file = Settings { max_streams: Some(2), max_connections: Some(3), ..Settings::default() };
+        let joined = flags.or(file);
+        assert_eq!((joined.max_streams, joined.max_connections), (Some(1), Some(3)));
+    }
+
+    #[test]
+    fn a_password_is_never_printed() {
+        let url = Secret::from("postgresql://me:hunter2@nowhere/db");
+        let settings = Settings { database_url: Some(url), ..Settings::default() };
+        assert!(!format!("{settings:?}").contains("hunter2"));
+        let options = settings.into_app_options().unwrap();
+        assert!(!format!("{options:?}").contains("hunter2"));
+        let broken = Secret::from("postgresql://me:hunter2@nowhere:notaport/db");
+        assert!(!format!("{:#}", parse_database(&broken).unwrap_err()).contains("hunter2"));
+    }
+}
