@@ -1,1 +1,35 @@
+//! What every test stands on: one throw-away Postgres per process, a database per test, real servers.
+//!
+//! A test waits for facts ([`eventually`]), never for a duration. Nothing here is a mock.
 
+mod database;
+mod process;
+mod proxy;
+mod server;
+
+use std::time::Duration;
+
+pub use database::{Database, cluster, data_directory};
+pub use process::{Absurd, absurd, binary, python};
+pub use proxy::Proxy;
+pub use server::{Grpc, Server, ServerOptions, json, raw};
+
+/// Longest wait for a fact. A healthy run needs a fraction of it; a loaded machine may need more.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Asks until the answer is `Some`; fails the test with `what` when patience ends.
+pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut ask: impl FnMut() -> F) -> T {
+    let until = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        assert!(tokio::time::Instant::now() < until, "did not come true: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Lets something take its time, but not for ever.
+pub async fn in_time<T>(what: &str, work: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, work).await.unwrap_or_else(|_| panic!("took too long: {what}"))
+}

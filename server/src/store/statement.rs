@@ -18,6 +18,11 @@ pub struct Statement {
 }
 
 impl Statement {
+    /// Whether it speaks of the registry of keys, which only partitioned queues have.
+    pub fn is_for_partitioned(&self) -> bool {
+        self.template.contains("{i}")
+    }
+
     /// The text for a queue.
     pub fn render(&self, queue: &str, wait: Wait) -> String {
         let mut text = format!("-- {}\n{}", self.name, self.template);

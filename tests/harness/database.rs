@@ -1,0 +1,118 @@
+//! One cluster per test process, one database per test, copied from a migrated template.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, OnceLock};
+
+use absurd_server::postgres::{Cluster, ClusterOptions};
+use absurd_server::store::migrate;
+use tokio::sync::OnceCell;
+use tokio_postgres::{Client, NoTls};
+
+static CLUSTER: OnceLock<Mutex<Cluster>> = OnceLock::new();
+static TEMPLATE: OnceCell<()> = OnceCell::const_new();
+static NEXT: AtomicU32 = AtomicU32::new(1);
+
+/// Where this process keeps its cluster; directories of processes that are gone are swept.
+pub fn data_directory() -> PathBuf {
+    std::env::temp_dir().join(format!("absurd-test-{}", std::process::id()))
+}
+
+fn sweep() {
+    for entry in fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some(pid) = name.strip_prefix("absurd-test-").and_then(|pid| pid.parse::<u32>().ok()) else { continue };
+        if !Path::new(&format!("/proc/{pid}")).exists() {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// The cluster of this process.
+pub fn cluster() -> &'static Mutex<Cluster> {
+    CLUSTER.get_or_init(|| {
+        sweep();
+        let options = ClusterOptions {
+            home: data_directory(),
+            bin: None,
+            durable: false,
+            settings: vec!["max_connections=600".into(), "max_prepared_transactions=10".into()],
+        };
+        Mutex::new(Cluster::start(&options).unwrap_or_else(|error| panic!("no Postgres for the tests: {error}")))
+    })
+}
+
+fn url(database: &str) -> String {
+    cluster().lock().unwrap().url(database)
+}
+
+async fn connect(url: &str) -> Client {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await.expect("connect to the test cluster");
+    tokio::spawn(connection);
+    client
+}
+
+/// A database of one test.
+#[derive(Debug, Clone)]
+pub struct Database {
+    name: String,
+    url: String,
+}
+
+impl Database {
+    /// A database that is migrated.
+    pub async fn new() -> Self {
+        TEMPLATE
+            .get_or_init(|| async {
+                let admin = connect(&url("postgres")).await;
+                // This must be our own cluster: what follows creates and drops databases.
+                let directory: String = admin.query_one("show data_directory", &[]).await.unwrap().get(0);
+                assert!(Path::new(&directory).starts_with(data_directory().canonicalize().unwrap()), "{directory}");
+                admin.batch_execute("create database template_absurd").await.unwrap();
+                let config = url("template_absurd").parse().unwrap();
+                migrate::migrate(&config, migrate::Options::default()).await.unwrap();
+                admin.batch_execute("alter database template_absurd allow_connections false").await.unwrap();
+            })
+            .await;
+        Self::create("template template_absurd").await
+    }
+
+    /// A database with nothing in it.
+    pub async fn empty() -> Self {
+        Self::create("template template0").await
+    }
+
+    async fn create(how: &str) -> Self {
+        let name = format!("t{}", NEXT.fetch_add(1, Ordering::Relaxed));
+        let admin = connect(&url("postgres")).await;
+        // Postgres refuses to copy a database that another session is just copying from, for a moment.
+        crate::eventually("the database is created", || async {
+            admin.batch_execute(&format!("create database {name} {how}")).await.ok()
+        })
+        .await;
+        Self { url: url(&name), name }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its URL.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// A session of a direct SQL user.
+    pub async fn connect(&self) -> Client {
+        connect(&self.url).await
+    }
+
+    /// A session that owns nothing here.
+    pub async fn connect_as(&self, role: &str) -> Client {
+        let admin = self.connect().await;
+        let _ = admin.batch_execute(&format!("create role {role} login")).await;
+        connect(&self.url.replace("//absurd@", &format!("//{role}@"))).await
+    }
+}

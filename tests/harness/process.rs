@@ -1,0 +1,113 @@
+//! The `absurd` program as a user runs it, and Python beside it.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::OnceLock;
+
+use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
+use tokio::process::{Child, ChildStderr, ChildStdout, Command};
+
+/// The repository.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+/// The program, built from the sources that are tested.
+pub fn binary() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+        let built = std::process::Command::new(cargo)
+            .args(["build", "--quiet", "--package", "absurd-server", "--bin", "absurd"])
+            .current_dir(root())
+            .status();
+        assert!(built.is_ok_and(|status| status.success()), "cargo build of the absurd program failed");
+        // This test runs from target/<profile>/deps; the program was built for the dev profile.
+        let target = std::env::current_exe().unwrap().ancestors().nth(3).unwrap().to_owned();
+        target.join("debug/absurd")
+    })
+}
+
+/// A command line of the program, without the variables of whoever runs the tests.
+pub fn absurd(args: &[&str]) -> Command {
+    let mut command = Command::new(binary());
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("ABSURD_")) {
+        command.env_remove(name);
+    }
+    command.args(args).kill_on_drop(true).stdin(Stdio::null());
+    command
+}
+
+/// The Python that `tests/setup` prepared with the packages of the tests.
+pub fn python(script: &str) -> Command {
+    let python = root().join(".venv/bin/python");
+    assert!(python.exists(), "run tests/setup first: it prepares {}", python.display());
+    let mut command = Command::new(python);
+    command.arg(root().join("tests/python").join(script)).kill_on_drop(true).stdin(Stdio::null());
+    command
+}
+
+/// A running program whose lines can be read.
+#[derive(Debug)]
+pub struct Absurd {
+    /// The process.
+    pub child: Child,
+    output: Lines<BufReader<ChildStdout>>,
+    errors: Lines<BufReader<ChildStderr>>,
+}
+
+impl Absurd {
+    /// Starts it.
+    pub fn start(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
+        let output = BufReader::new(child.stdout.take().unwrap()).lines();
+        let errors = BufReader::new(child.stderr.take().unwrap()).lines();
+        Self { child, output, errors }
+    }
+
+    /// The next line, on either stream, that contains a text.
+    pub async fn line(&mut self, part: &str) -> String {
+        let mut seen = Vec::new();
+        let reading = async {
+            let (mut output, mut errors) = (true, true);
+            while output || errors {
+                let line = tokio::select! {
+                    line = self.output.next_line(), if output => { output = matches!(line, Ok(Some(_))); line }
+                    line = self.errors.next_line(), if errors => { errors = matches!(line, Ok(Some(_))); line }
+                };
+                if let Ok(Some(line)) = line {
+                    if line.contains(part) {
+                        return Some(line);
+                    }
+                    seen.push(line);
+                }
+            }
+            None
+        };
+        let found = tokio::time::timeout(crate::PATIENCE, reading).await;
+        match found {
+            Ok(Some(line)) => line,
+            _ => panic!("the program never said {part:?}, but:\n{}", seen.join("\n")),
+        }
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, name: &str) {
+        let pid = self.child.id().expect("the program runs").to_string();
+        let sent = std::process::Command::new("kill").args([&format!("-{name}"), &pid]).status();
+        assert!(sent.is_ok_and(|status| status.success()));
+    }
+
+    /// Waits for its end; the exit code.
+    pub async fn exit_code(mut self) -> Option<i32> {
+        let drained = async { while let Ok(Some(_)) = self.output.next_line().await {} };
+        let errors = async {
+            while let Ok(Some(line)) = self.errors.next_line().await {
+                eprintln!("program: {line}");
+            }
+        };
+        let ((), (), status) =
+            crate::in_time("the program ends", async { tokio::join!(drained, errors, self.child.wait()) }).await;
+        status.unwrap().code()
+    }
+}

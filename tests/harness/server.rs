@@ -1,0 +1,98 @@
+//! Servers in this process, and raw gRPC clients to look at the wire.
+
+use std::time::Duration;
+
+use absurd_client::{AbsurdClient, ConnectOptions};
+use absurd_proto::v1 as pb;
+use absurd_proto::v1::absurd_service_client::AbsurdServiceClient;
+use absurd_server::app::App;
+use absurd_server::settings::{Secret, Settings, Span};
+use tonic::transport::{Channel, Endpoint};
+
+use crate::Database;
+
+/// A raw client.
+pub type Grpc = AbsurdServiceClient<Channel>;
+
+/// What differs from the defaults.
+#[derive(Debug, Clone, Default)]
+pub struct ServerOptions {
+    /// Any setting of `absurd serve`.
+    pub settings: Settings,
+}
+
+/// A server in this process.
+#[derive(Debug)]
+pub struct Server {
+    app: App,
+    database: Database,
+}
+
+impl Server {
+    /// A server on a database of its own, with a queue `q`.
+    pub async fn start() -> Self {
+        Self::start_with(Database::new().await, ServerOptions::default()).await
+    }
+
+    /// A server on a database.
+    pub async fn start_on(database: &Database) -> Self {
+        Self::start_with(database.clone(), ServerOptions::default()).await
+    }
+
+    /// A server with other settings.
+    pub async fn start_with(database: Database, options: ServerOptions) -> Self {
+        let base = Settings {
+            database_url: Some(Secret::from(database.url())),
+            listen: Some(([127, 0, 0, 1], 0).into()),
+            max_connections: Some(8),
+            shutdown_grace: Some(Span(Duration::from_secs(5))),
+            ..Settings::default()
+        };
+        let options = options.settings.or(base).into_app_options().unwrap();
+        let app = App::start(options).await.expect("the server starts");
+        let server = Self { app, database };
+        server.client().create_queue().await.expect("the queue is created");
+        server
+    }
+
+    /// Its database.
+    pub fn database(&self) -> &Database {
+        &self.database
+    }
+
+    /// The app itself.
+    pub fn app(&self) -> &App {
+        &self.app
+    }
+
+    /// Its URL.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.app.addr())
+    }
+
+    /// A client of the queue `q`.
+    pub fn client(&self) -> AbsurdClient {
+        AbsurdClient::connect(&ConnectOptions::new(self.url())).unwrap().with_queue("q").with_worker_id("tester")
+    }
+
+    /// A raw client on a connection of its own.
+    pub async fn raw(&self) -> Grpc {
+        raw(&self.url()).await
+    }
+
+    /// Stops it as SIGTERM would.
+    pub async fn stop(self) {
+        self.app.shut_down().await.unwrap();
+    }
+}
+
+/// A raw client on a connection of its own.
+pub async fn raw(url: &str) -> Grpc {
+    let channel = Endpoint::from_shared(url.to_owned()).unwrap().connect().await.expect("connect to the server");
+    AbsurdServiceClient::new(channel).max_decoding_message_size(64 * 1024 * 1024)
+}
+
+/// A JSON field.
+pub fn json(text: impl Into<String>) -> Option<pb::Json> {
+    Some(pb::Json { text: text.into() })
+}

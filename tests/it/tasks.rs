@@ -1,0 +1,350 @@
+//! A task's way: spawned, pushed, settled, read. And each write said twice.
+
+use std::time::Duration;
+
+use absurd_client::{ClaimOptions, ListOptions, NewTask, Reason, RetryOptions, SpawnOptions, State, StreamOptions};
+use absurd_proto::v1 as pb;
+use absurd_tests::{Server, eventually, in_time, json};
+use serde_json::json as j;
+use uuid::Uuid;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_spawned_task_is_pushed_and_completed() {
+    let server = Server::start().await;
+    let client = server.client();
+    let mut stream = client.claim_stream(StreamOptions::default()).await.unwrap();
+    let options = SpawnOptions { headers: Some(j!({"h": 1}).into()), ..SpawnOptions::default() };
+    let spawned = client.spawn_task("greet", &j!({"big": 12_345_678_901_234_567_u64}), options).await.unwrap();
+    let task = in_time("the task is pushed", stream.next()).await.unwrap();
+    assert_eq!((task.task_id, task.run_id, task.attempt), (spawned.task_id, spawned.run_id, 1));
+    assert_eq!(task.params.as_ref().unwrap().as_str(), "{\"big\": 12345678901234567}");
+    assert_eq!(task.headers.as_ref().unwrap().as_str(), "{\"h\": 1}");
+    task.complete(&j!({"ok": true})).await.unwrap();
+    let end = client.await_task_result(spawned.task_id, Some(Duration::from_secs(10))).await.unwrap();
+    assert_eq!((end.state, end.result.unwrap().as_str()), (State::Completed, "{\"ok\": true}"));
+    let run = client.get_run_status(spawned.run_id).await.unwrap().unwrap();
+    assert_eq!(run.claimed_by.as_deref(), Some("tester"), "the digest is nobody's business");
+    stream.close(Duration::from_secs(5)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_is_retried_as_the_strategy_says() {
+    let server = Server::start().await;
+    let client = server.client();
+    let options = SpawnOptions { max_attempts: Some(2), ..SpawnOptions::default() };
+    let spawned = client.spawn_task("n", &j!(null), options).await.unwrap();
+    let claims = client.claim_task(ClaimOptions::default()).await.unwrap();
+    let outcome = claims[0].fail(&j!({"message": "first"})).await.unwrap();
+    assert_eq!(outcome.task_state, Some(State::Pending));
+    assert_eq!(outcome.next.map(|(_, attempt)| attempt), Some(2));
+    let second = client.claim_task(ClaimOptions::default()).await.unwrap();
+    assert_eq!(second[0].attempt, 2);
+    let outcome = second[0].fail(&j!({"message": "second"})).await.unwrap();
+    assert_eq!((outcome.task_state, outcome.next), (Some(State::Failed), None));
+    let end = client.get_task_result(spawned.task_id).await.unwrap();
+    assert_eq!(end.failure.unwrap().as_str(), "{\"message\": \"second\"}");
+    // Failed tasks can be given another attempt, by the same id or as a copy.
+    let again = client.retry_task(spawned.task_id, RetryOptions::default()).await.unwrap();
+    assert_eq!((again.task_id, again.attempt, again.created), (spawned.task_id, 3, false));
+    let refused = client.retry_task(spawned.task_id, RetryOptions::default()).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::TaskNotFailed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_write_may_be_said_twice() {
+    let server = Server::start().await;
+    let mut grpc = server.raw().await;
+    let client = server.client();
+    let sql = server.database().connect().await;
+    let queue = || "q".to_owned();
+
+    let task = pb::NewTask {
+        task_name: "n".into(),
+        task_id: Some(Uuid::now_v7().to_string()),
+        max_attempts: Some(5),
+        ..Default::default()
+    };
+    let spawn = pb::SpawnTaskRequest { queue: queue(), task: Some(task.clone()) };
+    let first = grpc.spawn_task(spawn.clone()).await.unwrap().into_inner();
+    assert_eq!(first, grpc.spawn_task(spawn).await.unwrap().into_inner());
+    let many = pb::SpawnTasksRequest {
+        queue: queue(),
+        tasks: vec![
+            task,
+            pb::NewTask { task_name: "k".into(), idempotency_key: Some("k".into()), ..Default::default() },
+        ],
+    };
+    let once = grpc.spawn_tasks(many.clone()).await.unwrap().into_inner();
+    let twice = grpc.spawn_tasks(many).await.unwrap().into_inner();
+    assert_eq!(once.tasks[0], twice.tasks[0]);
+    assert_eq!(once.tasks[1].task_id, twice.tasks[1].task_id);
+    assert!(once.tasks[1].created && !twice.tasks[1].created);
+    let count: i64 = sql.query_one("select count(*) from absurd.t_q", &[]).await.unwrap().get(0);
+    assert_eq!(count, 2);
+
+    let claim = || client.claim_task(ClaimOptions { qty: 1, ..ClaimOptions::default() });
+    let held = claim().await.unwrap().remove(0);
+    let token = Some(held.claim_token().to_owned());
+    let extend = pb::ExtendClaimRequest {
+        queue: queue(),
+        run_id: String::new(),
+        claim_token: token.clone(),
+        extend_by: Some(prost_types::Duration { seconds: 60, nanos: 0 }),
+    };
+    for _ in 0..2 {
+        grpc.extend_claim(extend.clone()).await.unwrap();
+    }
+    let release = pb::ReleaseClaimsRequest {
+        queue: queue(),
+        claims: vec![pb::ClaimRef { run_id: String::new(), claim_token: token.clone() }],
+        delay: None,
+    };
+    for _ in 0..2 {
+        let verdicts = grpc.release_claims(release.clone()).await.unwrap().into_inner().verdicts;
+        assert_eq!(verdicts[0].verdict(), pb::Verdict::Released);
+    }
+    let run = client.get_run_status(held.run_id).await.unwrap().unwrap();
+    assert_eq!((run.state(), run.attempt), (pb::State::Pending, 1), "a release spends no attempt");
+    assert!(run.started_at.is_none(), "and leaves no trace of the claim");
+
+    let held = claim().await.unwrap().remove(0);
+    let token = Some(held.claim_token().to_owned());
+    let fail = pb::FailTaskRequest {
+        queue: queue(),
+        run_id: String::new(),
+        claim_token: token,
+        reason: json("{\"message\":\"x\"}"),
+        retry_at: None,
+    };
+    let failed = grpc.fail_task(fail.clone()).await.unwrap().into_inner().outcome.unwrap();
+    let repeated = grpc.fail_task(fail).await.unwrap().into_inner().outcome.unwrap();
+    assert!(!failed.replayed && repeated.replayed);
+    assert_eq!((failed.next_run_id, failed.next_attempt), (repeated.next_run_id, repeated.next_attempt));
+
+    let held = client.claim_task(ClaimOptions { qty: 10, ..ClaimOptions::default() }).await.unwrap();
+    assert_eq!(held.len(), 2, "one retry, one keyed task: nothing was made twice");
+    for task in &held {
+        let complete = pb::CompleteTaskRequest {
+            queue: queue(),
+            run_id: String::new(),
+            claim_token: Some(task.claim_token().to_owned()),
+            result: json("1"),
+        };
+        assert!(!grpc.complete_task(complete.clone()).await.unwrap().into_inner().replayed);
+        assert!(grpc.complete_task(complete).await.unwrap().into_inner().replayed);
+    }
+    for _ in 0..2 {
+        client.create_queue().await.unwrap();
+    }
+    assert!(client.drop_queue().await.unwrap());
+    assert!(!client.drop_queue().await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repeated_retry_makes_one_attempt() {
+    let server = Server::start().await;
+    let client = server.client();
+    let mut grpc = server.raw().await;
+    let spawned = client.spawn_task("n", &j!({"a": 1}), SpawnOptions::default()).await.unwrap();
+    client.claim_task(ClaimOptions::default()).await.unwrap()[0].fail(&j!("x")).await.unwrap();
+    for spawn_new in [true, false] {
+        let retry = pb::RetryTaskRequest {
+            queue: "q".into(),
+            task_id: spawned.task_id.to_string(),
+            spawn_new,
+            max_attempts: None,
+            request_id: Some(Uuid::now_v7().to_string()),
+        };
+        let first = grpc.retry_task(retry.clone()).await.unwrap().into_inner();
+        assert_eq!(first, grpc.retry_task(retry).await.unwrap().into_inner());
+    }
+    let sql = server.database().connect().await;
+    let runs: i64 = sql.query_one("select count(*) from absurd.r_q", &[]).await.unwrap().get(0);
+    assert_eq!(runs, 3, "the failed one, its copy's, and the second attempt");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stale_claim_token_is_never_believed() {
+    let server = Server::start().await;
+    let client = server.client();
+    let spawned = client.spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap();
+    let stale = client.claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+    stale.release(Duration::ZERO).await.unwrap();
+    let other = server.client();
+    let current = other.claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+    assert_eq!(current.run_id, stale.run_id, "same run, another claim");
+    for refused in [
+        stale.complete(&j!("stale")).await.map(drop),
+        stale.fail(&j!("stale")).await.map(drop),
+        stale.set_checkpoint("s", &j!("stale")).await,
+        stale.release(Duration::ZERO).await,
+    ] {
+        assert_eq!(refused.unwrap_err().reason(), Reason::ClaimLost);
+    }
+    current.complete(&j!("current")).await.unwrap();
+    assert_eq!(stale.complete(&j!("stale")).await.unwrap_err().reason(), Reason::ClaimLost);
+    let end = client.get_task_result(spawned.task_id).await.unwrap();
+    assert_eq!(end.result.unwrap().as_str(), "\"current\"");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expired_lease_moves_the_task_on_and_its_late_worker_hears_so() {
+    let server = Server::start().await;
+    let client = server.client();
+    let options = SpawnOptions { max_attempts: Some(2), ..SpawnOptions::default() };
+    client.spawn_task("n", &j!(null), options).await.unwrap();
+    let claim = ClaimOptions { claim_timeout: Duration::from_secs(1), ..ClaimOptions::default() };
+    let late = client.claim_task(claim).await.unwrap().remove(0);
+    let mut stream = server.client().claim_stream(StreamOptions::default()).await.unwrap();
+    let next = in_time("the next attempt is pushed", stream.next()).await.unwrap();
+    assert_eq!((next.task_id, next.attempt), (late.task_id, 2));
+    assert_eq!(late.complete(&j!(1)).await.unwrap_err().reason(), Reason::ClaimExpired);
+    let run = client.get_run_status(late.run_id).await.unwrap().unwrap();
+    let reason = run.failure_reason.unwrap().text;
+    assert!(reason.contains("\"name\": \"$ClaimTimeout\"") && reason.contains("\"workerId\": \"tester\""), "{reason}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cancelling_by_task_takes_it_from_its_worker_and_by_run_does_not() {
+    let server = Server::start().await;
+    let client = server.client();
+    let spawned = client.spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap();
+    let mut stream = client.claim_stream(StreamOptions::default()).await.unwrap();
+    let task = in_time("the task is pushed", stream.next()).await.unwrap();
+    assert_eq!(client.cancel_run(spawned.run_id).await.unwrap(), (false, State::Running));
+    assert_eq!(client.cancel_task(spawned.task_id).await.unwrap(), (true, State::Cancelled));
+    assert_eq!(client.cancel_task(spawned.task_id).await.unwrap(), (false, State::Cancelled));
+    assert_eq!(in_time("the worker hears of it", task.revoked()).await, absurd_client::Revoked::Cancelled);
+    assert_eq!(task.complete(&j!(1)).await.unwrap_err().reason(), Reason::TaskCancelled);
+    let waiting = client.spawn_task("n2", &j!(null), SpawnOptions { ..SpawnOptions::default() }).await.unwrap();
+    drop(stream);
+    let (cancelled, _) = client.cancel_run(waiting.run_id).await.unwrap();
+    let state = client.get_task_result(waiting.task_id).await.unwrap().state;
+    assert!(cancelled == (state == State::Cancelled), "{state}");
+    assert_eq!(client.cancel_task(Uuid::now_v7()).await.unwrap_err().reason(), Reason::TaskNotFound);
+    assert_eq!(client.cancel_run(Uuid::now_v7()).await.unwrap_err().reason(), Reason::RunNotFound);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn policies_cancel_tasks_nobody_takes() {
+    let server = Server::start().await;
+    let client = server.client();
+    let options = SpawnOptions { max_delay: Some(Duration::from_secs(1)), ..SpawnOptions::default() };
+    let spawned = client.spawn_task("n", &j!(null), options).await.unwrap();
+    // A stream for other names keeps the queue under the tick.
+    let other = StreamOptions { task_names: vec!["other".into()], ..StreamOptions::default() };
+    let _stream = client.claim_stream(other).await.unwrap();
+    let end = client.await_task_result(spawned.task_id, Some(absurd_tests::PATIENCE)).await.unwrap();
+    assert_eq!(end.state, State::Cancelled);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_come_in_pages_and_filters_hold() {
+    let server = Server::start().await;
+    let client = server.client();
+    let tasks = (0..25)
+        .map(|index| {
+            let name = if index % 5 == 0 { "fifth" } else { "plain" };
+            NewTask::new(name, &j!(index), SpawnOptions::default()).unwrap()
+        })
+        .collect();
+    client.spawn_tasks(tasks).await.unwrap();
+    let mut seen = Vec::new();
+    let mut page_token = String::new();
+    loop {
+        let options = ListOptions { page_size: 10, page_token, ..ListOptions::default() };
+        let (page, next) = client.list_tasks(options).await.unwrap();
+        seen.extend(page.into_iter().map(|task| task.task_id));
+        if next.is_empty() {
+            break;
+        }
+        page_token = next;
+    }
+    assert_eq!(seen.len(), 25);
+    assert!(seen.is_sorted_by(|a, b| a > b), "newest first, none twice");
+    let fifth = ListOptions { task_name: Some("fifth".into()), ..ListOptions::default() };
+    assert_eq!(client.list_tasks(fifth).await.unwrap().0.len(), 5);
+    let done = ListOptions { state: Some(State::Completed), ..ListOptions::default() };
+    assert!(client.list_tasks(done).await.unwrap().0.is_empty());
+    let stats = client.get_queue_stats().await.unwrap();
+    assert_eq!((stats.pending, stats.completed), (25, 0));
+    assert!(stats.oldest_claimable_age.is_some());
+    assert!(client.list_queues().await.unwrap().iter().any(|queue| queue.name == "q"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn awaiting_a_result_hears_of_ends_by_sql_too() {
+    let server = Server::start().await;
+    let client = server.client();
+    let spawned = client.spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap();
+    let early = client.await_task_result(spawned.task_id, Some(Duration::from_millis(50))).await.unwrap_err();
+    assert_eq!(early.reason(), Reason::DeadlineExceeded);
+    let waiting = tokio::spawn({
+        let client = client.clone();
+        async move { client.await_task_result(spawned.task_id, Some(absurd_tests::PATIENCE)).await }
+    });
+    let sql = server.database().connect().await;
+    eventually("SQL claims the task", || async {
+        let claimed = sql.query("select run_id from absurd.claim_task('q', 'sql', 30, 1)", &[]).await.unwrap();
+        (!claimed.is_empty()).then_some(())
+    })
+    .await;
+    sql.execute("select absurd.complete_run('q', $1, '{\"by\":\"sql\"}')", &[&spawned.run_id]).await.unwrap();
+    let end = in_time("the waiter hears", waiting).await.unwrap().unwrap();
+    assert_eq!(end.result.unwrap().as_str(), "{\"by\": \"sql\"}");
+    let missing = client.await_task_result(Uuid::now_v7(), None).await.unwrap_err();
+    assert_eq!(missing.reason(), Reason::TaskNotFound);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn checkpoints_ride_along_with_the_next_attempt() {
+    let server = Server::start().await;
+    let client = server.client();
+    let options = SpawnOptions { max_attempts: Some(2), ..SpawnOptions::default() };
+    client.spawn_task("n", &j!(null), options).await.unwrap();
+    let first = client.claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+    assert!(first.checkpoints.is_empty() && first.checkpoints_complete);
+    first.set_checkpoint("a", &j!({"n": 1})).await.unwrap();
+    first.set_checkpoint("b", &j!(null)).await.unwrap();
+    first.fail(&j!("x")).await.unwrap();
+    let second = client.claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+    assert!(second.checkpoints_complete);
+    assert_eq!(second.checkpoint("a").unwrap().unwrap().as_str(), "{\"n\": 1}");
+    assert_eq!(second.checkpoint("b").unwrap().unwrap().as_str(), "null");
+    assert!(second.checkpoint("c").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn items_of_one_run_are_carried_out_in_order_and_a_failed_one_stops_the_later() {
+    use pb::settle_item::Action;
+    let server = Server::start().await;
+    let client = server.client();
+    let mut grpc = server.raw().await;
+    client.spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap();
+    let task = client.claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+    let item = |action| pb::SettleItem {
+        run_id: String::new(),
+        claim_token: Some(task.claim_token().to_owned()),
+        action: Some(action),
+    };
+    let checkpoint = |name: &str| {
+        item(Action::Checkpoint(pb::CheckpointAction {
+            checkpoint_name: name.into(),
+            state: json("1"),
+            extend_by: None,
+        }))
+    };
+    let items = vec![
+        checkpoint("one"),
+        item(Action::Complete(pb::CompleteAction { result: json("\"done\"") })),
+        checkpoint("too late"),
+        checkpoint("later still"),
+    ];
+    let request = pb::SettleTasksRequest { queue: "q".into(), items };
+    let results = grpc.settle_tasks(request).await.unwrap().into_inner().results;
+    let reasons: Vec<Option<&str>> =
+        results.iter().map(|result| result.error.as_ref().map(|error| error.reason.as_str())).collect();
+    assert_eq!(reasons, [None, None, Some("RUN_NOT_RUNNING"), Some("ITEM_SKIPPED")]);
+    let end = client.get_task_result(task.task_id).await.unwrap();
+    assert_eq!(end.result.unwrap().as_str(), "\"done\"");
+}
