@@ -71,7 +71,7 @@ impl Engine {
             if left.is_zero() {
                 return Err(Error::DeadlineExceeded);
             }
-            match self.store.task_spawn(scope, &tasks, left).await {
+            match self.store.task_spawn_all(scope, &tasks, left, true).await {
                 Ok(outcomes) => break outcomes,
                 Err(fault) if fault.is_passing() => {
                     if deadline <= Instant::now() + Duration::from_millis(50) {
@@ -93,14 +93,18 @@ impl Engine {
         Ok(spawned)
     }
 
-    /// Postgres refused a value that our own check had passed: say at least which task holds it.
+    /// Postgres refused a value that our own check had passed: finds by halving which task holds it.
     async fn find_bad_task(&self, scope: &Scope, tasks: &[NewTask]) -> Error {
-        let _ = scope;
-        let index = tasks.iter().position(|task| task.params.is_some()).unwrap_or(0);
-        Error::Json {
-            field: format!("tasks[{index}].params"),
-            problem: "a value of this batch cannot be stored as jsonb".into(),
+        let (mut from, mut to) = (0, tasks.len());
+        while to - from > 1 {
+            let middle = from.midpoint(to);
+            match self.store.task_spawn_all(scope, &tasks[from..middle], Duration::from_secs(1), false).await {
+                Ok(_) => from = middle,
+                Err(Fault::Data(_)) => to = middle,
+                Err(fault) => return fault.into_error(scope),
+            }
         }
+        Error::Json { field: format!("tasks[{from}]"), problem: "holds a value that Postgres cannot store".into() }
     }
 
     fn spawned(&self, scope: &Scope, spawned: &Spawned, name: String) {

@@ -2,6 +2,8 @@
 //!
 //! A test waits for facts ([`eventually`]), never for a duration. Nothing here is a mock.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod database;
 mod process;
 mod proxy;

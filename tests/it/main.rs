@@ -1,6 +1,8 @@
 //! The integration tests, one module per subject. Each test has a database of its own; all run in parallel.
 
-#![allow(clippy::unwrap_used, clippy::large_futures, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::too_many_lines, reason = "a test tells one story and fails by panicking")]
 
+mod input;
 mod statements;
+mod streams;
 mod tasks;

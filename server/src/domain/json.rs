@@ -8,6 +8,8 @@ pub const DEPTH_MAX: usize = 100;
 const NUMERIC_DIGITS_MAX: i64 = 131_072;
 /// Digits after the decimal point that a numeric holds.
 const NUMERIC_SCALE_MAX: i64 = 16_383;
+/// Exponents from here on are not even read.
+const NUMERIC_EXPONENT_END: i64 = i32::MAX as i64 / 2;
 /// Room kept for a failure's reason.
 pub const REASON_BYTES_MAX: usize = 64 * 1024;
 
@@ -286,13 +288,15 @@ impl<'a> Guard<'a> {
         self.at - start
     }
 
+    /// A number that Postgres' numeric holds: what counts is where its first digit that is not zero stands, and how many
+    /// digits there are behind the point.
     fn number(&mut self) -> Check {
         if self.peek() == Some(b'-') {
             self.at += 1;
         }
-        let first = self.peek();
+        let start = self.at;
         let whole = self.digits();
-        if whole == 0 || (first == Some(b'0') && whole > 1) {
+        if whole == 0 || (self.bytes[start] == b'0' && whole > 1) {
             return self.fail("not a number");
         }
         let mut fraction = 0;
@@ -303,30 +307,33 @@ impl<'a> Guard<'a> {
                 return self.fail("digits missing after the point");
             }
         }
-        let mut exponent = 0_i64;
-        if matches!(self.peek(), Some(b'e' | b'E')) {
-            self.at += 1;
-            let negative = self.peek() == Some(b'-');
-            if matches!(self.peek(), Some(b'+' | b'-')) {
-                self.at += 1;
-            }
-            let start = self.at;
-            if self.digits() == 0 {
-                return self.fail("digits missing in the exponent");
-            }
-            let text = std::str::from_utf8(&self.bytes[start..self.at]).unwrap_or_default();
-            exponent = text.parse::<i64>().unwrap_or(i64::from(i32::MAX)).min(i64::from(i32::MAX));
-            if negative {
-                exponent = -exponent;
-            }
-        }
-        let whole = i64::try_from(whole).unwrap_or(i64::MAX);
-        let fraction = i64::try_from(fraction).unwrap_or(i64::MAX);
-        if whole.saturating_add(exponent) > NUMERIC_DIGITS_MAX || fraction.saturating_sub(exponent) > NUMERIC_SCALE_MAX
-        {
+        let digits = self.bytes[start..self.at].iter().filter(|byte| **byte != b'.');
+        let zeros = digits.take_while(|byte| **byte == b'0').count();
+        let exponent = self.exponent()?;
+        let signed = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+        let too_large = zeros < whole + fraction && signed(whole) - signed(zeros) + exponent > NUMERIC_DIGITS_MAX;
+        if too_large || signed(fraction) - exponent > NUMERIC_SCALE_MAX || exponent.abs() >= NUMERIC_EXPONENT_END {
             return self.fail("number out of range");
         }
         Ok(())
+    }
+
+    fn exponent(&mut self) -> Check<i64> {
+        if !matches!(self.peek(), Some(b'e' | b'E')) {
+            return Ok(0);
+        }
+        self.at += 1;
+        let negative = self.peek() == Some(b'-');
+        if matches!(self.peek(), Some(b'+' | b'-')) {
+            self.at += 1;
+        }
+        let start = self.at;
+        if self.digits() == 0 {
+            return self.fail("digits missing in the exponent");
+        }
+        let text = std::str::from_utf8(&self.bytes[start..self.at]).unwrap_or_default();
+        let exponent = text.parse::<i64>().unwrap_or(NUMERIC_EXPONENT_END).min(NUMERIC_EXPONENT_END);
+        Ok(if negative { -exponent } else { exponent })
     }
 }
 
@@ -349,6 +356,8 @@ mod tests {
             "[1,[2,{\"a\":\"\\u00e9\\n\"}]]",
             "\"\\ud83d\\ude00\"",
             "123456789012345678901234567890",
+            "0e400000",
+            "0.001e131074",
             "1e100000",
             "{\"a\":1,\"a\":2}",
         ] {
@@ -380,6 +389,9 @@ mod tests {
             "1 2",
             "1e200000",
             "1e-20000",
+            "0e-20000",
+            "0e2000000000",
+            "0.001e131076",
             "NaN",
             "Infinity",
             "'a'",

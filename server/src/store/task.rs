@@ -65,7 +65,7 @@ pub struct TaskEnd {
 }
 
 impl Store {
-    /// Spawns tasks, all or none. With keys it waits for other spawns of the same key at most `lock_wait`.
+    /// Spawns tasks, each on its own. With keys it waits for other spawns of the same key at most `lock_wait`.
     pub async fn task_spawn(
         &self,
         scope: &Scope,
@@ -82,8 +82,7 @@ impl Store {
             return Ok(answers(tasks, &made, &old));
         }
         let tx = self.begin(lock_wait).await?;
-        let answered = self.task_spawn_keyed(scope, &tx, tasks).await;
-        match answered {
+        match self.task_spawn_in(scope, &tx, tasks).await {
             Ok(answered) => {
                 tx.commit().await?;
                 Ok(answered)
@@ -95,8 +94,24 @@ impl Store {
         }
     }
 
-    /// As `task_spawn` inside a transaction; a conflict on an id fails all (for `SpawnTasks`).
-    async fn task_spawn_keyed(
+    /// Spawns tasks in one transaction, which takes effect only when each of them can be spawned and `keep` is set.
+    pub async fn task_spawn_all(
+        &self,
+        scope: &Scope,
+        tasks: &[NewTask],
+        lock_wait: Duration,
+        keep: bool,
+    ) -> Result<Vec<Result<Spawned, Error>>, Fault> {
+        let tx = self.begin(lock_wait).await?;
+        let answered = self.task_spawn_in(scope, &tx, tasks).await;
+        match &answered {
+            Ok(answers) if keep && answers.iter().all(Result::is_ok) => tx.commit().await?,
+            _ => tx.rollback().await,
+        }
+        answered
+    }
+
+    async fn task_spawn_in(
         &self,
         scope: &Scope,
         tx: &Tx,
