@@ -112,8 +112,11 @@ impl Stream {
         let next = self.outbox.poll_next(cx);
         if let Poll::Ready(Some(Message::Task(claim))) = &next {
             let mut state = self.queue.lock();
-            state.taken(self.id, claim.run_id, Instant::now());
+            let timed = state.taken(self.id, claim.run_id, Instant::now());
             drop(state);
+            if timed {
+                self.queue.bell.notify_one();
+            }
             self.shared.feed.tell(|| Activity::pushed(&self.queue.scope, claim));
         }
         next
@@ -407,16 +410,12 @@ impl Dispatcher {
             // Listen before looking: what rings while we look must not be lost.
             let mut bell = std::pin::pin!(queue.bell.notified());
             bell.as_mut().enable();
-            let (turn, idle) = {
-                let mut state = queue.lock();
-                let turn = state.turn(Instant::now(), self.spans());
-                (turn, state.is_idle())
-            };
-            if idle && self.retire(&queue) {
-                return;
-            }
+            let turn = queue.lock().turn(Instant::now(), self.spans());
             if self.run_once(&queue, turn).await {
                 continue;
+            }
+            if queue.lock().is_idle() && self.retire(&queue) {
+                return;
             }
             let next = queue.lock().next_turn();
             match next {
@@ -429,7 +428,7 @@ impl Dispatcher {
         }
     }
 
-    /// Forgets a queue that nothing needs; a stream that is just opening finds it gone and starts anew.
+    /// Forgets a queue if nothing needs it; a stream that is just opening finds it gone and starts anew.
     fn retire(&self, queue: &Arc<Queue>) -> bool {
         let mut queues = self.queues();
         let idle = queue.lock().is_idle();

@@ -83,6 +83,15 @@ impl Database {
         Self::create("template template0").await
     }
 
+    /// A migrated database of another cluster, which the test may stop and start.
+    pub async fn on(cluster: &Cluster) -> Self {
+        let admin = connect(&cluster.url("postgres")).await;
+        admin.batch_execute("create database own").await.unwrap();
+        let url = cluster.url("own");
+        migrate::migrate(&url.parse().unwrap(), migrate::Options::default()).await.unwrap();
+        Self { name: "own".into(), url }
+    }
+
     async fn create(how: &str) -> Self {
         let name = format!("t{}", NEXT.fetch_add(1, Ordering::Relaxed));
         let admin = connect(&url("postgres")).await;

@@ -2,7 +2,10 @@
 
 #![allow(clippy::unwrap_used, clippy::too_many_lines, reason = "a test tells one story and fails by panicking")]
 
+mod doorbell;
+mod faults;
 mod input;
+mod replicas;
 mod statements;
 mod streams;
 mod tasks;

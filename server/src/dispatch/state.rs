@@ -184,6 +184,8 @@ pub struct State {
     timers: BinaryHeap<Reverse<(Instant, Timer)>>,
     cursors: HashMap<Arc<[String]>, Cursor>,
     work: bool,
+    /// There may be more than credit allowed to take: returned credit is worth a look.
+    unserved: bool,
     next_available: Option<Instant>,
     armed: bool,
     closing: bool,
@@ -300,6 +302,11 @@ impl State {
         }
     }
 
+    fn credit_returned(&mut self, id: StreamId) {
+        self.requeue(id);
+        self.work |= std::mem::take(&mut self.unserved);
+    }
+
     fn insert(&mut self, id: StreamId, held: Held, now: Instant) {
         let run_id = held.token.run_id;
         if let Some(start_by) = held.start_by {
@@ -315,20 +322,21 @@ impl State {
         }
     }
 
-    /// The transport took a task.
-    pub fn taken(&mut self, id: StreamId, run_id: RunId, now: Instant) {
-        let Some(stream) = self.streams.get_mut(&id) else { return };
+    /// The transport took a task; says whether that set a timer.
+    pub fn taken(&mut self, id: StreamId, run_id: RunId, now: Instant) -> bool {
+        let Some(stream) = self.streams.get_mut(&id) else { return false };
         let deadline = stream.options.start_deadline;
-        let Some(held) = stream.runs.get_mut(&run_id) else { return };
+        let Some(held) = stream.runs.get_mut(&run_id) else { return false };
         held.taken = true;
         if held.alive {
-            return;
+            return false;
         }
         stream.unproven_bytes += held.bytes;
         if let Some(deadline) = deadline {
             held.start_by = Some(now + deadline);
             self.timers.push(Reverse((now + deadline, Timer::Start(run_id))));
         }
+        deadline.is_some()
     }
 
     /// Somebody spoke of the run: it has reached its worker.
@@ -346,7 +354,7 @@ impl State {
             if held.taken {
                 stream.unproven_bytes = stream.unproven_bytes.saturating_sub(held.bytes);
             }
-            self.requeue(id);
+            self.credit_returned(id);
         }
     }
 
@@ -364,7 +372,7 @@ impl State {
                 stream.unproven_bytes = stream.unproven_bytes.saturating_sub(held.bytes);
             }
             stream.check_pause = CHECK_FULL.0;
-            self.requeue(id);
+            self.credit_returned(id);
         }
         true
     }
@@ -373,6 +381,9 @@ impl State {
     pub fn close(&mut self, id: StreamId) -> Leftover {
         let mut leftover = Leftover::default();
         let Some(stream) = self.streams.remove(&id) else { return leftover };
+        if stream.queued {
+            self.ready.retain(|ready| *ready != id);
+        }
         for claim in stream.outbox.take_tasks(true) {
             self.owners.remove(&claim.run_id);
             leftover.returns.push(Return::undelivered(claim.token));
@@ -451,6 +462,7 @@ impl State {
         if self.work && !self.closing {
             self.work = false;
             turn.plans = self.reserve();
+            self.unserved = self.streams.len() > self.ready.len();
         }
         turn.arm = !self.armed && !self.work && !self.closing && turn.plans.is_empty() && self.wants();
         self.armed |= turn.arm;

@@ -1,0 +1,256 @@
+//! Faults: workers that vanish, locked rows, Postgres and its connections going away. Nothing acknowledged is lost.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use absurd_client::{AbsurdClient, ClaimOptions, ConnectOptions, NewTask, SpawnOptions, State, StreamOptions};
+use absurd_proto::v1 as pb;
+use absurd_server::postgres::{Cluster, ClusterOptions};
+use absurd_tests::{Database, Proxy, Server, eventually, in_time, json, raw};
+use serde_json::json as j;
+
+use crate::streams::{next_task, open, request, seconds};
+
+fn tasks(count: usize) -> Vec<NewTask> {
+    (0..count).map(|index| NewTask::new("n", &j!(index), SpawnOptions::default()).unwrap()).collect()
+}
+
+/// A worker is cut off by a TCP reset with tasks in hand: they move on within the grace, long before the lease ends.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_connection_moves_its_tasks_within_the_grace() {
+    let server = Server::start().await;
+    let proxy = Proxy::before(&server.url()).await;
+    let options = SpawnOptions { max_attempts: Some(2), ..SpawnOptions::default() };
+    let spawned = server.client().spawn_task("n", &j!(null), options).await.unwrap();
+    let mut lost = raw(&proxy.url()).await;
+    let graceful = pb::ClaimStreamRequest { reconnect_grace: seconds(1), claim_timeout: seconds(3600), ..request(1) };
+    let (_, mut messages) = open(&mut lost, graceful).await;
+    assert_eq!(next_task(&mut messages).await.attempt, 1);
+    proxy.reset();
+    let mut stream = server.client().claim_stream(StreamOptions::default()).await.unwrap();
+    let task = in_time("the task moves on", stream.next()).await.unwrap();
+    assert_eq!((task.task_id, task.attempt), (spawned.task_id, 2));
+}
+
+/// The same cut, but the worker is alive and says so elsewhere: it keeps its claim.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_comes_back_keeps_its_claims() {
+    let server = Server::start().await;
+    let proxy = Proxy::before(&server.url()).await;
+    let spawned = server.client().spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap();
+    let client = AbsurdClient::connect(&ConnectOptions::new(proxy.url())).unwrap().with_queue("q");
+    let options =
+        StreamOptions { reconnect_grace: Some(Duration::from_secs(5)), max_in_flight: 2, ..StreamOptions::default() };
+    let mut stream = client.claim_stream(options).await.unwrap();
+    let task = in_time("the task is pushed", stream.next()).await.unwrap();
+    proxy.reset();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    proxy.pass();
+    // The client reconnects by itself, hands the token back in, and gets more.
+    let more = server.client().spawn_task("n", &j!(2), SpawnOptions::default()).await.unwrap();
+    let second = in_time("the stream is back", stream.next()).await.unwrap();
+    assert_eq!((second.task_id, second.attempt), (more.task_id, 1));
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    task.complete(&j!("first claim")).await.unwrap();
+    let run = server.client().get_run_status(spawned.run_id).await.unwrap().unwrap();
+    assert_eq!((run.state(), run.attempt), (pb::State::Completed, 1));
+}
+
+/// Silence instead of a reset: the client notices by itself and connects again, without losing what it does.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_black_hole_does_not_hold_a_task_for_ever() {
+    let server = Server::start().await;
+    let proxy = Proxy::before(&server.url()).await;
+    let mut deaf = raw(&proxy.url()).await;
+    let spawned = {
+        let deadline = pb::ClaimStreamRequest { start_deadline: seconds(1), ..request(1) };
+        let (_, _messages) = open(&mut deaf, deadline).await;
+        proxy.hole();
+        // It is pushed into the hole, and comes back because nobody gives a sign of life.
+        let spawned = server.client().spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        spawned
+    };
+    let mut stream = server.client().claim_stream(StreamOptions::default()).await.unwrap();
+    let task = in_time("the task comes back", stream.next()).await.unwrap();
+    assert_eq!((task.task_id, task.attempt), (spawned.task_id, 1));
+}
+
+/// Hundreds in one batch, one of them bad, one of them locked: each has its own outcome, nobody waits for the locked.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_bad_and_one_locked_item_hurt_nobody_else() {
+    use pb::settle_item::Action;
+    let server = Server::start().await;
+    let client = server.client();
+    client.spawn_tasks(tasks(300)).await.unwrap();
+    let claims = client.claim_task(ClaimOptions { qty: 300, ..ClaimOptions::default() }).await.unwrap();
+    assert_eq!(claims.len(), 300);
+    let mut sql = server.database().connect().await;
+    let lock = sql.transaction().await.unwrap();
+    lock.execute("select from absurd.r_q where run_id = $1 for update", &[&claims[7].run_id]).await.unwrap();
+    let items = claims
+        .iter()
+        .enumerate()
+        .map(|(index, claim)| pb::SettleItem {
+            run_id: String::new(),
+            claim_token: Some(claim.claim_token().to_owned()),
+            action: Some(Action::Complete(pb::CompleteAction {
+                result: json(if index == 3 { "{bad" } else { "\"fine\"" }),
+            })),
+        })
+        .collect();
+    let mut grpc = server.raw().await;
+    let settling = tokio::spawn(async move {
+        grpc.settle_tasks(pb::SettleTasksRequest { queue: "q".into(), items }).await.unwrap().into_inner().results
+    });
+    let watcher = server.database().connect().await;
+    eventually("all others are completed while the lock is held", || async {
+        let done: i64 =
+            watcher.query_one("select count(*) from absurd.r_q where state = 'completed'", &[]).await.unwrap().get(0);
+        (done == 298).then_some(())
+    })
+    .await;
+    assert!(!settling.is_finished(), "the locked item waits");
+    lock.rollback().await.unwrap();
+    let results = in_time("the batch is answered", settling).await.unwrap();
+    let failed: Vec<usize> = (0..300).filter(|index| results[*index].error.is_some()).collect();
+    assert_eq!(failed, [3]);
+}
+
+/// A keyed spawn that waits for an open transaction with the same key holds up nobody else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_held_by_an_open_transaction_stalls_only_its_own_spawn() {
+    let server = Server::start().await;
+    let client = server.client();
+    let mut sql = server.database().connect().await;
+    let open = sql.transaction().await.unwrap();
+    let first: uuid::Uuid = open
+        .query_one("select task_id from absurd.spawn_task('q', 'n', 'null', '{\"idempotency_key\": \"k\"}')", &[])
+        .await
+        .unwrap()
+        .get(0);
+    let keyed = |key: &str| SpawnOptions { idempotency_key: Some(key.into()), ..SpawnOptions::default() };
+    let waiting = tokio::spawn({
+        let client = client.clone();
+        async move { client.spawn_task("n", &j!(null), keyed("k")).await }
+    });
+    for index in 0..20 {
+        in_time("others pass", client.spawn_task("n", &j!(null), keyed(&format!("other {index}")))).await.unwrap();
+    }
+    assert!(!waiting.is_finished());
+    open.commit().await.unwrap();
+    let spawned = in_time("the spawn is answered", waiting).await.unwrap().unwrap();
+    assert_eq!((spawned.task_id, spawned.created), (first, false));
+}
+
+/// A stream that is not read stops only itself, also on a connection that it shares.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_reader_does_not_stop_its_neighbour() {
+    let server = Server::start().await;
+    let client = server.client();
+    let params = "x".repeat(200_000);
+    let mut grpc = server.raw().await;
+    let (_, slow) = open(&mut grpc, request(100)).await;
+    let big = (0..60).map(|_| NewTask::new("n", &params, SpawnOptions::default()).unwrap());
+    for chunk in big.collect::<Vec<_>>().chunks(20) {
+        client.spawn_tasks(chunk.to_vec()).await.unwrap();
+    }
+    // What the slow stream holds is bounded; the rest goes to the one that reads, on the same connection.
+    let (_, mut quick) = open(&mut grpc, request(1)).await;
+    let mut seen = HashSet::new();
+    while seen.len() < 30 {
+        let task = next_task(&mut quick).await;
+        seen.insert(task.task_id.clone());
+        let complete = pb::CompleteTaskRequest {
+            queue: "q".into(),
+            run_id: String::new(),
+            claim_token: Some(task.claim_token),
+            result: None,
+        };
+        grpc.complete_task(complete).await.unwrap();
+    }
+    drop(slow);
+}
+
+/// The LISTEN connection is killed: work from SQL is found all the same, and the bell works again afterwards.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_listen_connection_delays_and_loses_nothing() {
+    let server = Server::start().await;
+    let sql = server.database().connect().await;
+    let mut stream =
+        server.client().claim_stream(StreamOptions { max_in_flight: 10, ..Default::default() }).await.unwrap();
+    let kill = "select count(pg_terminate_backend(pid)) from pg_stat_activity
+                 where datname = current_database() and application_name like '%(listen)'";
+    eventually("the server listens", || async {
+        let killed: i64 = sql.query_one(kill, &[]).await.unwrap().get(0);
+        (killed == 1).then_some(())
+    })
+    .await;
+    for round in 0..2 {
+        sql.execute("select absurd.spawn_task('q', 'n', to_jsonb($1::int))", &[&round]).await.unwrap();
+        let task = in_time("the task is found", stream.next()).await.unwrap();
+        assert_eq!(task.params.as_ref().unwrap().as_str(), round.to_string());
+        task.complete(&j!(1)).await.unwrap();
+        eventually("the server listens again", || async { server.app().engine().hints.listening().then_some(()) })
+            .await;
+    }
+}
+
+/// Postgres stops and starts under load: every acknowledged spawn is completed once, no call fails in the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_restarts_under_load() {
+    let home = tempfile::tempdir().unwrap();
+    let readable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(home.path(), readable).unwrap();
+    let options = ClusterOptions { home: home.path().join("pg"), bin: None, durable: false, settings: Vec::new() };
+    let start = || {
+        let options = options.clone();
+        tokio::task::spawn_blocking(move || Cluster::start(&options).unwrap())
+    };
+    let cluster = start().await.unwrap();
+    let database = Database::on(&cluster).await;
+    let server = Server::start_on(&database).await;
+    let client = server.client();
+    let mut stream =
+        client.claim_stream(StreamOptions { max_in_flight: 20, ..StreamOptions::default() }).await.unwrap();
+    let worker = tokio::spawn(async move {
+        let mut done = 0;
+        while let Some(task) = stream.next().await {
+            done += usize::from(task.complete(&j!(1)).await.is_ok());
+            if task.task_name == "last" {
+                break;
+            }
+        }
+        done
+    });
+    let producer = tokio::spawn({
+        let client = client.clone();
+        async move {
+            let mut spawned = Vec::new();
+            let options = || SpawnOptions { max_attempts: Some(5), ..SpawnOptions::default() };
+            for index in 0..200 {
+                spawned.push(
+                    client.spawn_task("n", &j!(index), options()).await.expect("no call fails in the end").task_id,
+                );
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            spawned
+        }
+    });
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    tokio::task::spawn_blocking(move || drop(cluster)).await.unwrap();
+    let cluster = start().await.unwrap();
+    let spawned = in_time("all are spawned", producer).await.unwrap();
+    for task_id in &spawned {
+        let end = client.await_task_result(*task_id, Some(absurd_tests::PATIENCE)).await.unwrap();
+        assert_eq!(end.state, State::Completed);
+    }
+    let distinct: HashSet<_> = spawned.iter().collect();
+    let sql = database.connect().await;
+    let stored: i64 = sql.query_one("select count(*) from absurd.t_q", &[]).await.unwrap().get(0);
+    assert_eq!((distinct.len(), stored), (200, 200), "no spawn was carried out twice");
+    client.spawn_task("last", &j!(null), SpawnOptions::default()).await.unwrap();
+    assert!(in_time("the worker ends", worker).await.unwrap() >= 1);
+    drop(server);
+    tokio::task::spawn_blocking(move || drop(cluster)).await.unwrap();
+}

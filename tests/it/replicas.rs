@@ -1,0 +1,95 @@
+//! Several replicas on one database, and a client that uses them all.
+
+use std::time::Duration;
+
+use absurd_client::{AbsurdClient, ConnectOptions, SpawnOptions, State, StreamOptions};
+use absurd_tests::{Absurd, Database, Server, absurd, eventually, in_time};
+use serde_json::json as j;
+
+/// A task claimed at one replica is completed at the other; the first one's stream gets its credit back from the hint.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_completion_at_another_replica_returns_the_credit() {
+    let one = Server::start().await;
+    let two = Server::start_on(one.database()).await;
+    eventually("the replicas know of each other", || async {
+        let sql = one.database().connect().await;
+        let seen: i64 = sql.query_one("select count(*) from absurd_server.replica", &[]).await.unwrap().get(0);
+        (seen == 2).then_some(())
+    })
+    .await;
+    let mut stream = one.client().claim_stream(StreamOptions::default()).await.unwrap();
+    let elsewhere = two.client();
+    for _ in 0..5 {
+        elsewhere.spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap();
+        let task = in_time("the task is pushed by the other replica", stream.next()).await.unwrap();
+        let mut grpc = two.raw().await;
+        grpc.complete_task(absurd_client::proto::CompleteTaskRequest {
+            queue: "q".into(),
+            run_id: String::new(),
+            claim_token: Some(task.claim_token().to_owned()),
+            result: None,
+        })
+        .await
+        .unwrap();
+    }
+}
+
+async fn serve(database: &Database) -> (Absurd, String) {
+    let mut command = absurd(&["serve", "--listen", "127.0.0.1:0", "--shutdown-grace", "10s"]);
+    command.env("ABSURD_DATABASE_URL", database.url()).env("NO_COLOR", "1");
+    let mut server = Absurd::start(command);
+    let line = server.line("serving").await;
+    let addr = line.rsplit("listen=").next().unwrap().trim().to_owned();
+    (server, format!("http://{addr}"))
+}
+
+/// One of two replicas is stopped with SIGTERM under load: no call fails in the end, it exits in time, no attempt is
+/// spent, every task is completed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_stops_under_load_and_nobody_notices() {
+    let database = Database::new().await;
+    let (one, url_one) = serve(&database).await;
+    let (_two, url_two) = serve(&database).await;
+    let client = AbsurdClient::connect(&ConnectOptions::new(format!("{url_one},{url_two}"))).unwrap().with_queue("q");
+    client.create_queue().await.unwrap();
+    let mut workers = Vec::new();
+    for _ in 0..4 {
+        let options = StreamOptions { max_in_flight: 10, ..StreamOptions::default() };
+        let mut stream = client.claim_stream(options).await.unwrap();
+        workers.push(tokio::spawn(async move {
+            while let Some(task) = stream.next().await {
+                tokio::spawn(async move {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                    task.complete(&j!(1)).await.expect("no completion fails in the end");
+                });
+            }
+        }));
+    }
+    let producer = tokio::spawn({
+        let client = client.clone();
+        async move {
+            let mut spawned = Vec::new();
+            for index in 0..1000 {
+                let options = SpawnOptions { max_attempts: Some(3), ..SpawnOptions::default() };
+                spawned.push(client.spawn_task("n", &j!(index), options).await.expect("no spawn fails").task_id);
+            }
+            spawned
+        }
+    });
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    one.signal("TERM");
+    let stopped = std::time::Instant::now();
+    assert_eq!(one.exit_code().await, Some(0));
+    assert!(stopped.elapsed() < Duration::from_secs(12), "{:?}", stopped.elapsed());
+    let spawned = in_time("all are spawned", producer).await.unwrap();
+    for task_id in spawned {
+        let end = client.await_task_result(task_id, Some(absurd_tests::PATIENCE)).await.unwrap();
+        assert_eq!(end.state, State::Completed);
+    }
+    let sql = database.connect().await;
+    let retried: i64 = sql.query_one("select count(*) from absurd.r_q where attempt > 1", &[]).await.unwrap().get(0);
+    assert_eq!(retried, 0, "no attempt is spent");
+    for worker in workers {
+        worker.abort();
+    }
+}
