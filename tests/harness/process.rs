@@ -8,7 +8,7 @@ use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, ChildStdout, Command};
 
 /// The repository.
-fn root() -> PathBuf {
+pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
 
@@ -38,12 +38,19 @@ pub fn absurd(args: &[&str]) -> Command {
     command
 }
 
-/// The Python that `tests/setup` prepared with the packages of the tests.
-pub fn python(script: &str) -> Command {
-    let python = root().join(".venv/bin/python");
-    assert!(python.exists(), "run tests/setup first: it prepares {}", python.display());
-    let mut command = Command::new(python);
-    command.arg(root().join("tests/python").join(script)).kill_on_drop(true).stdin(Stdio::null());
+/// A program of the Python environment that `tests/setup` prepared.
+pub fn tool(name: &str, args: &[&str]) -> Command {
+    let program = root().join(".venv/bin").join(name);
+    assert!(program.exists(), "run tests/setup first: it prepares {}", program.display());
+    let mut command = Command::new(program);
+    command.args(args).kill_on_drop(true).stdin(Stdio::null());
+    command
+}
+
+/// A Python example of the documentation.
+pub fn example(script: &str) -> Command {
+    let mut command = tool("python", &[]);
+    command.arg(root().join("docs/examples").join(script)).env("PYTHONPATH", root().join(".venv/generated"));
     command
 }
 

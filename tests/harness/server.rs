@@ -19,6 +19,8 @@ pub type Grpc = AbsurdServiceClient<Channel>;
 pub struct ServerOptions {
     /// Any setting of `absurd serve`.
     pub settings: Settings,
+    /// Do not create the queue `q`.
+    pub without_queue: bool,
 }
 
 /// A server in this process.
@@ -48,10 +50,13 @@ impl Server {
             shutdown_grace: Some(Span(Duration::from_secs(5))),
             ..Settings::default()
         };
+        let without_queue = options.without_queue;
         let options = options.settings.or(base).into_app_options().unwrap();
         let app = App::start(options).await.expect("the server starts");
         let server = Self { app, database };
-        server.client().create_queue().await.expect("the queue is created");
+        if !without_queue {
+            server.client().create_queue().await.expect("the queue is created");
+        }
         server
     }
 

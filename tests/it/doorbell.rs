@@ -48,7 +48,7 @@ async fn an_event_rings_too() {
     let sql = server.database().connect().await;
     let client = server.client();
     sql.execute(SPAWN, &[]).await.unwrap();
-    let row = sql.query_one("select run_id, task_id from absurd.claim_task('q')", &[]).await.unwrap();
+    let row = sql.query_one("select run_id, task_id from absurd.claim_task('q', 'w')", &[]).await.unwrap();
     let (run, task): (uuid::Uuid, uuid::Uuid) = (row.get(0), row.get(1));
     sql.execute("select * from absurd.await_event('q', $1, $2, 's', 'e')", &[&task, &run]).await.unwrap();
     let mut stream = client.claim_stream(many()).await.unwrap();

@@ -5,7 +5,10 @@
 mod doorbell;
 mod faults;
 mod input;
+mod migrations;
 mod replicas;
+mod sdk;
+mod service;
 mod statements;
 mod streams;
 mod tasks;

@@ -62,7 +62,7 @@ async fn count(server: &Server, condition: &str) -> i64 {
 }
 
 fn with(settings: Settings) -> ServerOptions {
-    ServerOptions { settings }
+    ServerOptions { settings, ..ServerOptions::default() }
 }
 
 #[tokio::test(flavor = "multi_thread")]

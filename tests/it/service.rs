@@ -1,0 +1,96 @@
+//! What stands around the service: health, reflection, TLS, limits of settings.
+
+use absurd_client::{AbsurdClient, ConnectOptions, TlsOptions};
+use absurd_proto::v1 as pb;
+use absurd_server::settings::Settings;
+use absurd_tests::{Database, Server, ServerOptions, in_time};
+use tonic::transport::Endpoint;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+use tonic_reflection::pb::v1::{ServerReflectionRequest, ServiceResponse};
+use tonic_types::StatusExt as _;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_is_told_overall_and_per_service() {
+    let server = Server::start().await;
+    let channel = Endpoint::from_shared(server.url()).unwrap().connect().await.unwrap();
+    let mut health = HealthClient::new(channel);
+    for service in ["", "absurd.v1.AbsurdService"] {
+        let response = health.check(HealthCheckRequest { service: service.into() }).await.unwrap().into_inner();
+        assert_eq!(response.status(), ServingStatus::Serving, "{service:?}");
+    }
+    let mut watch = health.watch(HealthCheckRequest { service: String::new() }).await.unwrap().into_inner();
+    assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
+    tokio::spawn(server.stop());
+    let told = in_time("a stopping server says so", watch.message()).await.unwrap().unwrap();
+    assert_eq!(told.status(), ServingStatus::NotServing);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reflection_lists_the_services() {
+    let server = Server::start().await;
+    let channel = Endpoint::from_shared(server.url()).unwrap().connect().await.unwrap();
+    let ask = ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let mut answers = ServerReflectionClient::new(channel)
+        .server_reflection_info(tokio_stream::once(ask))
+        .await
+        .unwrap()
+        .into_inner();
+    let Some(MessageResponse::ListServicesResponse(list)) = answers.message().await.unwrap().unwrap().message_response
+    else {
+        panic!("no list of services")
+    };
+    let names: Vec<String> = list.service.into_iter().map(|ServiceResponse { name }| name).collect();
+    assert!(names.contains(&"absurd.v1.AbsurdService".to_owned()), "{names:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_with_an_authority_of_ones_own() {
+    let authority_key = rcgen::KeyPair::generate().unwrap();
+    let mut authority = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let authority_certificate = authority.self_signed(&authority_key).unwrap();
+    let issuer = rcgen::Issuer::new(authority, authority_key);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let leaf = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: String| {
+        let path = home.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let settings = Settings {
+        tls_cert: Some(file("cert.pem", leaf.pem())),
+        tls_key: Some(file("key.pem", key.serialize_pem())),
+        ..Settings::default()
+    };
+    let options = ServerOptions { settings, without_queue: true };
+    let server = Server::start_with(Database::new().await, options).await;
+    let url = format!("https://localhost:{}", server.app().addr().port());
+    let tls = TlsOptions { ca: Some(file("ca.pem", authority_certificate.pem())), ..TlsOptions::default() };
+    let trusting = AbsurdClient::connect(&ConnectOptions { tls, ..ConnectOptions::new(&url) }).unwrap();
+    assert!(trusting.with_queue("q").create_queue().await.unwrap());
+    let strict = ConnectOptions { deadline: std::time::Duration::from_millis(500), ..ConnectOptions::new(&url) };
+    AbsurdClient::connect(&strict).unwrap().list_queues().await.expect_err("an unknown authority is not trusted");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_may_insist_on_claim_tokens() {
+    let settings = Settings { require_claim_token: Some(true), ..Settings::default() };
+    let options = ServerOptions { settings, ..ServerOptions::default() };
+    let server = Server::start_with(Database::new().await, options).await;
+    let request = pb::CompleteTaskRequest {
+        queue: "q".into(),
+        run_id: uuid::Uuid::now_v7().to_string(),
+        claim_token: None,
+        result: None,
+    };
+    let refused = server.raw().await.complete_task(request).await.unwrap_err();
+    assert_eq!(refused.get_error_details().error_info().unwrap().reason, "CLAIM_TOKEN_REQUIRED");
+}
