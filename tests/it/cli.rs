@@ -1,0 +1,108 @@
+//! The `absurd` command, as a user runs it.
+
+use absurd_tests::{Absurd, Server, absurd, in_time, root};
+
+async fn run(args: &[&str], url: &str) -> (bool, String, String) {
+    let mut command = absurd(args);
+    command.env("ABSURD_URL", url).env("ABSURD_DEFAULT_QUEUE", "q");
+    let output = in_time("the command ends", command.output()).await.unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.success(), text(&output.stdout), text(&output.stderr))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn operators_work_over_grpc() {
+    let server = Server::start().await;
+    let url = server.url();
+    assert!(run(&["health"], &url).await.1.contains("SERVING"));
+    assert!(run(&["queue", "create", "--queue", "other"], &url).await.1.contains("created"));
+    assert!(run(&["queue", "list", "-o", "json"], &url).await.1.contains("\"other\""));
+    let (ok, text, _) = run(&["task", "spawn", "greet", "{\"a\":1}", "-o", "json"], &url).await;
+    assert!(ok);
+    let spawned: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let id = spawned["task_id"].as_str().unwrap();
+    assert!(run(&["task", "get", id], &url).await.1.contains("pending"));
+    assert!(run(&["task", "list", "--state", "pending"], &url).await.1.contains(id));
+    assert!(run(&["task", "cancel", id], &url).await.1.contains("cancelled"));
+    let (ok, text, _) = run(&["task", "watch", id], &url).await;
+    assert!(!ok && text.contains("cancelled"), "{text}");
+    assert!(run(&["task", "spawn", "many", "--count", "1200"], &url).await.1.contains("1200 tasks in"));
+    assert!(run(&["queue", "stats", "-o", "json"], &url).await.1.contains("\"pending\": 1200"));
+    let (ok, _, error) = run(&["task", "spawn", "n", "--queue", "nowhere"], &url).await;
+    assert!(!ok && error.contains("absurd queue create --queue nowhere"), "{error}");
+    let (ok, _, error) = run(&["task", "spawn", "n", "{"], &url).await;
+    assert!(!ok && error.contains("task.params"), "{error}");
+    assert!(!run(&["queue", "drop", "--queue", "other"], &url).await.0, "without --yes nothing is dropped");
+    assert!(run(&["queue", "drop", "--queue", "other", "--yes"], &url).await.1.contains("dropped"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_program_is_a_worker() {
+    let server = Server::start().await;
+    let url = server.url();
+    let client = server.client();
+    let mut command =
+        absurd(&["worker", "--exec", "case $ABSURD_TASK_NAME in bad) echo why >&2; exit 3;; *) cat;; esac"]);
+    command.env("ABSURD_URL", &url).env("ABSURD_DEFAULT_QUEUE", "q");
+    let mut worker = Absurd::start(command);
+    worker.line("takes tasks").await;
+    let (ok, text, _) = run(&["task", "spawn", "good", "{\"n\": 1}", "--wait", "30s"], &url).await;
+    assert!(ok && text.contains("{\"n\": 1}"), "{text}");
+    let (ok, text, _) = run(&["task", "spawn", "bad", "--wait", "30s"], &url).await;
+    assert!(!ok && text.contains("exit status: 3") && text.contains("why"), "{text}");
+    worker.signal("TERM");
+    assert_eq!(worker.exit_code().await, Some(0));
+    assert_eq!(client.get_queue_stats().await.unwrap().running, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dev_brings_everything_and_the_demo_shows_it() {
+    let home = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(home.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let data = home.path().join("data").to_string_lossy().into_owned();
+    for round in 0..2 {
+        let mut dev = Absurd::start(absurd(&["dev", "--listen", "127.0.0.1:0", "--data-dir", &data]));
+        let line = dev.line("gRPC").await;
+        let url = line.split_whitespace().nth(1).unwrap().to_owned();
+        dev.line("ABSURD_DATABASE_URL=").await;
+        dev.line("Ctrl-C").await;
+        let (_, text, _) = run(&["task", "list", "--queue", "default"], &url).await;
+        assert_eq!(text.contains("kept"), round == 1, "what was there before the stop is there again: {text}");
+        run(&["task", "spawn", "kept", "--queue", "default"], &url).await;
+        dev.line("spawned").await;
+        let (ok, text, error) = run(&["demo"], &url).await;
+        assert!(ok && text.contains("charges: 1"), "{text}{error}");
+        dev.signal("INT");
+        assert_eq!(dev.exit_code().await, Some(0));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_settings_are_errors() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("absurd.toml");
+    std::fs::write(&file, "lisen = \"127.0.0.1:1\"").unwrap();
+    let (ok, _, error) = run(&["serve", "--config", &file.to_string_lossy()], "http://127.0.0.1:1").await;
+    assert!(!ok && error.contains("lisen"), "{error}");
+    let (ok, _, error) = run(&["serve"], "http://127.0.0.1:1").await;
+    assert!(!ok && error.contains("ABSURD_DATABASE_URL"), "{error}");
+    let (ok, _, _) = run(&["health"], "http://127.0.0.1:1").await;
+    assert!(!ok);
+}
+
+/// What the README says to run exists: its scripts, examples, subcommands and pages.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_readme_speaks_of_things_that_exist() {
+    let text = std::fs::read_to_string(root().join("README.md")).unwrap();
+    for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+        assert!(link.starts_with("https:") || root().join(link).exists(), "{link}");
+    }
+    let commands: Vec<&str> = text.lines().map(str::trim).filter(|line| line.starts_with("absurd ")).collect();
+    assert!(commands.len() >= 4);
+    for command in commands {
+        let words: Vec<&str> =
+            command.split_whitespace().skip(1).take_while(|word| !word.starts_with(['-', '\''])).collect();
+        let words: Vec<&str> = words.into_iter().take(2).chain(["--help"]).collect();
+        assert!(run(&words, "http://127.0.0.1:1").await.0, "{command}");
+    }
+}
