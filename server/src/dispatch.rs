@@ -307,7 +307,7 @@ impl Dispatcher {
     pub fn note_unheard(&self) {
         let queues: Vec<Arc<Queue>> = self.queues().values().cloned().collect();
         for queue in queues {
-            queue.lock().note_unheard();
+            queue.lock().note_rung();
             queue.bell.notify_one();
         }
     }

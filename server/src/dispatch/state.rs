@@ -219,14 +219,8 @@ impl State {
         self.work = true;
     }
 
-    /// The doorbell rang; the armed row is gone.
+    /// The doorbell rang, or may have rung unheard: the armed row is gone.
     pub fn note_rung(&mut self) {
-        self.armed = false;
-        self.work = true;
-    }
-
-    /// The listener was lost: rows may be gone unheard.
-    pub fn note_unheard(&mut self) {
         self.armed = false;
         self.work = true;
     }
