@@ -1,5 +1,6 @@
 //! The `absurd` command: its words, and which module carries each out.
 
+mod bench;
 mod demo;
 mod dev;
 mod operate;
@@ -64,6 +65,9 @@ enum Command {
         absurd demo --url http://127.0.0.1:50051  on a running server"
     )]
     Demo(demo::DemoArgs),
+    /// Measure a server
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// The worker that the demo kills
     #[command(hide = true)]
     DemoWorker(demo::DemoWorkerArgs),
@@ -129,6 +133,7 @@ pub fn main() -> ExitCode {
         Command::Task(command) => block_on(operate::task(command)),
         Command::Worker(args) => block_on(worker::run(args)),
         Command::Demo(args) => demo::run(args),
+        Command::Bench(command) => bench::run(command),
         Command::DemoWorker(args) => block_on(demo::work(args)),
     };
     match outcome {

@@ -9,9 +9,9 @@ use uuid::Uuid;
 use crate::activity::{Activity, Feed, What};
 use crate::commit::{self, Committer, Settles, Spawns};
 use crate::dispatch::{DispatchOptions, Dispatcher};
-use crate::domain::{Error, Settled, State, TaskId};
+use crate::domain::{Error, QueueName, Settled, State, TaskId};
 use crate::doorbell::Hints;
-use crate::scope::Scope;
+use crate::scope::{Caller, Scope};
 use crate::store::batch::{Kind, RunRef, Write};
 use crate::store::task::{NewTask, Spawned};
 use crate::store::{Fault, Store};
@@ -47,6 +47,23 @@ impl Engine {
             hints,
             feed,
             store,
+        }
+    }
+
+    /// Hangs the doorbell on those of these queues that have none. A failure is tried again by the wide tick.
+    pub async fn hang_doorbells(&self, queues: &[&str]) {
+        if !self.hints.doorbell() {
+            return;
+        }
+        let missing = self.store.doorbell_missing(queues).await.unwrap_or_else(|fault| {
+            tracing::debug!(?fault, "could not see which queues have a doorbell");
+            Vec::new()
+        });
+        for queue in missing {
+            let Ok(name) = QueueName::parse("queue", &queue) else { continue };
+            if let Err(fault) = self.store.queue_doorbell(&Caller::anonymous().scope(name)).await {
+                tracing::debug!(queue.name = queue, ?fault, "could not hang the doorbell; will try again");
+            }
         }
     }
 

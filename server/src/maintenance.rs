@@ -65,20 +65,8 @@ async fn wide(engine: &Arc<Engine>, cursors: &mut Cursors) {
         let refs: Vec<&str> = names.iter().map(String::as_str).collect();
         let ticks = doorbell::look(&engine.hints, &engine.store, &engine.dispatcher, &refs).await;
         sweep(engine, &ticks, cursors).await;
-        hang_doorbells(engine, &refs).await;
-    }
-}
-
-/// Queues made by plain SQL get their doorbell here.
-async fn hang_doorbells(engine: &Engine, queues: &[&str]) {
-    if !engine.hints.doorbell() {
-        return;
-    }
-    for queue in queues {
-        let Ok(name) = QueueName::parse("queue", queue) else { continue };
-        if let Err(fault) = engine.store.queue_doorbell(&Caller::anonymous().scope(name)).await {
-            tracing::debug!(queue.name = queue, ?fault, "could not hang the doorbell; will try again");
-        }
+        // Queues made by plain SQL get their doorbell here.
+        engine.hang_doorbells(&refs).await;
     }
 }
 

@@ -72,7 +72,8 @@ fn url(addr: SocketAddr) -> String {
     if addr.ip().is_unspecified() { format!("http://127.0.0.1:{}", addr.port()) } else { format!("http://{addr}") }
 }
 
-async fn create_database(cluster: &Cluster) -> anyhow::Result<()> {
+/// Creates the database of a private cluster, unless it is there.
+pub(super) async fn create_database(cluster: &Cluster) -> anyhow::Result<()> {
     let (client, connection) = tokio_postgres::connect(&cluster.url("postgres"), tokio_postgres::NoTls).await?;
     let connection = tokio::spawn(connection);
     let known = client.query_opt("select from pg_database where datname = $1", &[&DATABASE]).await?;

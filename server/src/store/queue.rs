@@ -2,7 +2,9 @@
 
 use tokio_postgres::Row;
 
-use super::statement::{QUEUE_CREATE, QUEUE_DOORBELL, QUEUE_DROP, QUEUE_GET, QUEUE_LIST, QUEUE_STATS};
+use super::statement::{
+    DOORBELL_MISSING, QUEUE_CREATE, QUEUE_DOORBELL, QUEUE_DROP, QUEUE_GET, QUEUE_LIST, QUEUE_STATS,
+};
 use super::{Fault, Store, Wait};
 use crate::domain::Error;
 use crate::scope::Scope;
@@ -36,6 +38,12 @@ impl Store {
             Err(Fault::Duplicate) => Ok(false),
             Err(fault) => Err(fault.into_error(scope)),
         }
+    }
+
+    /// Those of these queues on which no doorbell hangs.
+    pub async fn doorbell_missing(&self, queues: &[&str]) -> Result<Vec<String>, Fault> {
+        let rows = self.rows(&DOORBELL_MISSING, Wait::Skip, None, &[&queues]).await?;
+        Ok(rows.iter().map(|row| row.get("queue_name")).collect())
     }
 
     /// Hangs the doorbell on a queue. May fail for want of a lock; it is tried again later.

@@ -67,6 +67,7 @@ statements! {
     CREDIT_NOTIFY = "credit_notify";
     DOORBELL_ARM = "doorbell_arm";
     DOORBELL_DISARM = "doorbell_disarm";
+    DOORBELL_MISSING = "doorbell_missing";
     DOORBELL_RING = "doorbell_ring";
     KEY_RESERVE = "key_reserve";
     QUEUE_CREATE = "queue_create";

@@ -287,11 +287,7 @@ impl Service {
     async fn open_stream(&self, request: pb::ClaimStreamRequest) -> Result<Responses, Error> {
         let options = stream_options(&request)?;
         let scope = self.existing(&request.queue).await?;
-        if self.engine.hints.doorbell()
-            && let Err(fault) = self.engine.store.queue_doorbell(&scope).await
-        {
-            tracing::debug!(queue.name = %scope.queue(), ?fault, "could not hang the doorbell; will try again");
-        }
+        self.engine.hang_doorbells(&[scope.queue().as_str()]).await;
         let (stream, opened) = self.engine.dispatcher.open(&scope, options.clone(), request.held_claim_tokens).await?;
         let heartbeat = self.engine.dispatcher.options().heartbeat;
         let opened = claim_stream::opened(opened, &options, heartbeat, self.engine.hints.replica_id());
@@ -423,11 +419,7 @@ impl Service {
             Err(_) => return Err(Error::invalid("storage_mode", "is not a known mode")),
         };
         let created = self.engine.store.queue_create(&scope, mode).await?;
-        if self.engine.hints.doorbell()
-            && let Err(fault) = self.engine.store.queue_doorbell(&scope).await
-        {
-            tracing::debug!(queue.name = %scope.queue(), ?fault, "could not hang the doorbell; will try again");
-        }
+        self.engine.hang_doorbells(&[scope.queue().as_str()]).await;
         Ok(pb::CreateQueueResponse { created })
     }
 

@@ -1,0 +1,167 @@
+//! `absurd bench`: measures a server, from outside, beside what its database can do in the same run.
+
+mod idle;
+mod latency;
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use anyhow::Context as _;
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::dev::create_database;
+use super::output::Output;
+use super::runtime;
+use crate::postgres::{Cluster, ClusterOptions, DATABASE};
+use crate::settings::{Secret, parse_database};
+
+/// What can be measured.
+#[derive(Debug, Subcommand)]
+pub(super) enum BenchCommand {
+    /// From spawn to delivery on an idle server, over gRPC and from SQL, beside a bare durable commit
+    #[command(after_help = "Examples:\n  absurd bench latency\n  absurd bench latency --samples 2000 -o json\n  \
+        absurd bench latency --url http://127.0.0.1:50051 --database-url postgresql://app@db/app")]
+    Latency(latency::LatencyArgs),
+    /// What streams cost that have nothing to do: memory of the server, transactions of the database
+    #[command(after_help = "Examples:\n  absurd bench idle\n  absurd bench idle --streams 10000\n  \
+        absurd bench idle --streams 1000 --queues 1000")]
+    Idle(idle::IdleArgs),
+}
+
+/// Flags of every measurement.
+#[derive(Debug, Args)]
+struct StageArgs {
+    /// Server to measure; without one, the bench brings a server and a Postgres of its own, with safe commits
+    #[arg(long, env = "ABSURD_URL", value_name = "URL", requires = "database_url")]
+    url: Option<String>,
+    /// The database of that server
+    #[arg(long, env = "ABSURD_DATABASE_URL", hide_env_values = true, value_name = "URL", requires = "url")]
+    database_url: Option<Secret>,
+    /// Directory of the own Postgres while the bench runs: put it on the disk that you want to measure
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Directory of initdb and postgres, where they are not found by themselves
+    #[arg(long, env = "ABSURD_PG_BIN", value_name = "DIR")]
+    pg_bin: Option<PathBuf>,
+    /// How to print
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Output,
+}
+
+/// What is measured: a server and its database.
+#[derive(Debug)]
+struct Stage {
+    url: String,
+    database: tokio_postgres::Config,
+    /// When the bench brought it; then its memory can be read.
+    server: Option<OwnServer>,
+}
+
+/// Runs a measurement.
+pub(super) fn run(command: BenchCommand) -> anyhow::Result<()> {
+    match command {
+        BenchCommand::Latency(args) => on_stage(&args.stage, async |stage| latency::run(&args, stage).await),
+        BenchCommand::Idle(args) => on_stage(&args.stage, async |stage| idle::run(&args, stage).await),
+    }
+}
+
+fn on_stage(args: &StageArgs, work: impl AsyncFnOnce(&Stage) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    if let (Some(url), Some(database)) = (&args.url, &args.database_url) {
+        let stage = Stage { url: url.clone(), database: parse_database(database)?, server: None };
+        return runtime()?.block_on(work(&stage));
+    }
+    let parent = args.data_dir.clone().unwrap_or_else(std::env::temp_dir);
+    let home = parent.join(format!("absurd-bench-{}", std::process::id()));
+    fs::create_dir_all(&home).with_context(|| format!("cannot make {}", home.display()))?;
+    let options =
+        ClusterOptions { home: home.join("postgres"), bin: args.pg_bin.clone(), durable: true, settings: Vec::new() };
+    let outcome = on_own_stage(&options, work);
+    let _ = fs::remove_dir_all(&home);
+    outcome
+}
+
+fn on_own_stage(options: &ClusterOptions, work: impl AsyncFnOnce(&Stage) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let mut cluster = Cluster::start(options)?;
+    let outcome = runtime()?.block_on(async {
+        create_database(&cluster).await?;
+        let database = cluster.url(DATABASE);
+        let (server, url) = OwnServer::start(&database)?;
+        work(&Stage { url, database: database.parse()?, server: Some(server) }).await
+    });
+    cluster.stop();
+    outcome
+}
+
+/// A server in a process of its own, as users run it. Dropping it kills it.
+#[derive(Debug)]
+struct OwnServer(Child);
+
+impl OwnServer {
+    /// Starts it on a free port; the URL is where it serves.
+    fn start(database: &str) -> anyhow::Result<(Self, String)> {
+        let mut command = Command::new(std::env::current_exe()?);
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("ABSURD_")) {
+            command.env_remove(name);
+        }
+        let child = command
+            .args([
+                "serve",
+                "--migrate",
+                "--listen",
+                "127.0.0.1:0",
+                "--log-json",
+                "--log",
+                "warn,absurd_server::cli=info",
+            ])
+            .env("ABSURD_DATABASE_URL", database)
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("cannot start a server")?;
+        let mut server = Self(child);
+        let mut lines = BufReader::new(server.0.stderr.take().context("the server has no log")?).lines();
+        let mut said = Vec::new();
+        for line in lines.by_ref() {
+            let line = line?;
+            let entry: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+            if let Some(listen) = entry["fields"]["listen"].as_str() {
+                let url = format!("http://{listen}");
+                // The server must never wait for a reader of its log; its warnings belong to the measurement.
+                std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("server: {line}")));
+                return Ok((server, url));
+            }
+            said.push(line);
+        }
+        anyhow::bail!("the server did not start:\n{}", said.join("\n"))
+    }
+
+    /// Resident memory in KiB, as the kernel counts it.
+    fn memory_kib(&self) -> anyhow::Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        Ok(line.trim().trim_end_matches("kB").trim().parse()?)
+    }
+}
+
+impl Drop for OwnServer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A session at the database, beside the server's.
+async fn connect(database: &tokio_postgres::Config) -> anyhow::Result<tokio_postgres::Client> {
+    let (client, connection) =
+        database.connect(tokio_postgres::NoTls).await.context("cannot connect to the database")?;
+    tokio::spawn(connection);
+    Ok(client)
+}
+
+/// Progress on standard error, when that is a terminal.
+fn progress(what: &'static str, length: usize) -> anyhow::Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}")?;
+    Ok(ProgressBar::new(length as u64).with_style(style).with_message(what))
+}
