@@ -1,6 +1,6 @@
 //! The `absurd` command, as a user runs it.
 
-use absurd_tests::{Absurd, Server, absurd, in_time, root};
+use absurd_tests::{Absurd, Server, absurd, in_time};
 
 async fn run(args: &[&str], url: &str) -> (bool, String, String) {
     let mut command = absurd(args);
@@ -88,21 +88,4 @@ async fn wrong_settings_are_errors() {
     assert!(!ok && error.contains("ABSURD_DATABASE_URL"), "{error}");
     let (ok, _, _) = run(&["health"], "http://127.0.0.1:1").await;
     assert!(!ok);
-}
-
-/// What the README says to run exists: its scripts, examples, subcommands and pages.
-#[tokio::test(flavor = "multi_thread")]
-async fn the_readme_speaks_of_things_that_exist() {
-    let text = std::fs::read_to_string(root().join("README.md")).unwrap();
-    for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
-        assert!(link.starts_with("https:") || root().join(link).exists(), "{link}");
-    }
-    let commands: Vec<&str> = text.lines().map(str::trim).filter(|line| line.starts_with("absurd ")).collect();
-    assert!(commands.len() >= 4);
-    for command in commands {
-        let words: Vec<&str> =
-            command.split_whitespace().skip(1).take_while(|word| !word.starts_with(['-', '\''])).collect();
-        let words: Vec<&str> = words.into_iter().take(2).chain(["--help"]).collect();
-        assert!(run(&words, "http://127.0.0.1:1").await.0, "{command}");
-    }
 }

@@ -7,6 +7,7 @@ mod doorbell;
 mod faults;
 mod input;
 mod migrations;
+mod readme;
 mod replicas;
 mod sdk;
 mod service;
