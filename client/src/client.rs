@@ -17,6 +17,7 @@ use crate::backoff::Backoff;
 use crate::claimed::ClaimedTask;
 use crate::connect::{ConnectOptions, MESSAGE_BYTES_MAX};
 use crate::registry::Registry;
+use crate::replicas::Replicas;
 use crate::settle::Settler;
 use crate::stream::{ClaimStream, StreamOptions};
 use crate::task::{self, FailOutcome, NewTask, SpawnOptions, Spawned, State, TaskResult};
@@ -42,7 +43,7 @@ pub struct AbsurdClient {
 
 #[derive(Debug)]
 pub(crate) struct Shared {
-    pub(crate) grpc: AbsurdServiceClient<Channel>,
+    pub(crate) replicas: Replicas,
     pub(crate) settler: Settler,
     pub(crate) registry: Registry,
     pub(crate) next_stream: AtomicU64,
@@ -94,10 +95,7 @@ impl AbsurdClient {
     /// A client that connects when it is first used. The queue is `ABSURD_DEFAULT_QUEUE`, else `default`; the worker id
     /// is `ABSURD_WORKER_ID`, else host and process.
     pub fn connect(options: &ConnectOptions) -> Result<Self, Error> {
-        let channel = options.channel()?;
-        let grpc = AbsurdServiceClient::new(channel)
-            .max_decoding_message_size(MESSAGE_BYTES_MAX * 2)
-            .max_encoding_message_size(MESSAGE_BYTES_MAX);
+        let replicas = options.replicas()?;
         let from_env = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         let queue = from_env("ABSURD_DEFAULT_QUEUE").unwrap_or_else(|| DEFAULT_QUEUE.into());
         let worker_id = from_env("ABSURD_WORKER_ID").unwrap_or_else(|| format!("rust:{}", std::process::id()));
@@ -105,8 +103,8 @@ impl AbsurdClient {
             queue: queue.into(),
             worker_id: worker_id.into(),
             shared: Arc::new(Shared {
-                settler: Settler::new(grpc.clone()),
-                grpc,
+                settler: Settler::new(replicas.clone()),
+                replicas,
                 registry: Registry::default(),
                 next_stream: AtomicU64::new(1),
                 deadline: options.deadline,
@@ -157,11 +155,15 @@ impl AbsurdClient {
             let mut attempt = Request::new(request.clone());
             let left = deadline.saturating_duration_since(Instant::now());
             attempt.set_timeout(left.max(Duration::from_millis(1)));
-            let error = match send(self.shared.grpc.clone(), attempt).await {
-                Ok(response) => return Ok(response.into_inner()),
+            let asked = self.shared.replicas.ask();
+            let error = match send(asked.grpc(), attempt).await {
+                Ok(response) => {
+                    asked.worked();
+                    return Ok(response.into_inner());
+                }
                 Err(status) => Error::from(status),
             };
-            let wait = backoff.after(&error);
+            let wait = if asked.failed(&error) { Duration::ZERO } else { backoff.after(&error) };
             if !error.is_passing() || Instant::now() + wait >= deadline {
                 return Err(error);
             }
@@ -262,7 +264,13 @@ impl AbsurdClient {
             accepts_omitted_params: false,
         });
         request.set_timeout(options.wait + self.shared.deadline);
-        let response = self.shared.grpc.clone().claim_task(request).await?.into_inner();
+        let asked = self.shared.replicas.ask();
+        let response = asked.grpc().claim_task(request).await.map_err(|status| {
+            let error = Error::from(status);
+            asked.failed(&error);
+            error
+        })?;
+        let response = response.into_inner();
         response.tasks.into_iter().map(|task| ClaimedTask::new(self, task, None)).collect()
     }
 

@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use absurd_proto::v1::absurd_service_client::AbsurdServiceClient;
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 
 use crate::Error;
+use crate::replicas::Replicas;
 
 /// Where the service is when nothing says otherwise.
 pub const DEFAULT_URL: &str = "http://127.0.0.1:50051";
@@ -61,17 +63,19 @@ impl ConnectOptions {
         std::env::var("ABSURD_URL").ok().filter(|url| !url.is_empty()).map_or_else(Self::default, Self::new)
     }
 
-    /// A channel that connects when it is first used, and again whenever it has to.
-    pub(crate) fn channel(&self) -> Result<Channel, Error> {
-        let mut endpoints = Vec::new();
+    /// One client per replica, which connects when it is first used, and again whenever it has to.
+    pub(crate) fn replicas(&self) -> Result<Replicas, Error> {
+        let mut clients = Vec::new();
         for url in self.url.split(',').map(str::trim).filter(|url| !url.is_empty()) {
-            endpoints.push(self.endpoint(url)?);
+            let client = AbsurdServiceClient::new(self.endpoint(url)?.connect_lazy())
+                .max_decoding_message_size(MESSAGE_BYTES_MAX * 2)
+                .max_encoding_message_size(MESSAGE_BYTES_MAX);
+            clients.push(client);
         }
-        match endpoints.as_slice() {
-            [] => Err(Error::argument("url", "must not be empty")),
-            [endpoint] => Ok(endpoint.connect_lazy()),
-            _ => Ok(Channel::balance_list(endpoints.into_iter())),
+        if clients.is_empty() {
+            return Err(Error::argument("url", "must not be empty"));
         }
+        Ok(Replicas::new(clients))
     }
 
     fn endpoint(&self, url: &str) -> Result<Endpoint, Error> {

@@ -31,6 +31,7 @@ mod connect;
 mod error;
 mod json;
 mod registry;
+mod replicas;
 mod settle;
 mod stream;
 mod task;

@@ -5,15 +5,15 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use absurd_proto::v1 as pb;
-use absurd_proto::v1::absurd_service_client::AbsurdServiceClient;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
-use tonic::transport::Channel;
 use tonic::{Code, Request};
 
 use crate::backoff::Backoff;
+use crate::replicas::Replicas;
 use crate::{Error, Reason};
 
 /// Items of one call at most.
@@ -32,7 +32,7 @@ type Lanes = Arc<Mutex<HashMap<String, VecDeque<Entry>>>>;
 /// See the module.
 #[derive(Clone)]
 pub(crate) struct Settler {
-    grpc: AbsurdServiceClient<Channel>,
+    replicas: Replicas,
     /// A lane exists while a task drives it.
     lanes: Lanes,
 }
@@ -44,8 +44,8 @@ impl std::fmt::Debug for Settler {
 }
 
 impl Settler {
-    pub(crate) fn new(grpc: AbsurdServiceClient<Channel>) -> Self {
-        Self { grpc, lanes: Lanes::default() }
+    pub(crate) fn new(replicas: Replicas) -> Self {
+        Self { replicas, lanes: Lanes::default() }
     }
 
     /// Sends one outcome with whatever else waits for this queue.
@@ -63,14 +63,14 @@ impl Settler {
                 lane.push_back(entry);
             } else {
                 lanes.insert(queue.to_owned(), VecDeque::from([entry]));
-                tokio::spawn(drive(self.grpc.clone(), Arc::clone(&self.lanes), queue.to_owned()));
+                tokio::spawn(drive(self.replicas.clone(), Arc::clone(&self.lanes), queue.to_owned()));
             }
         }
         answered.await.unwrap_or_else(|_| Err(Error::new(Reason::Transport, Code::Unavailable, "the client stopped")))
     }
 }
 
-async fn drive(grpc: AbsurdServiceClient<Channel>, lanes: Lanes, queue: String) {
+async fn drive(replicas: Replicas, lanes: Lanes, queue: String) {
     loop {
         let batch = {
             let mut lanes = lanes.lock().unwrap_or_else(PoisonError::into_inner);
@@ -81,7 +81,7 @@ async fn drive(grpc: AbsurdServiceClient<Channel>, lanes: Lanes, queue: String) 
             }
             take(lane)
         };
-        send(&grpc, &queue, batch).await;
+        send(&replicas, &queue, batch).await;
     }
 }
 
@@ -111,7 +111,7 @@ fn size(item: &pb::SettleItem) -> usize {
 }
 
 /// Sends a batch until it is answered; an item whose deadline passes leaves it.
-async fn send(grpc: &AbsurdServiceClient<Channel>, queue: &str, mut batch: Vec<Entry>) {
+async fn send(replicas: &Replicas, queue: &str, mut batch: Vec<Entry>) {
     let mut backoff = Backoff::call();
     loop {
         batch.retain(|entry| !entry.answer.is_closed());
@@ -121,12 +121,16 @@ async fn send(grpc: &AbsurdServiceClient<Channel>, queue: &str, mut batch: Vec<E
         };
         let items = batch.iter().map(|entry| entry.item.clone()).collect();
         let mut request = Request::new(pb::SettleTasksRequest { queue: queue.to_owned(), items });
-        request.set_timeout(longest.max(std::time::Duration::from_millis(1)));
-        let error = match grpc.clone().settle_tasks(request).await {
-            Ok(response) => return answer(batch, response.into_inner().results),
+        request.set_timeout(longest.max(Duration::from_millis(1)));
+        let asked = replicas.ask();
+        let error = match asked.grpc().settle_tasks(request).await {
+            Ok(response) => {
+                asked.worked();
+                return answer(batch, response.into_inner().results);
+            }
             Err(status) => Error::from(status),
         };
-        let wait = backoff.after(&error);
+        let wait = if asked.failed(&error) { Duration::ZERO } else { backoff.after(&error) };
         let until = Instant::now() + wait;
         let (left, over): (Vec<_>, Vec<_>) =
             batch.into_iter().partition(|entry| error.is_passing() && entry.deadline > until);

@@ -30,7 +30,7 @@ pub struct StreamOptions {
     pub max_in_flight: i32,
     /// Lease of each claim; kept by the stream while the task is worked on.
     pub claim_timeout: Duration,
-    /// A task that reached nobody is given back after this long.
+    /// A task that reached nobody is given back after this long, or with the end of its lease where that comes first.
     pub start_deadline: Option<Duration>,
     /// When this process is lost, its tasks move on after this long.
     pub reconnect_grace: Option<Duration>,
@@ -47,6 +47,13 @@ impl Default for StreamOptions {
             reconnect_grace: Some(Duration::from_secs(15)),
             task_names: Vec::new(),
         }
+    }
+}
+
+impl StreamOptions {
+    /// A deadline beyond the lease would say nothing; the server refuses it.
+    fn start_deadline(&self) -> Option<Duration> {
+        self.start_deadline.map(|deadline| deadline.min(self.claim_timeout))
     }
 }
 
@@ -152,7 +159,7 @@ impl Inside {
             session_id: self.session_id.clone(),
             max_in_flight: self.options.max_in_flight,
             claim_timeout: Some(task::duration(self.options.claim_timeout)),
-            start_deadline: self.options.start_deadline.map(task::duration),
+            start_deadline: self.options.start_deadline().map(task::duration),
             reconnect_grace: self.options.reconnect_grace.map(task::duration),
             task_names: self.options.task_names.clone(),
             held_claim_tokens: held.iter().map(|(_, token)| token.clone()).collect(),
@@ -164,15 +171,20 @@ impl Inside {
     /// Opens the stream and reads its first message.
     async fn connect(&self) -> Result<Connected, Error> {
         let held = self.client.shared.registry.kept_by(self.id);
+        let asked = self.client.shared.replicas.ask();
         let opening = async {
-            let mut grpc = self.client.shared.grpc.clone();
-            let mut messages = grpc.claim_stream(Request::new(self.request(&held))).await?.into_inner();
+            let mut messages = asked.grpc().claim_stream(Request::new(self.request(&held))).await?.into_inner();
             match messages.message().await?.and_then(|response| response.message) {
                 Some(Message::Opened(opened)) => Ok((opened, messages)),
                 _ => Err(task::unclear()),
             }
         };
-        let (opened, messages) = tokio::time::timeout(OPEN_MAX, opening).await.unwrap_or_else(|_| Err(no_answer()))?;
+        let opened = tokio::time::timeout(OPEN_MAX, opening).await.unwrap_or_else(|_| Err(no_answer()));
+        match &opened {
+            Ok(_) => asked.worked(),
+            Err(error) => drop(asked.failed(error)),
+        }
+        let (opened, messages) = opened?;
         if let Some(every) = task::span(opened.extend_interval.as_ref()).filter(|every| !every.is_zero()) {
             self.extend_every.send_replace(every);
         }
@@ -285,7 +297,7 @@ async fn read(inside: &Inside, mut open: Connected, tell: &mpsc::UnboundedSender
 /// Keeps the leases of all tasks that are worked on, in one call for all. A new task is extended soon, which shows the
 /// server that it has arrived; one that is settled by then costs nothing.
 async fn keep(inside: Arc<Inside>) {
-    let soon = inside.options.start_deadline.map(|deadline| deadline / 3);
+    let soon = inside.options.start_deadline().map(|deadline| deadline / 3);
     let mut due = Instant::now() + *inside.extend_every.borrow();
     loop {
         tokio::select! {

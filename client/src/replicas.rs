@@ -1,0 +1,144 @@
+//! The replicas that a client may ask: in turn, those that failed lately left out for a while.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use absurd_proto::v1::absurd_service_client::AbsurdServiceClient;
+use tokio::time::Instant;
+use tonic::transport::Channel;
+
+use crate::backoff::random;
+use crate::{Error, Reason};
+
+/// A replica that failed is left out this long at first, doubling with each failure that follows.
+const REST: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
+
+/// All replicas. Clones share what is known of them.
+#[derive(Debug, Clone)]
+pub(crate) struct Replicas(Arc<Inside>);
+
+#[derive(Debug)]
+struct Inside {
+    replicas: Vec<Replica>,
+    next: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct Replica {
+    grpc: AbsurdServiceClient<Channel>,
+    rest: Mutex<Option<Rest>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Rest {
+    until: Instant,
+    span: Duration,
+}
+
+/// The replica that is asked; what came of it is to be told.
+#[derive(Debug)]
+pub(crate) struct Asked {
+    all: Replicas,
+    index: usize,
+}
+
+impl Replicas {
+    /// At least one.
+    pub(crate) fn new(clients: Vec<AbsurdServiceClient<Channel>>) -> Self {
+        let replicas = clients.into_iter().map(|grpc| Replica { grpc, rest: Mutex::new(None) }).collect();
+        Self(Arc::new(Inside { replicas, next: AtomicUsize::new(0) }))
+    }
+
+    /// The next one in turn that does not rest; when all do, the one whose rest ends first.
+    pub(crate) fn ask(&self) -> Asked {
+        let now = Instant::now();
+        let count = self.0.replicas.len();
+        let start = self.0.next.fetch_add(1, Ordering::Relaxed);
+        let turn = (0..count).map(|step| start.wrapping_add(step) % count);
+        let index = turn
+            .min_by_key(|index| self.0.replicas[*index].rest().map_or(now, |rest| rest.until.max(now)))
+            .unwrap_or_default();
+        if let Some(rest) = self.0.replicas[index].rest().as_mut() {
+            // One caller finds out whether it is back; the others go on leaving it out.
+            rest.until = rest.until.max(now) + rest.span;
+        }
+        Asked { all: self.clone(), index }
+    }
+
+    fn any_rested(&self) -> bool {
+        let now = Instant::now();
+        self.0.replicas.iter().any(|replica| replica.rest().is_none_or(|rest| rest.until <= now))
+    }
+}
+
+impl Replica {
+    fn rest(&self) -> MutexGuard<'_, Option<Rest>> {
+        self.rest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Asked {
+    /// Its client.
+    pub(crate) fn grpc(&self) -> AbsurdServiceClient<Channel> {
+        self.all.0.replicas[self.index].grpc.clone()
+    }
+
+    /// It answered.
+    pub(crate) fn worked(&self) {
+        *self.all.0.replicas[self.index].rest() = None;
+    }
+
+    /// It failed; says whether another replica may be asked at once.
+    pub(crate) fn failed(&self, error: &Error) -> bool {
+        if !matches!(error.reason(), Reason::Transport | Reason::ShuttingDown) {
+            return false;
+        }
+        {
+            let mut rest = self.all.0.replicas[self.index].rest();
+            let span = rest.map_or(REST.0, |rest| (rest.span * 2).min(REST.1));
+            *rest = Some(Rest { until: Instant::now() + span.mul_f64(0.5 + random() / 2.0), span });
+        }
+        error.is_passing() && self.all.any_rested()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Code;
+    use tonic::transport::Endpoint;
+
+    use super::*;
+
+    fn replicas(count: usize) -> Replicas {
+        let lazy = || Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
+        Replicas::new((0..count).map(|_| AbsurdServiceClient::new(lazy())).collect())
+    }
+
+    fn refused() -> Error {
+        Error::new(Reason::Transport, Code::Unavailable, "refused")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_failed_is_left_out_and_asked_again_by_one_caller() {
+        let all = replicas(3);
+        let lost = all.ask();
+        assert!(lost.failed(&refused()), "the others may be asked at once");
+        let asked: Vec<usize> = (0..10).map(|_| all.ask().index).collect();
+        assert!(!asked.contains(&lost.index), "{asked:?}");
+        tokio::time::advance(REST.0).await;
+        let asked: Vec<usize> = (0..10).map(|_| all.ask().index).collect();
+        assert_eq!(asked.iter().filter(|index| **index == lost.index).count(), 1, "{asked:?}");
+        lost.worked();
+        let asked: Vec<usize> = (0..9).map(|_| all.ask().index).collect();
+        assert_eq!(asked.iter().filter(|index| **index == lost.index).count(), 3, "{asked:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn when_all_failed_one_is_asked_all_the_same() {
+        let all = replicas(2);
+        assert!(all.ask().failed(&refused()));
+        assert!(!all.ask().failed(&refused()), "nobody is left to be asked at once");
+        all.ask().worked();
+    }
+}
