@@ -232,6 +232,10 @@ impl Dispatcher {
             state.open(id, options, Arc::clone(&outbox), kept, Instant::now(), spans, age);
         });
         let stream = Stream { id, queue, outbox, shared: Arc::clone(&self.shared) };
+        // A shutdown that began meanwhile may not have seen this stream.
+        if self.shared.closing.load(Ordering::SeqCst) {
+            return Err(Error::ShuttingDown);
+        }
         let held =
             held.into_iter().zip(verdicts).map(|(token, (verdict, expires_at))| (token, verdict, expires_at)).collect();
         Ok((stream, Opened { stream_id: id, session_id, age, held }))
@@ -267,6 +271,9 @@ impl Dispatcher {
         let (_queue, ()) = self.with_queue(scope, |state| {
             state.pull(id, Pull { options, until, once, answer });
         });
+        if self.shared.closing.load(Ordering::SeqCst) {
+            return Err(Error::ShuttingDown);
+        }
         match answered.await {
             Ok(Ok(claims)) => {
                 for claim in &claims {
@@ -389,7 +396,7 @@ impl Dispatcher {
 
     /// Stops claiming, ends all streams politely and gives back what no transport took.
     pub async fn shut_down(&self, limit: Duration) {
-        self.shared.closing.store(true, Ordering::Relaxed);
+        self.shared.closing.store(true, Ordering::SeqCst);
         let queues: Vec<Arc<Queue>> = self.queues().values().cloned().collect();
         for queue in &queues {
             let returns = queue.lock().shut_down(|| Duration::from_secs(1).mul_f64(random()));
