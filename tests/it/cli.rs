@@ -1,6 +1,6 @@
 //! The `absurd` command, as a user runs it.
 
-use absurd_tests::{Absurd, Server, absurd, in_time};
+use absurd_tests::{Absurd, Server, absurd, eventually, in_time};
 
 async fn run(args: &[&str], url: &str) -> (bool, String, String) {
     let mut command = absurd(args);
@@ -88,4 +88,49 @@ async fn wrong_settings_are_errors() {
     assert!(!ok && error.contains("ABSURD_DATABASE_URL"), "{error}");
     let (ok, _, _) = run(&["health"], "http://127.0.0.1:1").await;
     assert!(!ok);
+}
+
+/// A worker on a queue of one task, whose program writes its process id into a file and then takes very long.
+async fn busy_worker(server: &Server, file: &std::path::Path, flags: &[&str]) -> (Absurd, String, i32) {
+    let program = format!("echo $$ >{}; exec sleep 100000", file.display());
+    let mut command = absurd(&[&["worker", "--exec", &program], flags].concat());
+    command.env("ABSURD_URL", server.url()).env("ABSURD_DEFAULT_QUEUE", "q");
+    let worker = Absurd::start(command);
+    let (ok, text, _) = run(&["task", "spawn", "long", "-o", "json"], &server.url()).await;
+    assert!(ok);
+    let spawned: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let pid =
+        eventually("the program runs", || async { std::fs::read_to_string(file).ok()?.trim().parse().ok() }).await;
+    (worker, spawned["task_id"].as_str().unwrap().to_owned(), pid)
+}
+
+async fn until_gone(pid: i32) {
+    let process = format!("/proc/{pid}");
+    eventually("the program is ended", || async { (!std::path::Path::new(&process).exists()).then_some(()) }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_task_ends_its_program() {
+    let server = Server::start().await;
+    let home = tempfile::tempdir().unwrap();
+    let (worker, task, pid) = busy_worker(&server, &home.path().join("pid"), &[]).await;
+    assert!(run(&["task", "cancel", &task], &server.url()).await.0);
+    until_gone(pid).await;
+    worker.signal("TERM");
+    assert_eq!(worker.exit_code().await, Some(0));
+}
+
+/// A worker that is asked to stop lets its program finish for a while; then the task goes back with its attempt unspent.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopping_worker_gives_back_what_does_not_finish() {
+    let server = Server::start().await;
+    let home = tempfile::tempdir().unwrap();
+    let (mut worker, task, pid) = busy_worker(&server, &home.path().join("pid"), &["--drain", "1s"]).await;
+    worker.signal("TERM");
+    worker.line("still run").await;
+    assert_eq!(worker.exit_code().await, Some(0));
+    until_gone(pid).await;
+    let id = task.parse().unwrap();
+    let status = server.client().get_task_status(id).await.unwrap().unwrap();
+    assert_eq!((status.state(), status.attempts), (absurd_client::proto::State::Pending, 1), "{status:?}");
 }
