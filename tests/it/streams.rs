@@ -34,11 +34,14 @@ pub(crate) async fn next(messages: &mut Messages) -> Message {
 }
 
 pub(crate) async fn next_task(messages: &mut Messages) -> pb::ClaimedTask {
-    loop {
-        if let Message::Task(task) = next(messages).await {
-            return task;
+    let arrives = async {
+        loop {
+            if let Message::Task(task) = next(messages).await {
+                return task;
+            }
         }
-    }
+    };
+    in_time("a task arrives", arrives).await
 }
 
 async fn complete(grpc: &mut Grpc, task: &pb::ClaimedTask) {
@@ -292,9 +295,10 @@ async fn a_long_poll_gets_the_task_when_it_comes() {
 async fn a_stream_that_is_dropped_loses_nothing() {
     let server = Server::start().await;
     let mut grpc = server.raw().await;
-    let (_, messages) = open(&mut grpc, request(100)).await;
+    let unread = pb::ClaimStreamRequest { start_deadline: seconds(1), ..request(100) };
+    let (_, messages) = open(&mut grpc, unread).await;
     spawn(&server, 50).await;
-    // Not one is read: some may have reached the transport, the others come back.
+    // Not one is read: what has reached the transport comes back with its start deadline, the others at once.
     drop(messages);
     drop(grpc);
     let mut grpc = server.raw().await;
