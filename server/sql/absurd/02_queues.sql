@@ -179,6 +179,13 @@ begin
   execute format($ddl$create index if not exists %I on absurd.%I (claim_expires_at)
                    where state = 'running' and claim_expires_at is not null$ddl$,
                  'r_' || p_queue_name || '_cei', 'r_' || p_queue_name);
+  -- Three indexes that upstream does not have, for cleanup: when a task ended. Each run has an entry in one of them.
+  execute format('create index if not exists %I on absurd.%I (completed_at) where completed_at is not null',
+                 'r_' || p_queue_name || '_coi', 'r_' || p_queue_name);
+  execute format('create index if not exists %I on absurd.%I (failed_at) where failed_at is not null',
+                 'r_' || p_queue_name || '_fai', 'r_' || p_queue_name);
+  execute format('create index if not exists %I on absurd.%I (cancelled_at) where cancelled_at is not null',
+                 't_' || p_queue_name || '_cai', 't_' || p_queue_name);
   execute format('create index if not exists %I on absurd.%I (emitted_at)',
                  'e_' || p_queue_name || '_eai', 'e_' || p_queue_name);
   execute format('create index if not exists %I on absurd.%I (event_name)',
@@ -218,7 +225,7 @@ begin
   select array_agg(prefix || p_queue_name || suffix) into v_wanted
     from (values ('t_', ''), ('r_', ''), ('c_', ''), ('e_', ''), ('w_', ''),
                  ('t_', '_ci'), ('r_', '_sai'), ('r_', '_ti'), ('r_', '_cei'), ('e_', '_eai'), ('w_', '_eni'),
-                 ('w_', '_ti')) as part (prefix, suffix);
+                 ('w_', '_ti'), ('r_', '_coi'), ('r_', '_fai'), ('t_', '_cai')) as part (prefix, suffix);
   if v_mode = 'partitioned' then
     v_wanted := v_wanted || array['i_' || p_queue_name, 'i_' || p_queue_name || '_ti'];
   end if;
@@ -244,6 +251,11 @@ declare
 begin
   if not exists (select from absurd.queues where queue_name = p_queue_name) then
     return;
+  end if;
+  -- A legacy name that is too long has no cron entries: enabling them validates the name.
+  if octet_length(p_queue_name) <= 57 and to_regclass('cron.job') is not null
+     and to_regprocedure('cron.unschedule(bigint)') is not null then
+    perform absurd.disable_cron(p_queue_name);
   end if;
   foreach v_kind in array array['i', 'w', 'e', 'c', 'r', 't'] loop
     execute format('drop table if exists absurd.%I cascade', v_kind || '_' || p_queue_name);

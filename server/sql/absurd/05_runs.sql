@@ -60,21 +60,37 @@ end
 $$;
 
 -- Cancels what is due, without waiting for anybody: what is locked stays, and the claim withholds it.
+-- A call looks at so many tasks with a policy at most; where there are more, finished ones included, the next call of
+-- this session goes on behind them. So the cost of a claim does not grow with the history.
 create or replace function absurd.cancel_due_tasks(p_queue_name text, p_limit integer) returns integer
 language plpgsql as $$
 declare
   v_now timestamptz := absurd.current_time();
+  v_setting text := 'absurd.sweep_' || md5(p_queue_name);
+  v_after text := coalesce(nullif(current_setting(v_setting, true), ''), '00000000-0000-0000-0000-000000000000');
+  v_due uuid[];
+  v_seen integer;
+  v_last uuid;
   v_task_id uuid;
   v_live integer;
   v_locked integer;
   v_done integer := 0;
 begin
-  for v_task_id in execute format(
-    'select t.task_id from absurd.%I t
-      where t.cancellation is not null and t.state in (''pending'', ''running'', ''sleeping'')
-        and absurd.cancellation_due(t.cancellation, t.enqueue_at, t.first_started_at, $1)
-      order by t.task_id limit $2', 't_' || p_queue_name) using v_now, p_limit
-  loop
+  execute format(
+    'select array_agg(t.task_id order by t.task_id)
+              filter (where t.state in (''pending'', ''running'', ''sleeping'')
+                        and absurd.cancellation_due(t.cancellation, t.enqueue_at, t.first_started_at, $1)),
+            count(*), (array_agg(t.task_id order by t.task_id desc))[1]
+       from (select t.task_id, t.state, t.cancellation, t.enqueue_at, t.first_started_at from absurd.%I t
+              where t.cancellation is not null and t.task_id > $2 order by t.task_id limit $3) t',
+    't_' || p_queue_name) into v_due, v_seen, v_last using v_now, v_after::uuid, p_limit;
+  if v_seen = p_limit then
+    perform set_config(v_setting, v_last::text, false);
+  elsif v_after <> '00000000-0000-0000-0000-000000000000' then
+    perform set_config(v_setting, '', false);
+  end if;
+
+  foreach v_task_id in array coalesce(v_due, '{}') loop
     execute format(
       'with locked as (select 1 from absurd.%1$I r
                         where r.task_id = $1 and r.state in (''pending'', ''running'', ''sleeping'')
@@ -108,7 +124,7 @@ declare
   v_qty integer := greatest(coalesce(p_qty, 1), 1);
   v_expired record;
 begin
-  perform absurd.cancel_due_tasks(p_queue_name, 1000);
+  perform absurd.cancel_due_tasks(p_queue_name, 500);
 
   for v_expired in execute format(
     'select r.run_id, r.claimed_by, r.claim_expires_at, r.attempt from absurd.%I r
@@ -135,14 +151,14 @@ begin
         where r.state = ''pending'' and r.available_at <= $1
           and t.state in (''pending'', ''sleeping'', ''running'')
           and not absurd.cancellation_due(t.cancellation, t.enqueue_at, t.first_started_at, $1)
-        order by r.available_at limit $2 for update of r, t skip locked),
+        order by r.available_at, r.run_id limit $2 for update of r, t skip locked),
      sleeping as (
        select r.run_id, r.task_id, r.available_at
          from absurd.%1$I r join absurd.%2$I t on t.task_id = r.task_id
         where r.state = ''sleeping'' and r.available_at <= $1
           and t.state in (''pending'', ''sleeping'', ''running'')
           and not absurd.cancellation_due(t.cancellation, t.enqueue_at, t.first_started_at, $1)
-        order by r.available_at limit $2 for update of r, t skip locked),
+        order by r.available_at, r.run_id limit $2 for update of r, t skip locked),
      chosen as (
        select * from (select * from pending union all select * from sleeping) x
         order by x.available_at, x.run_id limit $2),

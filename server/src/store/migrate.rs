@@ -19,6 +19,10 @@ const CONTRACT: &[(&str, &str)] = &[
     ("05_runs", include_str!("../../sql/absurd/05_runs.sql")),
     ("06_checkpoints", include_str!("../../sql/absurd/06_checkpoints.sql")),
     ("07_events", include_str!("../../sql/absurd/07_events.sql")),
+    ("08_cleanup", include_str!("../../sql/absurd/08_cleanup.sql")),
+    ("09_detach", include_str!("../../sql/absurd/09_detach.sql")),
+    ("10_cron", include_str!("../../sql/absurd/10_cron.sql")),
+    ("11_existing_queues", include_str!("../../sql/absurd/11_existing_queues.sql")),
 ];
 
 /// A forward step of the side schema.

@@ -1,0 +1,70 @@
+//! The storage contract, seen from plain SQL. Every file runs on a database that we installed and on one that upstream's
+//! tool installed: what they assert is upstream's behaviour, not our reading of it.
+
+use std::collections::BTreeSet;
+
+use absurd_tests::{Database, in_time, tool};
+use tokio_postgres::Client;
+
+const PRELUDE: &str = include_str!("contract/prelude.sql");
+
+/// A database as `absurdctl init` makes it.
+pub(crate) async fn upstream() -> Database {
+    let database = Database::empty().await;
+    let init = in_time("absurdctl ends", tool("absurdctl", &["init", "--database", database.url()]).output()).await;
+    let init = init.unwrap();
+    assert!(init.status.success(), "{}", String::from_utf8_lossy(&init.stderr));
+    database
+}
+
+async fn run(database: &Database, name: &str, text: &str) {
+    let sql = database.connect().await;
+    sql.batch_execute("set client_min_messages = warning").await.unwrap();
+    if let Err(error) = sql.batch_execute(&format!("begin;\n{PRELUDE}\n{text}\nrollback;")).await {
+        let detail = error.as_db_error().map(|error| (error.message().to_owned(), error.where_().map(str::to_owned)));
+        panic!("{name}: {error}: {detail:#?}");
+    }
+}
+
+macro_rules! contract {
+    ($($name:ident)*) => {
+        $(
+            #[tokio::test(flavor = "multi_thread")]
+            async fn $name() {
+                let text = include_str!(concat!("contract/", stringify!($name), ".sql"));
+                run(&Database::new().await, concat!(stringify!($name), ", ours"), text).await;
+                run(&upstream().await, concat!(stringify!($name), ", upstream's"), text).await;
+            }
+        )*
+    };
+}
+
+contract! { ids queues spawn retries claims cancellation checkpoints events cleanup partitions cron }
+
+/// What must be exactly as upstream has it: functions, columns, constraints, indexes, storage parameters.
+const SHAPE: &str = include_str!("contract/shape.sql");
+
+async fn shape(sql: &Client) -> BTreeSet<String> {
+    sql.batch_execute("select absurd.create_queue('q'); select absurd.create_queue('p', 'partitioned')").await.unwrap();
+    sql.query(SHAPE, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+/// Everything that upstream's schema has is in ours, letter for letter; what is more is ours by name.
+#[tokio::test(flavor = "multi_thread")]
+async fn our_schema_has_the_shape_of_upstreams() {
+    let ours = shape(&Database::new().await.connect().await).await;
+    let theirs = shape(&upstream().await.connect().await).await;
+    let missing: Vec<&String> = theirs.difference(&ours).collect();
+    assert!(missing.is_empty(), "{missing:#?}");
+    assert!(theirs.len() > 300, "{}", theirs.len());
+    let known = ["_coi", "_fai", "_cai", "_completed_at_idx", "_failed_at_idx", "_cancelled_at_idx"];
+    let more: Vec<&String> = ours
+        .difference(&theirs)
+        .filter(|line| {
+            let index = line.starts_with("index ") && known.iter().any(|suffix| line.contains(suffix));
+            let helper = line.starts_with("function ");
+            !index && !helper && !line.contains("absurd_server_doorbell")
+        })
+        .collect();
+    assert!(more.is_empty(), "{more:#?}");
+}
