@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use absurd_tests::{Database, in_time, tool};
+use absurd_tests::{Database, in_time, root, tool};
 use tokio_postgres::Client;
 
 const PRELUDE: &str = include_str!("contract/prelude.sql");
@@ -67,4 +67,43 @@ async fn our_schema_has_the_shape_of_upstreams() {
         })
         .collect();
     assert!(more.is_empty(), "{more:#?}");
+}
+
+/// A documented program of an original SDK, for one storage mode of its queue.
+async fn sdk(database: &Database, program: &str, mode: &str) {
+    let mut command = if program.ends_with(".py") {
+        tool("python", &[])
+    } else {
+        let mut node = tokio::process::Command::new("node");
+        node.kill_on_drop(true);
+        node
+    };
+    command.arg(root().join("tests/sdks").join(program)).arg(mode).env("ABSURD_DATABASE_URL", database.url());
+    let (_, socket) = database.url().rsplit_once("host=").unwrap();
+    command.env("PGHOST", socket).env("PGUSER", "absurd").env("PGDATABASE", database.name());
+    let output = in_time(program, command.output()).await.expect("the program starts");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("ok"), "{program} {mode}: {text}");
+}
+
+macro_rules! sdks {
+    ($($name:ident = $program:literal;)*) => {
+        $(
+            /// On our database and on upstream's, for both storage modes.
+            #[tokio::test(flavor = "multi_thread")]
+            async fn $name() {
+                for database in [Database::new().await, upstream().await] {
+                    for mode in ["unpartitioned", "partitioned"] {
+                        sdk(&database, $program, mode).await;
+                    }
+                }
+            }
+        )*
+    };
+}
+
+sdks! {
+    the_python_sdk_works = "python_sync.py";
+    the_asynchronous_python_sdk_works = "python_async.py";
+    the_typescript_sdk_works = "node/sdk.js";
 }

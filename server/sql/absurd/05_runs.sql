@@ -111,12 +111,14 @@ end
 $$;
 
 -- Two ordered walks of the (state, available_at) index, one per claimable state, each to as many rows as are wanted,
--- instead of a sort of the whole backlog.
+-- instead of a sort of the whole backlog. The settings hold the planner to these walks where it has no statistics yet,
+-- or those of a queue that was empty.
 create or replace function absurd.claim_task(p_queue_name text, p_worker_id text, p_claim_timeout integer default 30,
                                              p_qty integer default 1)
 returns table (run_id uuid, task_id uuid, attempt integer, task_name text, params jsonb, retry_strategy jsonb,
                max_attempts integer, headers jsonb, wake_event text, event_payload jsonb)
-language plpgsql as $$
+language plpgsql
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   v_now timestamptz := absurd.current_time();
   v_worker text := coalesce(nullif(p_worker_id, ''), 'worker');

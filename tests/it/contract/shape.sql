@@ -1,7 +1,8 @@
 -- One line per thing in schema absurd.
-select format('function %s(%s) %s immutable %s strict %s definer %s set %s', p.proname,
+select format('function %s(%s) %s immutable %s strict %s definer %s search path %s', p.proname,
               pg_get_function_arguments(p.oid), pg_get_function_result(p.oid), p.provolatile = 'i', p.proisstrict,
-              p.prosecdef, p.proconfig)
+              p.prosecdef,
+              (select c from unnest(p.proconfig) c where c like 'search_path%'))
   from pg_proc p join pg_namespace n on n.oid = p.pronamespace where n.nspname = 'absurd'
 union all
 select format('column %s.%s %s %s not null %s default %s', c.relname, a.attname, a.attnum,
