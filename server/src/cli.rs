@@ -45,7 +45,9 @@ enum Command {
     Serve(ServeArgs),
     /// Install or upgrade the schemas of a database
     #[command(after_help = "Examples:\n  absurd migrate --database-url postgresql://app@db/app\n  \
-        absurd migrate --doorbell      let SQL writers wake the server in a database that upstream's tool made")]
+        absurd migrate --check         say what would be done\n  \
+        absurd migrate --doorbell      let SQL writers wake the server in a database that upstream's tool made\n  \
+        absurd migrate --remove        take our side schema and our triggers away again")]
     Migrate(MigrateArgs),
     /// Say whether a server is healthy; the exit code is the answer
     #[command(after_help = "Example:\n  absurd health --url http://127.0.0.1:50051")]
@@ -95,6 +97,15 @@ struct MigrateArgs {
     /// Take the doorbell down
     #[arg(long, conflicts_with = "doorbell")]
     no_doorbell: bool,
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    check: bool,
+    /// Take away everything of ours but schema absurd and what it holds
+    #[arg(long, conflicts_with_all = ["check", "doorbell", "no_doorbell"])]
+    remove: bool,
+    /// With --remove: stored workflow runs too
+    #[arg(long, requires = "remove")]
+    force: bool,
 }
 
 /// Flags of the commands that talk to a server.

@@ -83,6 +83,35 @@ impl Database {
         Self::create("template template0").await
     }
 
+    /// A database as the original operators' tool of a release makes it, with nothing of ours.
+    pub async fn upstream(release: &str) -> Self {
+        let database = Self::empty().await;
+        let old = crate::root().join(".venv/releases").join(release);
+        let mut init = if old.exists() {
+            let mut python = crate::tool("python", &[]);
+            python.arg(old.join("bin/absurdctl")).env("PYTHONPATH", old);
+            python
+        } else {
+            crate::tool("absurdctl", &[])
+        };
+        let init = crate::in_time("the tool ends", init.args(["init", "--database", database.url()]).output()).await;
+        let init = init.unwrap();
+        let said = String::from_utf8_lossy(&init.stdout);
+        assert!(init.status.success() && said.contains(release), "{said}{}", String::from_utf8_lossy(&init.stderr));
+        database
+    }
+
+    /// The database's structure as `pg_dump` writes it; of one schema, or of all.
+    pub async fn dump(&self, schema: Option<&str>) -> String {
+        let mut dump = tokio::process::Command::new("pg_dump");
+        dump.args(["--schema-only", "--dbname", &self.url]).args(schema.map(|schema| format!("--schema={schema}")));
+        let output = crate::in_time("pg_dump ends", dump.output()).await.unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        // Newer versions put a random word into each dump.
+        let text = String::from_utf8(output.stdout).unwrap();
+        text.lines().filter(|line| !line.contains("restrict ")).map(|line| format!("{line}\n")).collect()
+    }
+
     /// A migrated database of another cluster, which the test may stop and start.
     pub async fn on(cluster: &Cluster) -> Self {
         let admin = connect(&cluster.url("postgres")).await;

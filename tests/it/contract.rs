@@ -4,18 +4,10 @@
 use std::collections::BTreeSet;
 
 use absurd_tests::{Database, in_time, root, tool};
+
 use tokio_postgres::Client;
 
 const PRELUDE: &str = include_str!("contract/prelude.sql");
-
-/// A database as `absurdctl init` makes it.
-pub(crate) async fn upstream() -> Database {
-    let database = Database::empty().await;
-    let init = in_time("absurdctl ends", tool("absurdctl", &["init", "--database", database.url()]).output()).await;
-    let init = init.unwrap();
-    assert!(init.status.success(), "{}", String::from_utf8_lossy(&init.stderr));
-    database
-}
 
 async fn run(database: &Database, name: &str, text: &str) {
     let sql = database.connect().await;
@@ -33,7 +25,7 @@ macro_rules! contract {
             async fn $name() {
                 let text = include_str!(concat!("contract/", stringify!($name), ".sql"));
                 run(&Database::new().await, concat!(stringify!($name), ", ours"), text).await;
-                run(&upstream().await, concat!(stringify!($name), ", upstream's"), text).await;
+                run(&Database::upstream("0.5.1").await, concat!(stringify!($name), ", upstream's"), text).await;
             }
         )*
     };
@@ -53,7 +45,7 @@ async fn shape(sql: &Client) -> BTreeSet<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn our_schema_has_the_shape_of_upstreams() {
     let ours = shape(&Database::new().await.connect().await).await;
-    let theirs = shape(&upstream().await.connect().await).await;
+    let theirs = shape(&Database::upstream("0.5.1").await.connect().await).await;
     let missing: Vec<&String> = theirs.difference(&ours).collect();
     assert!(missing.is_empty(), "{missing:#?}");
     assert!(theirs.len() > 300, "{}", theirs.len());
@@ -69,21 +61,20 @@ async fn our_schema_has_the_shape_of_upstreams() {
     assert!(more.is_empty(), "{more:#?}");
 }
 
-/// A documented program of an original SDK, for one storage mode of its queue.
-async fn sdk(database: &Database, program: &str, mode: &str) {
-    let mut command = if program.ends_with(".py") {
-        tool("python", &[])
-    } else {
-        let mut node = tokio::process::Command::new("node");
-        node.kill_on_drop(true);
-        node
+/// A documented program of an original SDK or tool.
+async fn program(database: &Database, program: &str, arguments: &[&str]) {
+    let mut command = match program.rsplit('.').next() {
+        Some("py") => tool("python", &[]),
+        Some("js") => tokio::process::Command::new("node"),
+        _ => tokio::process::Command::new("sh"),
     };
-    command.arg(root().join("tests/sdks").join(program)).arg(mode).env("ABSURD_DATABASE_URL", database.url());
+    command.kill_on_drop(true).arg(root().join("tests/sdks").join(program)).args(arguments);
+    command.env("ABSURD_DATABASE_URL", database.url());
     let (_, socket) = database.url().rsplit_once("host=").unwrap();
     command.env("PGHOST", socket).env("PGUSER", "absurd").env("PGDATABASE", database.name());
     let output = in_time(program, command.output()).await.expect("the program starts");
     let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && text.contains("ok"), "{program} {mode}: {text}");
+    assert!(output.status.success() && text.contains("ok"), "{program} {arguments:?}: {text}");
 }
 
 macro_rules! sdks {
@@ -92,9 +83,9 @@ macro_rules! sdks {
             /// On our database and on upstream's, for both storage modes.
             #[tokio::test(flavor = "multi_thread")]
             async fn $name() {
-                for database in [Database::new().await, upstream().await] {
+                for database in [Database::new().await, Database::upstream("0.5.1").await] {
                     for mode in ["unpartitioned", "partitioned"] {
-                        sdk(&database, $program, mode).await;
+                        program(&database, $program, &[mode]).await;
                     }
                 }
             }
@@ -106,4 +97,10 @@ sdks! {
     the_python_sdk_works = "python_sync.py";
     the_asynchronous_python_sdk_works = "python_async.py";
     the_typescript_sdk_works = "node/sdk.js";
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_operators_tool_works() {
+    program(&Database::new().await, "absurdctl.sh", &[]).await;
+    program(&Database::upstream("0.5.1").await, "absurdctl.sh", &[]).await;
 }

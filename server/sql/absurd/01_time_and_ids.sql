@@ -2,6 +2,8 @@
 -- Every function reads the clock through absurd.current_time(), so that a session can move it for a test.
 
 create schema if not exists absurd;
+-- Tells our databases from upstream's when the side schema is gone.
+comment on schema absurd is 'storage contract 0.5.1, installed by absurd-server';
 
 create or replace function absurd.current_time() returns timestamptz
 language sql volatile as $$

@@ -65,15 +65,45 @@ language sql immutable as $$
            end, false)
 $$;
 
--- Delay before the next attempt; null for a stored strategy that cannot be used, so that a batch never stops at it.
+-- Delay before the next attempt (contract section 5.3); null for a stored strategy that cannot be used, so that a batch
+-- never stops at it. Stands on its own: the databases of release 0.4.0 have no such function.
 create or replace function absurd_server.retry_delay(p_strategy jsonb, p_attempt integer) returns interval
 language plpgsql immutable as $$
+declare
+  v_kind text := coalesce(p_strategy ->> 'kind', 'none');
+  v_base double precision;
+  v_factor double precision;
+  v_max double precision;
+  v_delay double precision;
 begin
   if p_strategy is null then
     return interval '0';
+  elsif jsonb_typeof(p_strategy) <> 'object' or v_kind not in ('none', 'fixed', 'exponential') then
+    return null;
+  elsif v_kind = 'none' then
+    return interval '0';
   end if;
-  return absurd.retry_delay_seconds(p_strategy, p_attempt) * interval '1 second';
-exception when others then
+  v_base := coalesce((p_strategy ->> 'base_seconds')::double precision, case v_kind when 'fixed' then 60 else 30 end);
+  -- NaN sorts above every number, so the upper bound refuses it too.
+  if v_base < 0 or v_base > 86400 then
+    return null;
+  elsif v_kind = 'fixed' then
+    return v_base * interval '1 second';
+  end if;
+  v_factor := coalesce((p_strategy ->> 'factor')::double precision, 2);
+  v_max := coalesce((p_strategy ->> 'max_seconds')::double precision, 86400);
+  if v_factor < 0 or v_factor >= 'infinity'::double precision or v_max < 0 or v_max > 86400 then
+    return null;
+  elsif v_base = 0 then
+    return interval '0';
+  end if;
+  begin
+    v_delay := v_base * power(v_factor, greatest(p_attempt, 1) - 1);
+  exception when numeric_value_out_of_range or floating_point_exception then
+    v_delay := case when v_factor < 1 then 0 else v_max end;
+  end;
+  return least(v_delay, v_max) * interval '1 second';
+exception when invalid_text_representation or numeric_value_out_of_range then
   return null;
 end
 $$;

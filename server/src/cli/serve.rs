@@ -25,28 +25,31 @@ pub(super) fn serve(args: ServeArgs) -> anyhow::Result<()> {
     })
 }
 
-/// Migrates and says what was done.
+/// Migrates, or says what that would do, or takes everything of ours away.
 pub(super) fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
     let database = parse_database(&args.database_url)?;
     let options = migrate::Options { doorbell: args.doorbell, no_doorbell: args.no_doorbell };
-    let report = block_on_report(migrate::migrate(&database, options))?;
-    println!("{}", describe(&report));
+    let runtime = super::runtime()?;
+    if args.remove {
+        runtime.block_on(migrate::remove(&database, args.force))?;
+        println!("the side schema and its triggers are gone; schema absurd stays");
+    } else if args.check {
+        println!("{}", describe(&runtime.block_on(migrate::check(&database, options))?, "to apply"));
+    } else {
+        println!("{}", describe(&runtime.block_on(migrate::migrate(&database, options))?, "applied"));
+    }
     Ok(())
 }
 
-fn block_on_report(work: impl Future<Output = Result<Report, crate::domain::Error>>) -> anyhow::Result<Report> {
-    Ok(super::runtime()?.block_on(work)?)
-}
-
-fn describe(report: &Report) -> String {
+fn describe(report: &Report, verb: &str) -> String {
     let origin = match report.origin {
-        Origin::Ours => "the storage contract was installed by this program",
+        Origin::Ours => "the storage contract is installed by this program",
         Origin::Adopted => "schema absurd was installed by upstream's tool and stays as it is",
     };
     let applied = if report.applied.is_empty() {
         "nothing to do".to_owned()
     } else {
-        format!("applied: {}", report.applied.join(", "))
+        format!("{verb}: {}", report.applied.join(", "))
     };
     let doorbell = if report.doorbell { "on" } else { "off (tasks from SQL are found within two seconds)" };
     format!("{applied}\norigin:   {origin}\ndoorbell: {doorbell}")

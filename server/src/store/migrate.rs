@@ -73,12 +73,80 @@ pub struct Options {
 /// Connects on its own and migrates.
 pub async fn migrate(database: &Config, options: Options) -> Result<Report, Error> {
     let client = connect(database).await?;
-    client.batch_execute(&format!("select pg_advisory_lock({LOCK})")).await.map_err(|e| fail(&e))?;
+    take_lock(&client).await?;
     let report = apply(&client, options).await;
-    // Closing the session would unlock too; this way the next one need not wait for that.
-    let unlocked = client.batch_execute(&format!("select pg_advisory_unlock({LOCK})")).await;
-    unlocked.map_err(|error| fail(&error))?;
+    release_lock(&client).await?;
     report
+}
+
+/// Says what [`migrate`] would do, and does nothing.
+pub async fn check(database: &Config, options: Options) -> Result<Report, Error> {
+    let client = connect(database).await?;
+    let origin = origin(&client).await?;
+    let mut applied = Vec::new();
+    if origin == Origin::Ours && contract_is_old(&client).await? {
+        applied.push(contract_step());
+    }
+    for migration in MIGRATIONS {
+        if !is_applied(&client, migration).await? {
+            applied.push(migration.name.to_owned());
+        }
+    }
+    let doorbell = wants_doorbell(&client, origin, options).await?;
+    Ok(Report { origin, applied, doorbell })
+}
+
+/// Takes away everything of ours but the storage contract: the triggers first, then the side schema with all in it.
+pub async fn remove(database: &Config, force: bool) -> Result<(), Error> {
+    let client = connect(database).await?;
+    take_lock(&client).await?;
+    let removed = remove_all(&client, force).await;
+    release_lock(&client).await?;
+    removed
+}
+
+async fn remove_all(client: &Client, force: bool) -> Result<(), Error> {
+    if !relation_exists(client, "absurd_server.setting").await? {
+        return Ok(());
+    }
+    let one = |sql: &'static str| async move {
+        client.query_one(sql, &[]).await.map(|row| row.get::<_, bool>(0)).map_err(|error| fail(&error))
+    };
+    if one(
+        "select exists (select from absurd_server.replica where seen_at > clock_timestamp() - interval '10 seconds')",
+    )
+    .await?
+    {
+        return Err(Error::Unavailable("a server runs on this database; stop it first".into()));
+    }
+    if !force
+        && relation_exists(client, "absurd_server.workflow_run").await?
+        && one("select exists (select from absurd_server.workflow_run)").await?
+    {
+        return Err(Error::Unavailable("workflow runs are stored; --force removes them too".into()));
+    }
+    let triggers = client
+        .query(
+            "select tgrelid::regclass::text from pg_trigger where tgname = 'absurd_server_doorbell' and tgparentid = 0",
+            &[],
+        )
+        .await
+        .map_err(|error| fail(&error))?;
+    let mut sql = String::from("begin; set local lock_timeout = '10s';");
+    for row in &triggers {
+        let _ = write!(sql, "drop trigger absurd_server_doorbell on {};", row.get::<_, &str>(0));
+    }
+    sql.push_str("drop schema absurd_server cascade; commit;");
+    step(client, &sql).await
+}
+
+async fn take_lock(client: &Client) -> Result<(), Error> {
+    client.batch_execute(&format!("select pg_advisory_lock({LOCK})")).await.map_err(|error| fail(&error))
+}
+
+/// Closing the session would unlock too; this way the next one need not wait for that.
+async fn release_lock(client: &Client) -> Result<(), Error> {
+    client.batch_execute(&format!("select pg_advisory_unlock({LOCK})")).await.map_err(|error| fail(&error))
 }
 
 async fn connect(database: &Config) -> Result<Client, Error> {
@@ -100,17 +168,14 @@ async fn connect(database: &Config) -> Result<Client, Error> {
 async fn apply(client: &Client, options: Options) -> Result<Report, Error> {
     let origin = origin(client).await?;
     let mut applied = Vec::new();
-    if origin == Origin::Ours {
-        let sum = contract_checksum();
-        if setting(client, "contract_checksum").await?.as_deref() != Some(sum.as_str()) {
-            let mut sql = String::from("begin;");
-            for (name, text) in CONTRACT {
-                let _ = writeln!(sql, "-- {name}\n{text}");
-            }
-            sql.push_str("commit;");
-            step(client, &sql).await?;
-            applied.push(format!("contract ({} files)", CONTRACT.len()));
+    if origin == Origin::Ours && contract_is_old(client).await? {
+        let mut sql = String::from("begin;");
+        for (name, text) in CONTRACT {
+            let _ = writeln!(sql, "-- {name}\n{text}");
         }
+        sql.push_str("commit;");
+        step(client, &sql).await?;
+        applied.push(contract_step());
     }
     for migration in MIGRATIONS {
         if let Some(name) = apply_one(client, migration).await? {
@@ -126,22 +191,31 @@ async fn apply(client: &Client, options: Options) -> Result<Report, Error> {
     Ok(Report { origin, applied, doorbell })
 }
 
+async fn contract_is_old(client: &Client) -> Result<bool, Error> {
+    Ok(setting(client, "contract_checksum").await?.as_deref() != Some(contract_checksum().as_str()))
+}
+
+fn contract_step() -> String {
+    format!("contract ({} files)", CONTRACT.len())
+}
+
+async fn is_applied(client: &Client, migration: &Migration) -> Result<bool, Error> {
+    if !relation_exists(client, "absurd_server.migration").await? {
+        return Ok(false);
+    }
+    let row = client
+        .query_opt("select checksum from absurd_server.migration where version = $1", &[&migration.version])
+        .await
+        .map_err(|error| fail(&error))?;
+    Ok(row.is_some_and(|row| row.get::<_, String>(0) == checksum(&migration.sql.concat())))
+}
+
 async fn apply_one(client: &Client, migration: &Migration) -> Result<Option<String>, Error> {
+    if is_applied(client, migration).await? {
+        return Ok(None);
+    }
     let text = migration.sql.concat();
     let sum = checksum(&text);
-    let known = relation_exists(client, "absurd_server.migration").await?;
-    if known {
-        let row = client
-            .query_opt("select checksum from absurd_server.migration where version = $1", &[&migration.version])
-            .await
-            .map_err(|error| fail(&error))?;
-        if let Some(row) = row {
-            let stored: String = row.get(0);
-            if stored == sum {
-                return Ok(None);
-            }
-        }
-    }
     step(client, &format!("begin;\n{text}\ncommit;")).await?;
     client
         .execute(
@@ -162,39 +236,39 @@ async fn step(client: &Client, sql: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// A schema `absurd` that our setting does not claim was installed by upstream; only release 0.5.1 is adopted.
+/// A schema `absurd` that we did not mark as ours was installed by upstream; release 0.4.0 and newer are adopted.
 async fn origin(client: &Client) -> Result<Origin, Error> {
-    if relation_exists(client, "absurd_server.setting").await? {
-        match setting(client, "origin").await?.as_deref() {
-            Some("ours") => return Ok(Origin::Ours),
-            Some("adopted") => return Ok(Origin::Adopted),
-            _ => {}
-        }
+    match setting(client, "origin").await?.as_deref() {
+        Some("ours") => return Ok(Origin::Ours),
+        Some("adopted") => return Ok(Origin::Adopted),
+        _ => {}
     }
-    if !relation_exists(client, "absurd.queues").await? {
+    // The catalogue decides, not the version: columns and functions that came with a release and that we rely on.
+    let row = client
+        .query_one(
+            "select to_regclass('absurd.queues') is not null,
+                    coalesce(obj_description(to_regnamespace('absurd'), 'pg_namespace') like '%installed by absurd-server', false),
+                    to_regprocedure('absurd.get_schema_version()') is not null,
+                    to_regprocedure('absurd.get_queue_policy(text)') is not null",
+            &[],
+        )
+        .await
+        .map_err(|error| fail(&error))?;
+    let [there, ours, versioned, current] = [0, 1, 2, 3].map(|column| row.get::<_, bool>(column));
+    if !there || ours {
         return Ok(Origin::Ours);
     }
-    let known: bool = client
-        .query_one("select to_regprocedure('absurd.get_schema_version()') is not null", &[])
-        .await
-        .map_err(|error| fail(&error))?
-        .get(0);
-    let version: Option<String> = if known {
-        client.query_one("select absurd.get_schema_version()", &[]).await.map_err(|error| fail(&error))?.get(0)
-    } else {
-        None
-    };
-    // The catalogue decides: release 0.5.0 brought this function, and the retry rules that we rely on.
-    let current: bool = client
-        .query_one("select to_regprocedure('absurd.retry_delay_seconds(jsonb, integer)') is not null", &[])
-        .await
-        .map_err(|error| fail(&error))?
-        .get(0);
     if current {
         return Ok(Origin::Adopted);
     }
+    let version = if versioned {
+        let row = client.query_one("select absurd.get_schema_version()", &[]).await.map_err(|error| fail(&error))?;
+        row.get::<_, Option<String>>(0)
+    } else {
+        None
+    };
     Err(Error::Unavailable(format!(
-        "schema absurd is of release {}; upgrade it first: absurdctl migrate",
+        "schema absurd is of release {}, older than 0.4.0; upgrade it first: absurdctl migrate",
         version.as_deref().unwrap_or("unknown")
     )))
 }
@@ -214,15 +288,16 @@ async fn refuse_newer(client: &Client) -> Result<(), Error> {
     Ok(())
 }
 
-async fn doorbell(client: &Client, origin: Origin, options: Options) -> Result<bool, Error> {
+async fn wants_doorbell(client: &Client, origin: Origin, options: Options) -> Result<bool, Error> {
+    if options.no_doorbell || options.doorbell {
+        return Ok(options.doorbell && !options.no_doorbell);
+    }
     let before = setting(client, "doorbell").await?;
-    let wanted = if options.no_doorbell {
-        false
-    } else if options.doorbell {
-        true
-    } else {
-        before.as_deref().map_or(origin == Origin::Ours, |value| value == "on")
-    };
+    Ok(before.as_deref().map_or(origin == Origin::Ours, |value| value == "on"))
+}
+
+async fn doorbell(client: &Client, origin: Origin, options: Options) -> Result<bool, Error> {
+    let wanted = wants_doorbell(client, origin, options).await?;
     put(client, "doorbell", if wanted { "on" } else { "off" }).await?;
     let queues = client
         .query("select queue_name from absurd.queues order by queue_name", &[])
