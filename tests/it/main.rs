@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::too_many_lines, reason = "a test tells one story and fails by panicking")]
 
 mod adoption;
+mod better;
 mod cli;
 mod contract;
 mod doorbell;

@@ -1,11 +1,12 @@
 -- Cleanup of what ended long ago (contract sections 7.24 to 7.26).
 -- The oldest ends are found by index, one walk per way to end. What is found is locked and looked at again before it
 -- goes: a task that was just retried and an event that was just emitted stay. What somebody else holds is left for the
--- next call.
+-- next call. The settings hold the planner to these walks where it has no statistics yet.
 
 create or replace function absurd.cleanup_tasks(p_queue_name text, p_ttl_seconds integer, p_limit integer default 1000)
 returns integer
-language plpgsql as $$
+language plpgsql
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   v_cutoff timestamptz;
   v_tasks uuid[];
@@ -39,8 +40,9 @@ begin
         where r.task_id in (select o.task_id from oldest o)
         order by r.run_id for update skip locked)
      select array_agg(o.task_id) from oldest o
-      where (select count(*) from free f where f.task_id = o.task_id)
-            = (select count(*) from absurd.%2$I r where r.task_id = o.task_id)',
+      where o.task_id not in (
+        select r.task_id from oldest h join absurd.%2$I r on r.task_id = h.task_id
+         where r.run_id not in (select f.run_id from free f))',
     't_' || p_queue_name, 'r_' || p_queue_name) into v_tasks using v_cutoff, p_limit;
   if v_tasks is null then
     return 0;
@@ -71,7 +73,8 @@ $$;
 -- Placeholders carry the oldest time there is and go first; an awaiter that loses its placeholder makes it anew.
 create or replace function absurd.cleanup_events(p_queue_name text, p_ttl_seconds integer, p_limit integer default 1000)
 returns integer
-language plpgsql as $$
+language plpgsql
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   v_rows integer;
 begin
