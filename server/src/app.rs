@@ -20,14 +20,17 @@ use crate::dispatch::DispatchOptions;
 use crate::doorbell::{self, Hints};
 use crate::engine::Engine;
 use crate::maintenance;
-use crate::store::migrate::{self, Report};
+use crate::store::migrate::{self, Origin, Report};
 use crate::store::{Store, StoreOptions};
 use crate::transport::{Limits, Service};
+use crate::upkeep;
 
 /// Name of the service in health checks.
 const SERVICE: &str = "absurd.v1.AbsurdService";
 /// The database counts as gone when its clock was last read this long ago.
 const DATABASE_SILENCE: Duration = Duration::from_secs(6);
+/// Between rounds of upkeep.
+const UPKEEP_EVERY: Duration = Duration::from_secs(3600);
 /// Largest request that is decoded.
 const REQUEST_BYTES_MAX: usize = 16 * 1024 * 1024;
 
@@ -44,6 +47,8 @@ pub struct AppOptions {
     pub migrate: Option<migrate::Options>,
     /// Whether to use the doorbell, where the database has one.
     pub doorbell: bool,
+    /// Between rounds of upkeep; zero: none. None: hourly in databases of ours, never in adopted ones.
+    pub upkeep: Option<Duration>,
     /// Connections to the database at most.
     pub connections_max: usize,
     /// Streams.
@@ -76,7 +81,12 @@ impl App {
             Some(how) => Some(migrate::migrate(&options.database, how).await.context("cannot migrate the database")?),
             None => None,
         };
-        let doorbell = inspect(&options.database).await? && options.doorbell;
+        let known = inspect(&options.database).await?;
+        let doorbell = known.doorbell && options.doorbell;
+        let upkeep = options.upkeep.unwrap_or(match known.origin {
+            Origin::Ours => UPKEEP_EVERY,
+            Origin::Adopted => Duration::ZERO,
+        });
         let store = Store::new(StoreOptions {
             database: options.database.clone(),
             connections_max: options.connections_max,
@@ -95,6 +105,10 @@ impl App {
         let (health, health_service) = tonic_health::server::health_reporter();
         let mut loops = JoinSet::new();
         start_loops(&mut loops, &engine, options.listen_database.unwrap_or(options.database), health.clone());
+        if !upkeep.is_zero() {
+            let parts = Arc::clone(&engine);
+            loops.spawn(async move { upkeep::run(&parts, upkeep).await });
+        }
         set_health(&health, true).await;
         let (stop, stopped) = oneshot::channel();
         let router = server(options.tls.as_ref())?
@@ -149,8 +163,8 @@ impl App {
     }
 }
 
-/// Refuses a database that is not migrated, or whose clock is set by hand. Says whether the doorbell hangs.
-async fn inspect(database: &Config) -> anyhow::Result<bool> {
+/// Refuses a database that is not migrated, or whose clock is set by hand. Says what is known of it.
+async fn inspect(database: &Config) -> anyhow::Result<migrate::Known> {
     let (client, connection) = database.connect(NoTls).await.context("cannot connect to the database")?;
     let connection = tokio::spawn(connection);
     let known = migrate::inspect(&client).await?;

@@ -3,6 +3,7 @@
 mod bench;
 mod demo;
 mod dev;
+mod doctor;
 mod operate;
 mod output;
 mod serve;
@@ -49,6 +50,9 @@ enum Command {
         absurd migrate --doorbell      let SQL writers wake the server in a database that upstream's tool made\n  \
         absurd migrate --remove        take our side schema and our triggers away again")]
     Migrate(MigrateArgs),
+    /// Look for what should not be in a database, and say how to mend it
+    #[command(after_help = "Example:\n  absurd doctor --database-url postgresql://app@db/app")]
+    Doctor(doctor::DoctorArgs),
     /// Say whether a server is healthy; the exit code is the answer
     #[command(after_help = "Example:\n  absurd health --url http://127.0.0.1:50051")]
     Health(ClientArgs),
@@ -139,6 +143,7 @@ pub fn main() -> ExitCode {
         Command::Dev(args) => dev::run(args),
         Command::Serve(args) => serve::serve(args),
         Command::Migrate(args) => serve::migrate(&args),
+        Command::Doctor(args) => block_on(doctor::run(args)),
         Command::Health(args) => block_on(operate::health(args)),
         Command::Queue(command) => block_on(operate::queue(command)),
         Command::Task(command) => block_on(operate::task(command)),

@@ -17,4 +17,5 @@ pub mod scope;
 pub mod settings;
 pub mod store;
 pub mod transport;
+pub mod upkeep;
 pub mod wait;

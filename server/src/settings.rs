@@ -92,6 +92,10 @@ settings! {
     /// Do not let direct SQL writers wake the server; it finds their tasks within two seconds
     #[arg(long, env = "ABSURD_NO_DOORBELL", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     no_doorbell: bool,
+    /// Between rounds of cleanup and partition upkeep by the queues' policies; 0s: never [default: 1h, 0s in a database
+    /// that upstream's tool made]
+    #[arg(long, env = "ABSURD_UPKEEP", value_name = "SPAN")]
+    upkeep: Span,
     /// Connections to the database at most [default: 16]
     #[arg(long, env = "ABSURD_MAX_CONNECTIONS", value_name = "N")]
     max_connections: usize,
@@ -158,6 +162,7 @@ impl Settings {
                 .unwrap_or(false)
                 .then_some(migrate::Options { doorbell: false, no_doorbell: self.no_doorbell.unwrap_or(false) }),
             doorbell: !self.no_doorbell.unwrap_or(false),
+            upkeep: self.upkeep.map(|span| span.0),
             connections_max: self.max_connections.unwrap_or(16).max(2),
             dispatch: DispatchOptions {
                 heartbeat: self.heartbeat.map_or(dispatch.heartbeat, |span| span.0),

@@ -10,6 +10,7 @@ pub mod statement;
 pub mod task;
 pub mod text;
 pub mod tick;
+pub mod upkeep;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

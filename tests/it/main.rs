@@ -17,3 +17,4 @@ mod service;
 mod statements;
 mod streams;
 mod tasks;
+mod upkeep;

@@ -1,4 +1,5 @@
--- Cleanup of what ended long ago (contract sections 7.24 to 7.26).
+-- Cleanup of what ended long ago (contract sections 7.24, 7.25). Installed in our side schema too, under the same names:
+-- in a database that upstream's tool made, the server cleans up with these.
 -- The oldest ends are found by index, one walk per way to end. What is found is locked and looked at again before it
 -- goes: a task that was just retried and an event that was just emitted stay. What somebody else holds is left for the
 -- next call. The settings hold the planner to these walks where it has no statistics yet.
@@ -89,33 +90,5 @@ begin
     'e_' || p_queue_name) using absurd.current_time() - make_interval(secs => p_ttl_seconds), p_limit;
   get diagnostics v_rows = row_count;
   return v_rows;
-end
-$$;
-
-create or replace function absurd.cleanup_all_queues(p_queue_name text default null)
-returns table (queue_name text, tasks_deleted integer, events_deleted integer)
-language plpgsql as $$
-declare
-  v_queue record;
-  v_ttl integer;
-begin
-  if p_queue_name is not null then
-    perform absurd.validate_queue_name(p_queue_name);
-    if not exists (select from absurd.queues q where q.queue_name = p_queue_name) then
-      raise exception 'Queue "%" not found', p_queue_name;
-    end if;
-  end if;
-  for v_queue in
-    select q.queue_name, q.cleanup_ttl, q.cleanup_limit from absurd.queues q
-     where p_queue_name is null or q.queue_name = p_queue_name
-     order by q.queue_name
-  loop
-    -- A policy of more than 68 years must not stop the other queues.
-    v_ttl := least(floor(extract(epoch from v_queue.cleanup_ttl)), 2147483647)::integer;
-    queue_name := v_queue.queue_name;
-    tasks_deleted := absurd.cleanup_tasks(v_queue.queue_name, v_ttl, v_queue.cleanup_limit);
-    events_deleted := absurd.cleanup_events(v_queue.queue_name, v_ttl, v_queue.cleanup_limit);
-    return next;
-  end loop;
 end
 $$;

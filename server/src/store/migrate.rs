@@ -11,6 +11,9 @@ const LOCK: i64 = 0x6162_7375_7264;
 /// What this server is, compared with a migration's `min_server`.
 const SERVER_GENERATION: i32 = 1;
 
+/// Serves in both schemas.
+const CLEANUP: &str = include_str!("../../sql/absurd/08_cleanup.sql");
+
 const CONTRACT: &[(&str, &str)] = &[
     ("01_time_and_ids", include_str!("../../sql/absurd/01_time_and_ids.sql")),
     ("02_queues", include_str!("../../sql/absurd/02_queues.sql")),
@@ -19,10 +22,11 @@ const CONTRACT: &[(&str, &str)] = &[
     ("05_runs", include_str!("../../sql/absurd/05_runs.sql")),
     ("06_checkpoints", include_str!("../../sql/absurd/06_checkpoints.sql")),
     ("07_events", include_str!("../../sql/absurd/07_events.sql")),
-    ("08_cleanup", include_str!("../../sql/absurd/08_cleanup.sql")),
-    ("09_detach", include_str!("../../sql/absurd/09_detach.sql")),
-    ("10_cron", include_str!("../../sql/absurd/10_cron.sql")),
-    ("11_existing_queues", include_str!("../../sql/absurd/11_existing_queues.sql")),
+    ("08_cleanup", CLEANUP),
+    ("09_cleanup_all_queues", include_str!("../../sql/absurd/09_cleanup_all_queues.sql")),
+    ("10_detach", include_str!("../../sql/absurd/10_detach.sql")),
+    ("11_cron", include_str!("../../sql/absurd/11_cron.sql")),
+    ("12_existing_queues", include_str!("../../sql/absurd/12_existing_queues.sql")),
 ];
 
 /// A forward step of the side schema.
@@ -34,12 +38,27 @@ struct Migration {
     sql: &'static [&'static str],
 }
 
-const MIGRATIONS: &[Migration] = &[Migration {
-    version: 1,
-    name: "side_schema",
-    min_server: 1,
-    sql: &[include_str!("../../sql/side/01_schema.sql"), include_str!("../../sql/side/02_doorbell.sql")],
-}];
+impl Migration {
+    fn text(&self) -> String {
+        let cleanup = CLEANUP.replace("function absurd.cleanup_", "function absurd_server.cleanup_");
+        self.sql.iter().map(|part| part.replace("-- {cleanup}", &cleanup)).collect()
+    }
+}
+
+const MIGRATIONS: &[Migration] = &[
+    Migration {
+        version: 1,
+        name: "side_schema",
+        min_server: 1,
+        sql: &[include_str!("../../sql/side/01_schema.sql"), include_str!("../../sql/side/02_doorbell.sql")],
+    },
+    Migration {
+        version: 2,
+        name: "upkeep",
+        min_server: 1,
+        sql: &["-- {cleanup}", include_str!("../../sql/side/03_upkeep.sql")],
+    },
+];
 
 /// Where the storage contract in a database comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -207,14 +226,14 @@ async fn is_applied(client: &Client, migration: &Migration) -> Result<bool, Erro
         .query_opt("select checksum from absurd_server.migration where version = $1", &[&migration.version])
         .await
         .map_err(|error| fail(&error))?;
-    Ok(row.is_some_and(|row| row.get::<_, String>(0) == checksum(&migration.sql.concat())))
+    Ok(row.is_some_and(|row| row.get::<_, String>(0) == checksum(&migration.text())))
 }
 
 async fn apply_one(client: &Client, migration: &Migration) -> Result<Option<String>, Error> {
     if is_applied(client, migration).await? {
         return Ok(None);
     }
-    let text = migration.sql.concat();
+    let text = migration.text();
     let sum = checksum(&text);
     step(client, &format!("begin;\n{text}\ncommit;")).await?;
     client
@@ -320,13 +339,23 @@ async fn doorbell(client: &Client, origin: Origin, options: Options) -> Result<b
     Ok(wanted)
 }
 
-/// What a server must know of the database before it serves.
-pub async fn inspect(client: &Client) -> Result<Option<bool>, Error> {
+/// What a server must know of its database.
+#[derive(Debug, Clone, Copy)]
+pub struct Known {
+    /// Whose schema `absurd` is.
+    pub origin: Origin,
+    /// Whether the doorbell hangs.
+    pub doorbell: bool,
+}
+
+/// What is known of a migrated database.
+pub async fn inspect(client: &Client) -> Result<Option<Known>, Error> {
     if !relation_exists(client, "absurd_server.setting").await? {
         return Ok(None);
     }
     refuse_newer(client).await?;
-    Ok(Some(setting(client, "doorbell").await?.as_deref() == Some("on")))
+    let doorbell = setting(client, "doorbell").await?.as_deref() == Some("on");
+    Ok(Some(Known { origin: origin(client).await?, doorbell }))
 }
 
 async fn relation_exists(client: &Client, name: &str) -> Result<bool, Error> {

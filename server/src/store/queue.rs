@@ -3,7 +3,7 @@
 use tokio_postgres::Row;
 
 use super::statement::{
-    DOORBELL_MISSING, QUEUE_CREATE, QUEUE_DOORBELL, QUEUE_DROP, QUEUE_GET, QUEUE_LIST, QUEUE_STATS,
+    DOORBELL_MISSING, QUEUE_COLLISION, QUEUE_CREATE, QUEUE_DOORBELL, QUEUE_DROP, QUEUE_GET, QUEUE_LIST, QUEUE_STATS,
 };
 use super::{Fault, Store, Wait};
 use crate::domain::Error;
@@ -27,6 +27,17 @@ impl Store {
         let (before, usable) = self.queue_get(scope).await?;
         if before.as_deref().is_some_and(|before| before != mode) {
             return Err(Error::QueueExists(scope.queue().as_str().to_owned()));
+        }
+        if before.is_none() {
+            let queue = scope.queue().as_str();
+            let found = self.rows(&QUEUE_COLLISION, Wait::Skip, None, &[&queue, &mode]).await;
+            if let Some(row) = found.map_err(|fault| fault.into_read_error(scope))?.first() {
+                let other: &str = row.get("queue_name");
+                return Err(Error::invalid(
+                    "queue",
+                    format!("shares names of tables with queue {other:?}; choose another"),
+                ));
+            }
         }
         let created = self.rows(&QUEUE_CREATE, Wait::Skip, None, &[&scope.queue().as_str(), &mode]).await;
         match created {

@@ -69,7 +69,12 @@ statements! {
     DOORBELL_DISARM = "doorbell_disarm";
     DOORBELL_MISSING = "doorbell_missing";
     DOORBELL_RING = "doorbell_ring";
+    DOCTOR_DATABASE = "doctor_database";
+    DOCTOR_QUEUE = "doctor_queue";
+    DOCTOR_REGISTRY = "doctor_registry";
+    DOCTOR_UPKEEP = "doctor_upkeep";
     KEY_RESERVE = "key_reserve";
+    QUEUE_COLLISION = "queue_collision";
     QUEUE_CREATE = "queue_create";
     QUEUE_DOORBELL = "queue_doorbell";
     QUEUE_DROP = "queue_drop";
@@ -105,6 +110,9 @@ statements! {
     TASK_RETRY = "task_retry";
     TASK_SPAWN = "task_spawn";
     TICK = "tick";
+    UPKEEP_NOTE = "upkeep_note";
+    UPKEEP_RUN = "upkeep_run";
+    UPKEEP_TAKE = "upkeep_take";
 }
 
 #[cfg(test)]

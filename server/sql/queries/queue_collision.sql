@@ -1,0 +1,11 @@
+-- A queue whose tables, partitions or indexes would have the names of another one's (contract section 12, B11).
+select q.queue_name
+  from absurd.queues q,
+       lateral (select case when starts_with($1::text, q.queue_name || '_') then substr($1::text, length(q.queue_name) + 2) end,
+                       case when starts_with(q.queue_name, $1::text || '_') then substr(q.queue_name, length($1::text) + 2) end)
+               as tail (of_new, of_old)
+ where coalesce(tail.of_new, tail.of_old)
+         in ('sai', 'ti', 'cei', 'eni', 'eai', 'ci', 'coi', 'fai', 'cai', 'pkey', 'idempotency_key_key')
+    or (q.storage_mode = 'partitioned' and tail.of_new ~ '^(d|[0-9]{3})$')
+    or ($2::text = 'partitioned' and tail.of_old ~ '^(d|[0-9]{3})$')
+ limit 1

@@ -1,0 +1,298 @@
+//! `absurd doctor`: looks for what should not be in a database, and says how to mend it. It changes nothing.
+
+use std::time::Duration;
+
+use clap::Args;
+use indicatif::ProgressBar;
+use serde_json::json;
+use tokio_postgres::Row;
+
+use super::output::{self, Output};
+use crate::domain::QueueName;
+use crate::scope::Caller;
+use crate::settings::{Secret, parse_database};
+use crate::store::migrate::{self, Origin, Report};
+use crate::store::{Fault, Store, StoreOptions};
+
+/// Counts go up to here.
+const BOUND: i64 = 1000;
+/// An open transaction this old keeps dead rows from being removed.
+const SNAPSHOT_SECONDS_MAX: i64 = 600;
+
+/// Flags of the doctor.
+#[derive(Debug, Args)]
+pub(super) struct DoctorArgs {
+    /// Database to look at
+    #[arg(long, env = "ABSURD_DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    database_url: Secret,
+    /// How to print
+    #[arg(long, short, value_enum, default_value = "table")]
+    output: Output,
+}
+
+/// Something to mend, or only to know.
+struct Finding {
+    /// Whether something is wrong; else it is only good to know.
+    wrong: bool,
+    what: String,
+    mend: String,
+}
+
+impl Finding {
+    fn wrong(what: impl Into<String>, mend: impl Into<String>) -> Self {
+        Self { wrong: true, what: what.into(), mend: mend.into() }
+    }
+
+    fn note(what: impl Into<String>, mend: impl Into<String>) -> Self {
+        Self { wrong: false, what: what.into(), mend: mend.into() }
+    }
+}
+
+/// Looks, prints, and fails when something is wrong.
+pub(super) async fn run(args: DoctorArgs) -> anyhow::Result<()> {
+    let database = parse_database(&args.database_url)?;
+    let report = migrate::check(&database, migrate::Options::default()).await?;
+    let options = StoreOptions { database, connections_max: 2, wait_max: Duration::from_secs(10) };
+    let store = Store::new(options)?;
+    let mut findings = contract(&report);
+    let told = |fault: Fault| anyhow::anyhow!("cannot look at the database: {fault:?}");
+    let facts = store.doctor_database().await.map_err(told)?;
+    let version = facts.first().map_or_else(String::new, |row| row.get("version"));
+    findings.extend(facts.iter().flat_map(settings));
+    // The rest speaks of tables that a migration makes.
+    let upkeep = if report.applied.is_empty() { store.doctor_upkeep().await.map_err(told)? } else { Vec::new() };
+    if report.applied.is_empty() {
+        findings.extend(store.doctor_registry().await.map_err(told)?.iter().map(registry));
+        let names: Vec<&str> = upkeep.iter().map(|row| row.get("queue_name")).collect();
+        if report.doorbell {
+            for queue in store.doorbell_missing(&names).await.map_err(told)? {
+                findings.push(Finding::note(
+                    format!("queue {queue:?} has no doorbell yet; a running server hangs it within 15 s"),
+                    "absurd migrate",
+                ));
+            }
+        }
+        findings.extend(queues(&store, &names).await?);
+        findings.extend(upkeep.iter().filter_map(problem));
+    }
+    store.close();
+    print(args.output, &version, &report, &upkeep, &findings);
+    let wrong = findings.iter().filter(|finding| finding.wrong).count();
+    anyhow::ensure!(wrong == 0, "{wrong} things to mend");
+    Ok(())
+}
+
+fn contract(report: &Report) -> Vec<Finding> {
+    let pending = (!report.applied.is_empty())
+        .then(|| Finding::wrong(format!("not applied yet: {}", report.applied.join(", ")), "absurd migrate"));
+    pending.into_iter().collect()
+}
+
+fn settings(row: &Row) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let off = |name: &str| row.get::<_, &str>(name) == "off";
+    if off("fsync") {
+        findings.push(Finding::wrong(
+            "fsync is off: what was acknowledged may be lost with the machine",
+            "alter system set fsync = on; select pg_reload_conf()",
+        ));
+    }
+    if off("synchronous_commit") {
+        findings.push(Finding::wrong(
+            "synchronous_commit is off: the last commits may be lost in a crash",
+            "alter system set synchronous_commit = on; select pg_reload_conf()",
+        ));
+    }
+    if off("autovacuum") {
+        findings.push(Finding::wrong(
+            "autovacuum is off: claims get slower with every task",
+            "alter system set autovacuum = on; select pg_reload_conf()",
+        ));
+    }
+    if let Some(now) = row.get::<_, Option<&str>>("fake_now") {
+        findings.push(Finding::wrong(
+            format!("absurd.fake_now is {now}: the clock stands still"),
+            "alter database ... reset absurd.fake_now",
+        ));
+    }
+    if row.get("standby") {
+        findings.push(Finding::wrong("this is a standby: nothing can be written", "name the primary"));
+    }
+    if let Some(seconds) = row.get::<_, Option<i64>>("oldest_snapshot_seconds").filter(|s| *s > SNAPSHOT_SECONDS_MAX) {
+        findings.push(Finding::wrong(
+            format!("a transaction has been open for {seconds} s: dead rows cannot be removed, claims get slower"),
+            "select pid, usename, xact_start, query from pg_stat_activity where backend_xmin is not null order by xact_start",
+        ));
+    }
+    findings
+}
+
+fn registry(row: &Row) -> Finding {
+    let queue: &str = row.get("queue_name");
+    let literal = queue.replace('\'', "''");
+    if row.get("no_tables") {
+        Finding::wrong(
+            format!("queue {queue:?} is registered, but has no tables"),
+            format!("select absurd.create_queue('{literal}')  -- or: select absurd.drop_queue('{literal}')"),
+        )
+    } else {
+        Finding::note(
+            format!("queue {queue:?} has tables, but is not registered: it works, and is in no list and no upkeep"),
+            format!("select absurd.create_queue('{literal}')"),
+        )
+    }
+}
+
+fn problem(row: &Row) -> Option<Finding> {
+    let problem: &str = row.get::<_, Option<&str>>("problem")?;
+    let queue: &str = row.get("queue_name");
+    Some(Finding::wrong(
+        format!("the last upkeep of queue {queue:?} could not do everything: {problem}"),
+        "see the text",
+    ))
+}
+
+async fn queues(store: &Store, names: &[&str]) -> anyhow::Result<Vec<Finding>> {
+    let bar = ProgressBar::new(names.len() as u64);
+    let mut findings = Vec::new();
+    for queue in names {
+        bar.set_message((*queue).to_owned());
+        if let Ok(name) = QueueName::parse("queue", queue) {
+            match store.doctor_queue(&Caller::anonymous().scope(name), BOUND).await {
+                Ok(rows) => findings.extend(rows.iter().flat_map(|row| contents(queue, row))),
+                Err(Fault::Missing) => {}
+                Err(fault) => findings.push(Finding::wrong(format!("cannot look at queue {queue:?}: {fault:?}"), "")),
+            }
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(findings)
+}
+
+/// What each count means, and what mends it.
+fn contents(queue: &str, row: &Row) -> Vec<Finding> {
+    let table = |kind: &str| format!("absurd.\"{kind}_{}\"", queue.replace('"', "\"\""));
+    let (t, r, c, w, e) = (table("t"), table("r"), table("c"), table("w"), table("e"));
+    let live = "('pending', 'running', 'sleeping')";
+    let checks: [(&str, bool, &str, String); 8] = [
+        (
+            "orphan_checkpoints",
+            true,
+            "checkpoints belong to no task, and no cleanup finds them",
+            format!("delete from {c} c where not exists (select from {t} t where t.task_id = c.task_id)"),
+        ),
+        (
+            "orphan_runs",
+            true,
+            "runs belong to no task: they are never claimed and never cleaned up",
+            format!("delete from {r} r where not exists (select from {t} t where t.task_id = r.task_id)"),
+        ),
+        (
+            "stale_waits",
+            false,
+            "waits belong to no sleeping run",
+            format!(
+                "delete from {w} w where not exists (select from {r} r where r.run_id = w.run_id and r.state = 'sleeping')"
+            ),
+        ),
+        (
+            "idle_placeholders",
+            false,
+            "events were awaited, never emitted, and nobody waits any more; cleanup takes them",
+            format!(
+                "delete from {e} e where e.payload is null and not exists (select from {w} w where w.event_name = e.event_name)"
+            ),
+        ),
+        (
+            "endless_tasks",
+            true,
+            "tasks have ended, but their last run is gone: no cleanup finds them",
+            format!(
+                "delete from {t} t where t.state not in {live} and not exists (select from {r} r where r.run_id = t.last_attempt_run)"
+            ),
+        ),
+        (
+            "stuck_tasks",
+            true,
+            "tasks have not ended, but nothing of theirs can run",
+            format!(
+                "update {t} t set state = 'failed' where t.state in {live} and not exists (select from {r} r \
+                 where r.task_id = t.task_id and r.state in {live})  -- then: absurd task retry ID"
+            ),
+        ),
+        (
+            "overdue_leases",
+            true,
+            "leases ran out over a minute ago, and nobody moves their tasks on",
+            "absurd serve  # on this database: it does so every two seconds".to_owned(),
+        ),
+        (
+            "in_default_partition",
+            false,
+            "tasks lie in the default partition: their weeks get no partition before they are cleaned up",
+            format!("select absurd.cleanup_all_queues('{}')", queue.replace('\'', "''")),
+        ),
+    ];
+    let found = checks.into_iter().filter_map(|(name, wrong, what, mend)| {
+        let count: i64 = row.get(name);
+        let many = if count == BOUND { format!("{count} or more") } else { count.to_string() };
+        (count > 0).then(|| Finding { wrong, what: format!("queue {queue:?}: {many} {what}"), mend })
+    });
+    found.collect()
+}
+
+fn print(how: Output, version: &str, report: &Report, upkeep: &[Row], findings: &[Finding]) {
+    let ran = |row: &Row| row.get::<_, Option<std::time::SystemTime>>("ran_at");
+    let count = |row: &Row, name: &str| row.get::<_, Option<i64>>(name).unwrap_or(0);
+    if how == Output::Json {
+        let rounds: Vec<_> = upkeep
+            .iter()
+            .map(|row| {
+                json!({
+                    "queue": row.get::<_, &str>("queue_name"),
+                    "ran_at": ran(row).map(|at| humantime::format_rfc3339_millis(at).to_string()),
+                    "tasks_deleted": count(row, "tasks_deleted"), "events_deleted": count(row, "events_deleted"),
+                    "problem": row.get::<_, Option<&str>>("problem"),
+                })
+            })
+            .collect();
+        let found: Vec<_> = findings
+            .iter()
+            .map(|finding| json!({"wrong": finding.wrong, "what": finding.what, "mend": finding.mend}))
+            .collect();
+        output::json(&json!({
+            "postgres": version, "adopted": report.origin == Origin::Adopted, "doorbell": report.doorbell,
+            "upkeep": rounds, "findings": found,
+        }));
+        return;
+    }
+    let origin = match report.origin {
+        Origin::Ours => "installed by this program",
+        Origin::Adopted => "installed by upstream's tool",
+    };
+    output::record(&[
+        ("Postgres", version.to_owned()),
+        ("contract", origin.to_owned()),
+        ("doorbell", if report.doorbell { "on".into() } else { "off".into() }),
+    ]);
+    if !upkeep.is_empty() {
+        println!();
+        let rows: Vec<Vec<String>> = upkeep
+            .iter()
+            .map(|row| {
+                let when =
+                    ran(row).map_or_else(|| "never".into(), |at| humantime::format_rfc3339_seconds(at).to_string());
+                let counts = [count(row, "tasks_deleted"), count(row, "events_deleted")].map(|count| count.to_string());
+                [vec![row.get("queue_name"), when], counts.to_vec()].concat()
+            })
+            .collect();
+        output::table(&["queue", "last upkeep", "tasks deleted", "events deleted"], &rows);
+    }
+    for finding in findings {
+        println!("\n{}: {}\n  {}", if finding.wrong { "wrong" } else { "note" }, finding.what, finding.mend);
+    }
+    if !findings.iter().any(|finding| finding.wrong) {
+        println!("\nnothing to mend");
+    }
+}

@@ -1,0 +1,69 @@
+//! Statements of upkeep and of the doctor.
+
+use tokio_postgres::Row;
+
+use super::statement::{
+    DOCTOR_DATABASE, DOCTOR_QUEUE, DOCTOR_REGISTRY, DOCTOR_UPKEEP, UPKEEP_NOTE, UPKEEP_RUN, UPKEEP_TAKE,
+};
+use super::{Fault, Store, Wait};
+use crate::scope::Scope;
+
+/// What a round did for a queue.
+#[derive(Debug, Clone, Default)]
+pub struct Round {
+    /// Tasks deleted.
+    pub tasks: i64,
+    /// Events deleted.
+    pub events: i64,
+    /// Partitions dropped.
+    pub partitions: i32,
+    /// What could not be done.
+    pub problem: Option<String>,
+}
+
+impl Store {
+    /// Takes queues whose last round is at least this many seconds ago.
+    pub async fn upkeep_take(&self, seconds: f64, limit: i64) -> Result<Vec<String>, Fault> {
+        let rows = self.rows(&UPKEEP_TAKE, Wait::Skip, None, &[&seconds, &limit]).await?;
+        Ok(rows.iter().map(|row| row.get("queue_name")).collect())
+    }
+
+    /// Carries out one batch of a queue's policies and adds it to the round; says whether there is more to do.
+    pub async fn upkeep_run(&self, scope: &Scope, round: &mut Round) -> Result<bool, Fault> {
+        let rows = self.rows(&UPKEEP_RUN, Wait::Skip, None, &[&scope.queue().as_str()]).await?;
+        let Some(row) = rows.first() else { return Ok(false) };
+        round.tasks += i64::from(row.get::<_, i32>("tasks_deleted"));
+        round.events += i64::from(row.get::<_, i32>("events_deleted"));
+        round.partitions += row.get::<_, i32>("partitions_dropped");
+        round.problem = row.get("problem");
+        Ok(row.get("more"))
+    }
+
+    /// Remembers how a round went.
+    pub async fn upkeep_note(&self, scope: &Scope, round: &Round) -> Result<(), Fault> {
+        let queue = scope.queue().as_str();
+        let params: [&(dyn postgres_types::ToSql + Sync); 5] =
+            [&queue, &round.tasks, &round.events, &round.partitions, &round.problem];
+        self.rows(&UPKEEP_NOTE, Wait::Skip, None, &params).await.map(drop)
+    }
+
+    /// One row about the database.
+    pub async fn doctor_database(&self) -> Result<Vec<Row>, Fault> {
+        self.rows(&DOCTOR_DATABASE, Wait::Skip, None, &[]).await
+    }
+
+    /// Queues without tables, tables without a queue.
+    pub async fn doctor_registry(&self) -> Result<Vec<Row>, Fault> {
+        self.rows(&DOCTOR_REGISTRY, Wait::Skip, None, &[]).await
+    }
+
+    /// Every queue with its last round of upkeep.
+    pub async fn doctor_upkeep(&self) -> Result<Vec<Row>, Fault> {
+        self.rows(&DOCTOR_UPKEEP, Wait::Skip, None, &[]).await
+    }
+
+    /// Counts of what should not be in a queue, each up to a bound.
+    pub async fn doctor_queue(&self, scope: &Scope, bound: i64) -> Result<Vec<Row>, Fault> {
+        self.rows(&DOCTOR_QUEUE, Wait::Skip, Some(scope), &[&bound, &scope.queue().as_str()]).await
+    }
+}

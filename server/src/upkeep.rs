@@ -1,0 +1,74 @@
+//! Upkeep: the queues' policies (cleanup, partitions ahead, detaching), carried out by whichever replica comes first.
+//!
+//! Every batch is a transaction of its own and bounded by the queue's `cleanup_limit`; no queue is worked on twice at once,
+//! and none is starved by another one's backlog.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::dispatch::random;
+use crate::domain::QueueName;
+use crate::engine::Engine;
+use crate::scope::Caller;
+use crate::store::upkeep::Round;
+
+/// Queues taken at once.
+const QUEUES_MAX: i64 = 20;
+/// Longest time for one queue in a round; what is left is for the next round.
+const QUEUE_MAX: Duration = Duration::from_secs(30);
+
+/// Works for ever; each queue gets a round this often.
+pub async fn run(engine: &Arc<Engine>, every: Duration) {
+    loop {
+        // Often enough that a round is late by a small part of its interval only.
+        tokio::time::sleep(every.mul_f64(0.05 + 0.05 * random())).await;
+        loop {
+            match engine.store.upkeep_take(every.as_secs_f64(), QUEUES_MAX).await {
+                Ok(queues) if queues.is_empty() => break,
+                Ok(queues) => {
+                    for queue in queues {
+                        round(engine, &queue).await;
+                    }
+                }
+                Err(fault) => {
+                    tracing::debug!(?fault, "could not see which queues need upkeep");
+                    break;
+                }
+            }
+        }
+    }
+}
+
+async fn round(engine: &Arc<Engine>, queue: &str) {
+    let Ok(name) = QueueName::parse("queue", queue) else { return };
+    let scope = Caller::anonymous().scope(name);
+    let until = Instant::now() + QUEUE_MAX;
+    let mut round = Round::default();
+    loop {
+        match engine.store.upkeep_run(&scope, &mut round).await {
+            Ok(true) if Instant::now() < until => {}
+            Ok(_) => break,
+            Err(fault) => {
+                round.problem = Some(fault.into_error(&scope).to_string());
+                break;
+            }
+        }
+    }
+    if round.tasks + round.events + i64::from(round.partitions) > 0 {
+        tracing::info!(
+            queue.name = queue,
+            tasks = round.tasks,
+            events = round.events,
+            partitions = round.partitions,
+            "cleaned up"
+        );
+    }
+    if let Some(problem) = &round.problem {
+        tracing::warn!(queue.name = queue, problem, "upkeep could not do everything; see `absurd doctor`");
+    }
+    if let Err(fault) = engine.store.upkeep_note(&scope, &round).await {
+        tracing::debug!(queue.name = queue, ?fault, "could not note how the upkeep went");
+    }
+}

@@ -1,0 +1,156 @@
+//! What the server does by itself for the queues' policies, and what the doctor finds.
+
+use std::time::Duration;
+
+use absurd_server::settings::{Settings, Span};
+use absurd_tests::{Database, Server, ServerOptions, absurd, eventually, in_time};
+use serde_json::Value;
+use tonic_types::StatusExt as _;
+
+fn every(upkeep: Duration) -> ServerOptions {
+    ServerOptions { settings: Settings { upkeep: Some(Span(upkeep)), ..Settings::default() }, without_queue: true }
+}
+
+async fn cleans_up(database: &Database) {
+    let sql = database.connect().await;
+    sql.batch_execute(
+        "set client_min_messages = warning;
+         select absurd.create_queue('q'), absurd.create_queue('p', 'partitioned');
+         select absurd.set_queue_policy('q', '{\"cleanup_ttl\": 0, \"cleanup_limit\": 3}');
+         select absurd.set_queue_policy('p', '{\"detach_mode\": \"empty\", \"detach_min_age\": \"60 days\"}');
+         select absurd.spawn_task('q', 'n', 'null') from generate_series(1, 10);
+         select absurd.complete_run('q', c.run_id) from absurd.claim_task('q', 'w', 30, 8) c;
+         select absurd.emit_event('q', 'e' || g) from generate_series(1, 7) g;
+         -- Partitions of long ago, and one of the next weeks that is missing.
+         set absurd.fake_now = '2024-01-03'; select absurd.ensure_partitions('p'); reset absurd.fake_now",
+    )
+    .await
+    .unwrap();
+    let next = "select 't_p_' || absurd.partition_week_tag(absurd.current_time() + interval '14 days')";
+    let next: String = sql.query_one(next, &[]).await.unwrap().get(0);
+    sql.batch_execute(&format!("drop table absurd.{next}")).await.unwrap();
+
+    let server = Server::start_with(database.clone(), every(Duration::from_secs(1))).await;
+    eventually("everything is done", || async {
+        let done = "select (select count(*) from absurd.t_q) = 2 and (select count(*) from absurd.e_q) = 0
+                       and to_regclass('absurd.t_p_401') is null and to_regclass('absurd.w_p_405') is null
+                       and to_regclass('absurd.' || $1::text) is not null";
+        sql.query_one(done, &[&next]).await.unwrap().get::<_, bool>(0).then_some(())
+    })
+    .await;
+    let noted = "select count(*) from absurd_server.upkeep where problem is null";
+    assert_eq!(sql.query_one(noted, &[]).await.unwrap().get::<_, i64>(0), 2);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn policies_are_carried_out() {
+    cleans_up(&Database::new().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn policies_are_carried_out_in_adopted_databases_when_asked() {
+    let database = Database::upstream("0.5.1").await;
+    let config = database.url().parse().unwrap();
+    absurd_server::store::migrate::migrate(&config, absurd_server::store::migrate::Options::default()).await.unwrap();
+    cleans_up(&database).await;
+}
+
+/// The doctor's word on a database: whether all is well, and its findings.
+async fn doctor(database: &Database) -> (bool, Vec<Value>) {
+    let mut command = absurd(&["doctor", "-o", "json"]);
+    command.env("ABSURD_DATABASE_URL", database.url());
+    let output = in_time("the doctor ends", command.output()).await.unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let found: Value =
+        serde_json::from_str(&text).unwrap_or_else(|_| panic!("{text}{}", String::from_utf8_lossy(&output.stderr)));
+    // The tests' Postgres runs without fsync.
+    let mut findings = found["findings"].as_array().unwrap().clone();
+    let before = findings.len();
+    findings.retain(|finding| !finding["what"].as_str().unwrap().contains("may be lost"));
+    let durable = before == findings.len();
+    (output.status.success() || !durable && !findings.iter().any(|finding| finding["wrong"] == true), findings)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_doctor_finds_what_is_wrong_and_its_cures_work() {
+    let database = Database::new().await;
+    let sql = database.connect().await;
+    sql.batch_execute(
+        "select absurd.create_queue('it''s \"q\"'); select absurd_server.install_doorbell('it''s \"q\"')",
+    )
+    .await
+    .unwrap();
+    assert_eq!(doctor(&database).await, (true, vec![]));
+    let q = "absurd.\"K_it's \"\"q\"\"\"";
+    let t = |kind: &str| q.replace('K', kind);
+    let id = "gen_random_uuid()";
+    sql.batch_execute(&format!(
+        "insert into {c} (task_id, checkpoint_name) select {id}, 'c' from generate_series(1, 3);
+         insert into {r} (run_id, task_id, attempt, state, available_at) values ({id}, {id}, 1, 'pending', now());
+         insert into {w} (task_id, run_id, step_name, event_name) values ({id}, {id}, 's', 'other');
+         insert into {e} (event_name, emitted_at) values ('idle', 'epoch');
+         insert into {t} (task_id, task_name, params, state, last_attempt_run) values ({id}, 'n', 'null', 'completed', {id});
+         insert into {t} (task_id, task_name, params, state, last_attempt_run) values ({id}, 'n', 'null', 'sleeping', null);
+         create table absurd.t_unknown (task_id uuid)",
+        c = t("c"), r = t("r"), w = t("w"), e = t("e"), t = t("t"),
+    ))
+    .await
+    .unwrap();
+    let (well, findings) = doctor(&database).await;
+    assert!(!well);
+    let all = findings.iter().map(|finding| finding["what"].as_str().unwrap()).collect::<Vec<_>>().join("\n");
+    for part in [
+        "3 checkpoints belong to no task",
+        "1 runs belong to no task",
+        "1 waits belong to no",
+        "1 events were awaited",
+        "1 tasks have ended",
+        "1 tasks have not ended",
+        "\"unknown\" has tables, but is not registered",
+    ] {
+        assert!(all.contains(part), "{part} is not in:\n{all}");
+    }
+    assert_eq!(findings.len(), 7, "{all}");
+    sql.batch_execute("drop table absurd.t_unknown").await.unwrap();
+    for finding in findings.iter().filter(|finding| !finding["what"].as_str().unwrap().contains("unknown")) {
+        sql.batch_execute(finding["mend"].as_str().unwrap())
+            .await
+            .unwrap_or_else(|error| panic!("{finding}: {error:?}"));
+    }
+    let (_, left) = doctor(&database).await;
+    let left = left.iter().map(|finding| finding["what"].to_string()).collect::<String>();
+    assert!(left.is_empty() || left.contains("1 tasks have ended"), "the stuck task, now failed, has no run: {left}");
+}
+
+/// Names that would share tables or indexes with another queue are refused, in either order (contract 12, B11).
+#[tokio::test(flavor = "multi_thread")]
+async fn colliding_names_are_refused() {
+    let server = Server::start().await;
+    let client = server.client();
+    let mut grpc = server.raw().await;
+    let mut create = async |queue: &str, mode: i32| {
+        let request = absurd_proto::v1::CreateQueueRequest { queue: queue.into(), storage_mode: mode };
+        grpc.create_queue(request).await.map(drop)
+    };
+    create("weekly", 2).await.unwrap();
+    create("a_604", 1).await.unwrap();
+    create("b_ti", 1).await.unwrap();
+    for (queue, mode) in [
+        ("weekly_d", 1),
+        ("weekly_604", 1),
+        ("weekly_sai", 1),
+        ("q_pkey", 1),
+        ("q_idempotency_key_key", 1),
+        ("a", 2),
+        ("b", 1),
+    ] {
+        let status = create(queue, mode).await.unwrap_err();
+        let details = status.get_error_details();
+        assert_eq!(details.bad_request().unwrap().field_violations[0].field, "queue", "{queue}: {status}");
+    }
+    for (queue, mode) in [("a", 1), ("weekly_dd", 1), ("weekly_60", 1), ("q_d", 1), ("weekly", 2)] {
+        create(queue, mode).await.unwrap_or_else(|status| panic!("{queue}: {status}"));
+    }
+    assert!(client.list_queues().await.unwrap().len() >= 7);
+}
