@@ -126,7 +126,8 @@ async fn send(replicas: &Replicas, queue: &str, mut batch: Vec<Entry>) {
         let error = match asked.grpc().settle_tasks(request).await {
             Ok(response) => {
                 asked.worked();
-                return answer(batch, response.into_inner().results);
+                batch = answer(batch, response.into_inner().results);
+                continue;
             }
             Err(status) => Error::from(status),
         };
@@ -145,8 +146,11 @@ async fn send(replicas: &Replicas, queue: &str, mut batch: Vec<Entry>) {
     }
 }
 
-fn answer(batch: Vec<Entry>, results: Vec<pb::SettleResult>) {
+/// Tells each caller its outcome. What was skipped because of somebody else's item (another claim of the same run) comes
+/// back, to be sent again: who made a call of its own gets an outcome of its own.
+fn answer(batch: Vec<Entry>, results: Vec<pb::SettleResult>) -> Vec<Entry> {
     let mut results = results.into_iter();
+    let mut skipped = Vec::new();
     for entry in batch {
         let outcome = match results.next() {
             None => Err(crate::task::unclear()),
@@ -155,6 +159,11 @@ fn answer(batch: Vec<Entry>, results: Vec<pb::SettleResult>) {
                 None => Ok(result),
             },
         };
-        let _ = entry.answer.send(outcome);
+        if matches!(&outcome, Err(error) if error.reason() == Reason::ItemSkipped) && entry.deadline > Instant::now() {
+            skipped.push(entry);
+        } else {
+            let _ = entry.answer.send(outcome);
+        }
     }
+    skipped
 }

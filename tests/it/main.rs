@@ -10,6 +10,7 @@ mod doorbell;
 mod faults;
 mod input;
 mod migrations;
+mod mixed;
 mod readme;
 mod replicas;
 mod sdk;
