@@ -60,12 +60,14 @@ struct Inner {
     clock: Mutex<Option<(Monotonic, i64)>>,
 }
 
-/// Settings of our sessions: the doorbell's trigger stays silent for them, and plans are made once per statement.
+/// Settings of our sessions: the doorbell's trigger stays silent for them, plans are made once per statement, and walk an
+/// index even where the queue was empty when they were made.
 pub(crate) fn session_config(database: &tokio_postgres::Config, name: &str) -> tokio_postgres::Config {
     let mut config = database.clone();
     let options = config.get_options().unwrap_or_default().to_owned();
     config.options(format!(
         "{options} -c absurd_server.writer=on -c jit=off -c plan_cache_mode=force_generic_plan \
+         -c enable_seqscan=off -c enable_bitmapscan=off \
          -c statement_timeout=60s -c idle_in_transaction_session_timeout=60s -c TimeZone=UTC"
     ));
     config.application_name(name);

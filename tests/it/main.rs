@@ -11,6 +11,7 @@ mod faults;
 mod input;
 mod migrations;
 mod mixed;
+mod plans;
 mod readme;
 mod replicas;
 mod sdk;

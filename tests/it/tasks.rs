@@ -296,6 +296,21 @@ async fn awaiting_a_result_hears_of_ends_by_sql_too() {
     assert_eq!(missing.reason(), Reason::TaskNotFound);
 }
 
+/// What was stored before a worker gave its task back is there for the next one, also when it was the first claim.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_released_task_keeps_its_checkpoints() {
+    let server = Server::start().await;
+    let client = server.client();
+    client.spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap();
+    let mut stream = client.claim_stream(StreamOptions::default()).await.unwrap();
+    for round in 0..3 {
+        let task = in_time("the task comes", stream.next()).await.unwrap();
+        assert_eq!((task.attempt, task.checkpoints.len()), (1, round), "round {round}");
+        task.set_checkpoint(&format!("step {round}"), &j!(round)).await.unwrap();
+        task.release(Duration::ZERO).await.unwrap();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn checkpoints_ride_along_with_the_next_attempt() {
     let server = Server::start().await;

@@ -14,9 +14,8 @@ with item as materialized (
               i.digest is null or coalesce(right(r.claimed_by, 23) = '#' || i.digest, false) as owned,
               case when i.digest is null then r.state not in ('failed', 'cancelled')
                    else r.state = 'running' end as able
-         from {r} r join item i on i.run_id = r.run_id
-        order by r.run_id
-          for no key update of r {wait}),
+         from (select * from item order by run_id) i
+         cross join lateral (select * from {r} r where r.run_id = i.run_id for no key update {wait}) r),
      extended as (
        update {r} r
           set claim_expires_at = clock.now + make_interval(secs => l.seconds)
@@ -37,15 +36,16 @@ with item as materialized (
                            where o.run_id = c.owner_run_id and n.run_id = excluded.owner_run_id
                              and o.attempt > n.attempt)
        returning c.owner_run_id, c.checkpoint_name)
-select i.item, seen.run_id is not null as found, l.run_id is null as skipped,
+select i.item, coalesce(l.run_id, seen.run_id) is not null as found, l.run_id is null as skipped,
        coalesce(l.state, seen.state) as state, coalesce(l.owned, false) as owned,
        coalesce(l.able and l.owned, false) as done, coalesce(l.task_id, seen.task_id) as task_id, false as same,
        coalesce(l.failure_reason ->> 'name' = '$ClaimTimeout', false) as expired,
        stored.owner_run_id is not null as applied,
        coalesce(extended.claim_expires_at, l.claim_expires_at) as claim_expires_at
   from item i
-  left join {r} seen on seen.run_id = i.run_id
   left join locked l on l.item = i.item
+  left join lateral (select r.run_id, r.task_id, r.state from {r} r where l.run_id is null and r.run_id = i.run_id
+                     offset 0) seen on true
   left join extended on extended.run_id = i.run_id
   left join stored on stored.owner_run_id = i.run_id and stored.checkpoint_name = i.checkpoint_name
  order by i.item

@@ -1,5 +1,7 @@
 -- As run_claim, for streams that take only some task names. Looks at up to 1,000 runs in claim order after a cursor, so
--- that a queue full of other names costs the same each time; the caller moves the cursor on or back to the head.
+-- that a queue full of other names costs the same each time; the caller moves the cursor on or back to the head. Runs of
+-- the same time are walked by their place in the table, which is the order of the index: nothing is sorted before the page
+-- is full.
 with slot as materialized (
        select * from unnest($1::text[],     -- worker ids
                             $2::text[],     -- digests of the claim secrets
@@ -7,26 +9,26 @@ with slot as materialized (
                 with ordinality as s (worker_id, digest, lease, slot)),
      clock as materialized (select absurd.current_time() as now),
      seen as materialized (
-       (select r.run_id, r.task_id, r.available_at
+       (select r.run_id, r.task_id, r.available_at, r.ctid as place
           from {r} r
          where r.state = 'pending' and r.available_at <= (select now from clock)
-           and (r.available_at, r.run_id) > ($6::timestamptz, $7::uuid)
-         order by r.available_at, r.run_id
+           and r.available_at >= $6::timestamptz and (r.available_at, r.ctid) > ($6::timestamptz, $7::text::tid)
+         order by r.available_at
          limit 1000)
        union all
-       (select r.run_id, r.task_id, r.available_at
+       (select r.run_id, r.task_id, r.available_at, r.ctid as place
           from {r} r
          where r.state = 'sleeping' and r.available_at <= (select now from clock)
-           and (r.available_at, r.run_id) > ($6::timestamptz, $7::uuid)
-         order by r.available_at, r.run_id
+           and r.available_at >= $6::timestamptz and (r.available_at, r.ctid) > ($6::timestamptz, $7::text::tid)
+         order by r.available_at
          limit 1000)),
      looked as materialized (
-       select * from seen order by available_at, run_id limit 1000),
+       select * from seen order by available_at, place limit 1000),
      wanted as materialized (
+       -- In order, and no further than needed.
        select l.run_id
-         from looked l join {t} t on t.task_id = l.task_id
-        where t.task_name = any ($5::text[])
-        order by l.available_at, l.run_id
+         from (select * from looked order by available_at, place) l
+         cross join lateral (select from {t} t where t.task_id = l.task_id and t.task_name = any ($5::text[]) offset 0) t
         limit $4::integer * 2),
      locked as materialized (
        select r.run_id, r.task_id, r.available_at, r.started_at, t.first_started_at
@@ -65,12 +67,12 @@ with slot as materialized (
        delete from {w} w using runs, clock where w.run_id = runs.run_id and w.timeout_at <= clock.now),
      -- The cursor moves only when a full page was looked at; else the next look starts at the head again.
      edge as (
-       select available_at, run_id from looked
+       select available_at, place from looked
         where (select count(*) from looked) = 1000 and (select count(*) from wanted) < $4::integer * 2
-        order by available_at desc, run_id desc limit 1)
+        order by available_at desc, place desc limit 1)
 select runs.slot, runs.run_id, runs.task_id, runs.attempt, tasks.task_name, tasks.params, tasks.retry_strategy,
        tasks.max_attempts, tasks.headers, runs.wake_event, runs.event_payload, runs.claim_expires_at,
-       runs.was_available_at, runs.resumed, runs.first_claim, edge.available_at as edge_at, edge.run_id as edge_run_id
+       runs.was_available_at, runs.resumed, runs.first_claim, edge.available_at as edge_at, edge.place::text as edge_place
   from (select 1) as one
   left join edge on true
   left join (runs join tasks on tasks.task_id = runs.task_id) on true

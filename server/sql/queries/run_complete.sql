@@ -8,14 +8,12 @@ with item as materialized (
      locked as materialized (
        select r.run_id, r.task_id, r.state, i.item, i.result, r.result as stored, r.failure_reason,
               i.digest is null or coalesce(right(r.claimed_by, 23) = '#' || i.digest, false) as owned
-         from {r} r join item i on i.run_id = r.run_id
-        order by r.run_id
-          for update of r {wait}),
+         from (select * from item order by run_id) i
+         cross join lateral (select * from {r} r where r.run_id = i.run_id for update {wait}) r),
      held as materialized (
-       select t.task_id from {t} t
-        where t.task_id in (select l.task_id from locked l where l.state = 'running' and l.owned)
-        order by t.task_id
-          for update {wait}),
+       select t.task_id
+         from (select l.task_id from locked l where l.state = 'running' and l.owned order by l.task_id) l
+         cross join lateral (select t.task_id from {t} t where t.task_id = l.task_id for update {wait}) t),
      runs as (
        update {r} r
           set state = 'completed', completed_at = clock.now, result = l.result
@@ -29,12 +27,13 @@ with item as materialized (
         where t.task_id = runs.task_id),
      waits as (
        delete from {w} w using runs where w.run_id = runs.run_id)
-select i.item, seen.run_id is not null as found, l.run_id is null as skipped,
+select i.item, coalesce(l.run_id, seen.run_id) is not null as found, l.run_id is null as skipped,
        coalesce(l.state, seen.state) as state, coalesce(l.owned, false) as owned, runs.run_id is not null as done,
        coalesce(l.task_id, seen.task_id) as task_id,
        l.state = 'completed' and l.stored is not distinct from i.result as same
   from item i
-  left join {r} seen on seen.run_id = i.run_id
   left join locked l on l.item = i.item
+  left join lateral (select r.run_id, r.task_id, r.state from {r} r where l.run_id is null and r.run_id = i.run_id
+                     offset 0) seen on true
   left join runs on runs.run_id = i.run_id
  order by i.item

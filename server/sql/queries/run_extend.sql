@@ -8,22 +8,22 @@ with item as materialized (
      locked as materialized (
        select r.run_id, r.task_id, r.state, r.claim_expires_at, i.item, i.seconds, r.failure_reason,
               i.digest is null or coalesce(right(r.claimed_by, 23) = '#' || i.digest, false) as owned
-         from {r} r join item i on i.run_id = r.run_id
-        order by r.run_id
-          for no key update of r {wait}),
+         from (select * from item order by run_id) i
+         cross join lateral (select * from {r} r where r.run_id = i.run_id for no key update {wait}) r),
      runs as (
        update {r} r
           set claim_expires_at = clock.now + make_interval(secs => l.seconds)
          from locked l cross join clock
         where r.run_id = l.run_id and l.state = 'running' and l.owned and l.claim_expires_at is not null
        returning r.run_id, r.claim_expires_at)
-select i.item, seen.run_id is not null as found, l.run_id is null as skipped,
+select i.item, coalesce(l.run_id, seen.run_id) is not null as found, l.run_id is null as skipped,
        coalesce(l.state, seen.state) as state, coalesce(l.owned, false) as owned,
        coalesce(l.state = 'running' and l.owned, false) as done, coalesce(l.task_id, seen.task_id) as task_id,
        false as same, coalesce(l.failure_reason ->> 'name' = '$ClaimTimeout', false) as expired,
        runs.claim_expires_at
   from item i
-  left join {r} seen on seen.run_id = i.run_id
   left join locked l on l.item = i.item
+  left join lateral (select r.run_id, r.task_id, r.state from {r} r where l.run_id is null and r.run_id = i.run_id
+                     offset 0) seen on true
   left join runs on runs.run_id = i.run_id
  order by i.item

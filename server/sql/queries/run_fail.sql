@@ -12,7 +12,7 @@ with item as materialized (
      locked as materialized (
        select r.run_id, r.task_id, r.attempt, r.state, i.item, i.retry_at, i.next_run_id, r.failure_reason,
               i.digest is null or coalesce(right(r.claimed_by, 23) = '#' || i.digest, false) as owned,
-              case when i.sweep then r.state = 'running' and coalesce(r.claim_expires_at <= clock.now, false)
+              case when i.sweep then r.state = 'running' and coalesce(r.claim_expires_at <= i.now, false)
                    when i.digest is null then r.state in ('running', 'sleeping')
                    else r.state = 'running' end as able,
               case when i.sweep
@@ -25,15 +25,14 @@ with item as materialized (
                           'claimExpiredAt', r.claim_expires_at,
                           'attempt', r.attempt))
                    else i.reason end as reason
-         from {r} r join item i on i.run_id = r.run_id cross join clock
-        order by r.run_id
-          for update of r {wait}),
+         from (select item.*, clock.now from item cross join clock order by item.run_id) i
+         cross join lateral (select * from {r} r where r.run_id = i.run_id for update {wait}) r),
      held as materialized (
-       select t.task_id, t.retry_strategy, t.max_attempts, t.cancellation, t.first_started_at
-         from {t} t
-        where t.task_id in (select l.task_id from locked l where l.able and l.owned)
-        order by t.task_id
-          for update {wait}),
+       select t.*
+         from (select l.task_id from locked l where l.able and l.owned order by l.task_id) l
+         cross join lateral (
+           select t.task_id, t.retry_strategy, t.max_attempts, t.cancellation, t.first_started_at
+             from {t} t where t.task_id = l.task_id for update {wait}) t),
      plan as materialized (
        select l.item, l.run_id, l.task_id, l.attempt, l.next_run_id, l.reason, h.cancellation, h.first_started_at,
               case when h.max_attempts is null or l.attempt < h.max_attempts
@@ -78,7 +77,7 @@ with item as materialized (
         where t.task_id = d.task_id),
      waits as (
        delete from {w} w using decided d where w.run_id = d.run_id)
-select i.item, seen.run_id is not null as found, l.run_id is null as skipped,
+select i.item, coalesce(l.run_id, seen.run_id) is not null as found, l.run_id is null as skipped,
        coalesce(l.state, seen.state) as state, coalesce(l.owned, false) as owned, d.run_id is not null as done,
        coalesce(l.task_id, seen.task_id) as task_id,
        l.state = 'failed' and l.failure_reason is not distinct from i.reason as same,
@@ -92,11 +91,14 @@ select i.item, seen.run_id is not null as found, l.run_id is null as skipped,
        coalesce(ceil(extract(epoch from d.next_at - clock.now) * 1000), 0)::bigint as next_in_ms
   from item i
   cross join clock
-  left join {r} seen on seen.run_id = i.run_id
   left join locked l on l.item = i.item
+  left join lateral (select r.run_id, r.task_id, r.state from {r} r where l.run_id is null and r.run_id = i.run_id
+                     offset 0) seen on true
   left join decided d on d.item = i.item
   -- For a repeated call: what the first one led to.
-  left join {t} task on d.run_id is null and l.state = 'failed' and task.task_id = l.task_id
-  left join {r} after on d.run_id is null and l.state = 'failed' and after.task_id = l.task_id
-                         and after.attempt = l.attempt + 1
+  left join lateral (select t.state from {t} t
+                      where d.run_id is null and l.state = 'failed' and t.task_id = l.task_id offset 0) task on true
+  left join lateral (select r.run_id, r.attempt, r.available_at from {r} r
+                      where d.run_id is null and l.state = 'failed' and r.task_id = l.task_id
+                        and r.attempt = l.attempt + 1 offset 0) after on true
  order by i.item

@@ -9,16 +9,16 @@ with item as materialized (
                 with ordinality as i (run_id, digest, available_at, delay_ms, first_claim, item)),
      clock as materialized (select absurd.current_time() as now),
      locked as materialized (
-       select r.run_id, r.task_id, r.state, r.claimed_by, i.item, i.available_at, i.delay_ms, i.first_claim,
+       select r.run_id, r.task_id, r.state, r.claimed_by, i.item, i.available_at, i.delay_ms,
+              -- A step that is stored must be found by the next claim: then the run has been started, after all.
+              i.first_claim and not exists (select from {c} c where c.task_id = r.task_id) as first_claim,
               r.failure_reason, i.digest is null or coalesce(right(r.claimed_by, 23) = '#' || i.digest, false) as owned
-         from {r} r join item i on i.run_id = r.run_id
-        order by r.run_id
-          for update of r {wait}),
+         from (select * from item order by run_id) i
+         cross join lateral (select * from {r} r where r.run_id = i.run_id for update {wait}) r),
      held as materialized (
-       select t.task_id from {t} t
-        where t.task_id in (select l.task_id from locked l where l.state = 'running' and l.owned)
-        order by t.task_id
-          for update {wait}),
+       select t.task_id
+         from (select l.task_id from locked l where l.state = 'running' and l.owned order by l.task_id) l
+         cross join lateral (select t.task_id from {t} t where t.task_id = l.task_id for update {wait}) t),
      runs as (
        update {r} r
           set state = case when l.delay_ms > 0 then 'sleeping' else 'pending' end,
@@ -34,13 +34,14 @@ with item as materialized (
           set state = runs.state, first_started_at = case when runs.first_claim then null else t.first_started_at end
          from runs
         where t.task_id = runs.task_id)
-select i.item, seen.run_id is not null as found, l.run_id is null as skipped,
+select i.item, coalesce(l.run_id, seen.run_id) is not null as found, l.run_id is null as skipped,
        coalesce(l.state, seen.state) as state, coalesce(l.owned, false) as owned, runs.run_id is not null as done,
        coalesce(l.task_id, seen.task_id) as task_id,
        l.state in ('pending', 'sleeping') and l.claimed_by is null as same,
        coalesce(l.failure_reason ->> 'name' = '$ClaimTimeout', false) as expired
   from item i
-  left join {r} seen on seen.run_id = i.run_id
   left join locked l on l.item = i.item
+  left join lateral (select r.run_id, r.task_id, r.state from {r} r where l.run_id is null and r.run_id = i.run_id
+                     offset 0) seen on true
   left join runs on runs.run_id = i.run_id
  order by i.item

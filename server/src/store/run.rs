@@ -27,12 +27,19 @@ pub struct Slot {
 #[derive(Debug, Clone, Copy)]
 pub struct Cursor {
     available_at: Instant,
-    run_id: Uuid,
+    /// Page and line of the row.
+    place: (u32, u16),
 }
 
 impl Cursor {
     /// Before every run.
-    pub const HEAD: Self = Self { available_at: Instant::from_micros(0), run_id: Uuid::nil() };
+    pub const HEAD: Self = Self { available_at: Instant::from_micros(0), place: (0, 0) };
+}
+
+/// Page and line of a `tid` as Postgres prints it.
+fn parse_place(text: &str) -> Option<(u32, u16)> {
+    let (page, line) = text.strip_prefix('(')?.strip_suffix(')')?.split_once(',')?;
+    Some((page.parse().ok()?, line.parse().ok()?))
 }
 
 /// What a claim statement took.
@@ -82,17 +89,18 @@ impl Store {
         let rows = if names.is_empty() {
             self.rows(&RUN_CLAIM, Wait::Skip, Some(scope), &[&workers, &digests, &leases, &quantity]).await?
         } else {
+            let place = format!("({},{})", cursor.place.0, cursor.place.1);
             let params: [&(dyn postgres_types::ToSql + Sync); 7] =
-                [&workers, &digests, &leases, &quantity, &names, &cursor.available_at, &cursor.run_id];
+                [&workers, &digests, &leases, &quantity, &names, &cursor.available_at, &place];
             self.rows(&RUN_CLAIM_NAMED, Wait::Skip, Some(scope), &params).await?
         };
         let mut next = Cursor::HEAD;
         let mut more = false;
         if let Some(row) = rows.first().filter(|_| !names.is_empty())
-            && let Some((available_at, run_id)) =
-                row.get::<_, Option<Instant>>("edge_at").zip(row.get::<_, Option<Uuid>>("edge_run_id"))
+            && let Some(available_at) = row.get::<_, Option<Instant>>("edge_at")
+            && let Some(place) = row.get::<_, Option<&str>>("edge_place").and_then(parse_place)
         {
-            next = Cursor { available_at, run_id };
+            next = Cursor { available_at, place };
             more = true;
         }
         let claims = rows.iter().filter_map(|row| claim(slots, row)).collect();
