@@ -11,7 +11,7 @@ mod server;
 
 use std::time::Duration;
 
-pub use database::{Database, cluster, data_directory};
+pub use database::{Database, cluster, data_directory, pg_bin};
 pub use process::{Absurd, absurd, binary, example, root, tool};
 pub use proxy::Proxy;
 pub use server::{Grpc, Server, ServerOptions, json, raw};

@@ -202,7 +202,12 @@ async fn postgres_restarts_under_load() {
     let home = tempfile::tempdir().unwrap();
     let readable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(home.path(), readable).unwrap();
-    let options = ClusterOptions { home: home.path().join("pg"), bin: None, durable: false, settings: Vec::new() };
+    let options = ClusterOptions {
+        home: home.path().join("pg"),
+        bin: absurd_tests::pg_bin(),
+        durable: false,
+        settings: Vec::new(),
+    };
     let start = || {
         let options = options.clone();
         tokio::task::spawn_blocking(move || Cluster::start(&options).unwrap())
