@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::registry::Revoked;
-use crate::task::{self, FailOutcome};
+use crate::task::{self, Awaited, FailOutcome};
 use crate::{AbsurdClient, Error, Json};
 
 /// A claimed task. From a stream, its lease is kept until it is settled or dropped; a task that is dropped unsettled
@@ -102,6 +102,12 @@ impl ClaimedTask {
                 std::future::pending::<()>().await;
             }
         }
+    }
+
+    /// Waits for an event, as a step with the name `step`. When the run is put to sleep the claim is over: stop working on
+    /// it; whoever claims it next calls this again and gets the payload, or hears that the time is over.
+    pub async fn await_event(&self, step: &str, event: &str, timeout: Option<Duration>) -> Result<Awaited, Error> {
+        self.client.await_for(self.run_id, Some(self.token.clone()), step, event, timeout).await
     }
 
     async fn settle(&self, action: Action) -> Result<pb::SettleResult, Error> {

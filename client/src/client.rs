@@ -20,7 +20,7 @@ use crate::registry::Registry;
 use crate::replicas::Replicas;
 use crate::settle::Settler;
 use crate::stream::{ClaimStream, StreamOptions};
-use crate::task::{self, FailOutcome, NewTask, SpawnOptions, Spawned, State, TaskResult};
+use crate::task::{self, Awaited, FailOutcome, NewTask, SpawnOptions, Spawned, State, TaskResult};
 use crate::{Error, Json};
 
 /// Queue of a client that names none and finds none in `ABSURD_DEFAULT_QUEUE`.
@@ -326,6 +326,54 @@ impl AbsurdClient {
     pub async fn release_claim(&self, run_id: Uuid, delay: Duration) -> Result<(), Error> {
         let delay = Some(task::duration(delay));
         self.settle(run_id, None, pb::settle_item::Action::Release(pb::ReleaseAction { delay })).await.map(drop)
+    }
+
+    /// Waits for an event, as a step with the name `step_name`. When the run is put to sleep its claim is over.
+    pub async fn await_event(
+        &self,
+        run_id: Uuid,
+        step_name: &str,
+        event_name: &str,
+        timeout: Option<Duration>,
+    ) -> Result<Awaited, Error> {
+        self.await_for(run_id, self.shared.registry.token(run_id), step_name, event_name, timeout).await
+    }
+
+    pub(crate) async fn await_for(
+        &self,
+        run_id: Uuid,
+        claim_token: Option<String>,
+        step_name: &str,
+        event_name: &str,
+        timeout: Option<Duration>,
+    ) -> Result<Awaited, Error> {
+        let request = pb::AwaitEventRequest {
+            queue: self.queue(),
+            run_id: run_id.to_string(),
+            claim_token: claim_token.clone(),
+            step_name: step_name.to_owned(),
+            event_name: event_name.to_owned(),
+            timeout: timeout.map(task::duration),
+        };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.await_event(request).await };
+        let outcome = self.call(request, self.shared.deadline, send).await.and_then(Awaited::from_wire);
+        let over = match &outcome {
+            Ok(awaited) => matches!(awaited, Awaited::Suspended { .. }),
+            Err(error) => error.is_claim_over(),
+        };
+        if over {
+            self.shared.registry.remove(run_id, claim_token.as_deref());
+        }
+        outcome
+    }
+
+    /// Emits an event; says whether this was the first time, and how many runs it woke.
+    pub async fn emit_event<P: Serialize + ?Sized>(&self, event_name: &str, payload: &P) -> Result<(bool, i64), Error> {
+        let payload = Some(Json::of(payload)?.into_wire());
+        let request = pb::EmitEventRequest { queue: self.queue(), event_name: event_name.to_owned(), payload };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.emit_event(request).await };
+        let response = self.call(request, self.shared.deadline, send).await?;
+        Ok((response.applied, response.woken))
     }
 
     /// Cancels a task that has not ended; says whether this call did it, and the task's state.

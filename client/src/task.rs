@@ -253,3 +253,31 @@ pub(crate) fn span(duration: Option<&prost_types::Duration>) -> Option<Duration>
     let duration = duration?;
     Some(Duration::new(u64::try_from(duration.seconds).ok()?, u32::try_from(duration.nanos).ok()?))
 }
+
+/// How a wait for an event stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Awaited {
+    /// The event was emitted: its payload.
+    Payload(Json),
+    /// The run sleeps and the claim is over.
+    Suspended {
+        /// When it wakes by itself; None: only the event wakes it.
+        wake_at: Option<std::time::SystemTime>,
+    },
+    /// The time was over before the event came; every later call of this step says the same.
+    TimedOut,
+}
+
+impl Awaited {
+    pub(crate) fn from_wire(response: pb::AwaitEventResponse) -> Result<Self, Error> {
+        use pb::await_event_response::Outcome;
+        match response.outcome {
+            Some(Outcome::Payload(json)) => Json::from_wire(Some(json)).map(Self::Payload).ok_or_else(unclear),
+            Some(Outcome::Suspended(suspended)) => Ok(Self::Suspended {
+                wake_at: suspended.wake_at.and_then(|at| std::time::SystemTime::try_from(at).ok()),
+            }),
+            Some(Outcome::TimedOut(_)) => Ok(Self::TimedOut),
+            None => Err(unclear()),
+        }
+    }
+}

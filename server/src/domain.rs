@@ -9,6 +9,6 @@ pub mod time;
 
 pub use claim::{Claim, ClaimToken, Digest, Settled, Verdict};
 pub use error::Error;
-pub use id::{CheckpointName, QueueName, RunId, SessionId, State, TaskId, TaskName, WorkerId};
+pub use id::{CheckpointName, EventName, QueueName, RunId, SessionId, State, TaskId, TaskName, WorkerId};
 pub use json::JsonText;
 pub use time::Instant;

@@ -9,10 +9,11 @@ use uuid::Uuid;
 use crate::activity::{Activity, Feed, What};
 use crate::commit::{self, Committer, Settles, Spawns};
 use crate::dispatch::{DispatchOptions, Dispatcher};
-use crate::domain::{Error, QueueName, Settled, State, TaskId};
+use crate::domain::{CheckpointName, Error, EventName, JsonText, QueueName, Settled, State, TaskId};
 use crate::doorbell::Hints;
 use crate::scope::{Caller, Scope};
 use crate::store::batch::{Kind, RunRef, Write};
+use crate::store::event::Awaited;
 use crate::store::task::{NewTask, Spawned};
 use crate::store::{Fault, Store};
 use crate::wait::Waits;
@@ -224,6 +225,47 @@ impl Engine {
             self.waits.ended(scope.queue(), task_id);
         }
         self.feed.tell(|| Activity::ended(scope, task_id, state));
+    }
+
+    /// Waits for an event as a step of a run; a run that sleeps is in flight no more.
+    pub async fn await_event(
+        &self,
+        scope: &Scope,
+        run: &RunRef,
+        step: &CheckpointName,
+        event: &EventName,
+        timeout: Option<Duration>,
+        lock_wait: Duration,
+    ) -> Result<Awaited, Error> {
+        self.dispatcher.alive(scope.queue(), run.run_id, None);
+        let outcome = self.store.event_await(scope, run, step, event, timeout, lock_wait).await;
+        match &outcome {
+            Ok(Awaited::Suspended(wake_at)) => {
+                self.dispatcher.left(scope.queue(), run.run_id);
+                let now = self.store.now();
+                if let Some(wait) = wake_at.zip(now).map(|(at, now)| at.micros().saturating_sub(now.micros()).max(0)) {
+                    self.dispatcher.note_available(scope.queue(), Duration::from_micros(wait.unsigned_abs()));
+                }
+            }
+            Err(Error::TaskCancelled(_) | Error::ClaimExpired(_)) => self.dispatcher.left(scope.queue(), run.run_id),
+            Ok(Awaited::Payload(_) | Awaited::TimedOut) | Err(_) => {}
+        }
+        outcome
+    }
+
+    /// Emits an event; woken runs are offered at once.
+    pub async fn emit_event(
+        &self,
+        scope: &Scope,
+        event: &EventName,
+        payload: Option<&JsonText>,
+        lock_wait: Duration,
+    ) -> Result<(bool, i64), Error> {
+        let (applied, woken) = self.store.event_emit(scope, event, payload, lock_wait).await?;
+        if woken > 0 {
+            self.new_work(scope);
+        }
+        Ok((applied, woken))
     }
 
     /// Cancels a task; says whether this call did it, and the state now.

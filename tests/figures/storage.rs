@@ -125,14 +125,16 @@ async fn figures(cluster: &Cluster) {
     let mut waiting = 0;
     for backlog in backlogs {
         sides.both(&load("q", "pending", backlog - waiting)).await;
-        sides.both("vacuum analyze absurd.t_q; vacuum analyze absurd.r_q").await;
+        sides.both("vacuum analyze absurd.t_q").await;
+        sides.both("vacuum analyze absurd.r_q").await;
         waiting = backlog;
         sides
             .measure(&format!("claim 1, {backlog} pending"), "select * from absurd.claim_task('q', 'w')", SAMPLES)
             .await;
     }
     sides.both(&load("f", "completed", 1_000_000)).await;
-    sides.both("vacuum analyze absurd.t_f; vacuum analyze absurd.r_f").await;
+    sides.both("vacuum analyze absurd.t_f").await;
+    sides.both("vacuum analyze absurd.r_f").await;
     sides
         .measure("claim 1, 1000000 finished, none pending", "select * from absurd.claim_task('f', 'w')", SAMPLES)
         .await;

@@ -7,6 +7,7 @@ mod better;
 mod cli;
 mod contract;
 mod doorbell;
+mod events;
 mod faults;
 mod input;
 mod migrations;

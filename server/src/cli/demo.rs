@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use absurd_client::{AbsurdClient, ClaimedTask, ConnectOptions, SpawnOptions, StreamOptions};
+use absurd_client::{AbsurdClient, Awaited, ClaimedTask, ConnectOptions, SpawnOptions, StreamOptions};
 use anyhow::Context as _;
 use clap::Args;
 use serde_json::{Value, json};
@@ -15,6 +15,8 @@ use super::{dev, runtime};
 use crate::postgres::{Cluster, ClusterOptions};
 
 const QUEUE: &str = "demo";
+/// What a worker says when the task waits for the warehouse.
+const WAITS: &str = "the task sleeps until its shipment is packed; this worker is free";
 /// The grace of a lost worker; the shortest that the server grants.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -92,8 +94,16 @@ async fn show(url: &str, home: &Path) -> anyhow::Result<()> {
 
     let mut second = start_worker(url, &ledger, false)?;
     let mut resumed = None;
-    follow_with(&mut second, &say, "worker 2", None, |_| {
+    follow_with(&mut second, &say, "worker 2", None, |line| {
         resumed.get_or_insert_with(|| killed.elapsed());
+        if line.contains(WAITS) {
+            let (client, event) = (client.clone(), format!("shipment.packed:{order}"));
+            tokio::spawn(async move {
+                if let Err(error) = client.emit_event(&event, &json!({"tracking_number": "TRACK-1"})).await {
+                    eprintln!("the warehouse could not be heard: {error}");
+                }
+            });
+        }
     })?;
     let end = client.await_task_result(spawned.task_id, Some(Duration::from_secs(60))).await?;
     let _ = second.kill();
@@ -152,22 +162,38 @@ pub(super) async fn work(args: DemoWorkerArgs) -> anyhow::Result<()> {
     let client = AbsurdClient::connect(&ConnectOptions::new(&args.url))?.with_queue(QUEUE);
     let options = StreamOptions { reconnect_grace: Some(GRACE), ..StreamOptions::default() };
     let mut tasks = client.claim_stream(options).await?;
-    let task = tasks.next().await.context("the stream ended")?;
-    println!("has the task, attempt {}, {} steps done before", task.attempt, task.checkpoints.len());
+    while let Some(task) = tasks.next().await {
+        println!("has the task, attempt {}, {} steps done before", task.attempt, task.checkpoints.len());
+        if fulfil(&task, &args).await? {
+            break;
+        }
+    }
+    tasks.close(Duration::from_secs(5)).await?;
+    Ok(())
+}
+
+/// The seed's order-fulfillment; false when the task sleeps now.
+async fn fulfil(task: &ClaimedTask, args: &DemoWorkerArgs) -> anyhow::Result<bool> {
     let order: Value = task.params()?;
-    let payment = step(&task, "process-payment", || charge(&args.ledger, &order)).await?;
+    let payment = step(task, "process-payment", || charge(&args.ledger, &order)).await?;
     println!("payment stored: {}", payment["id"]);
     if args.linger {
         std::future::pending::<()>().await;
     }
-    step(&task, "reserve-inventory", || Ok(json!({"reserved": order["items"]}))).await?;
-    let shipment = step(&task, "pack-shipment", || Ok(json!({"tracking_number": "TRACK-1"}))).await?;
-    step(&task, "send-notification", || Ok(json!({"sent_to": order["email"]}))).await?;
+    step(task, "reserve-inventory", || Ok(json!({"reserved": order["items"]}))).await?;
+    let event = format!("shipment.packed:{}", order["order_id"].as_str().unwrap_or_default());
+    let shipment: Value = match task.await_event("await-shipment", &event, Some(Duration::from_secs(60))).await? {
+        Awaited::Payload(payload) => payload.to()?,
+        Awaited::Suspended { .. } => {
+            println!("{WAITS}");
+            return Ok(false);
+        }
+        Awaited::TimedOut => anyhow::bail!("the shipment was not packed in time"),
+    };
+    step(task, "send-notification", || Ok(json!({"sent_to": order["email"]}))).await?;
     task.complete(&json!({"order_id": payment["id"], "tracking_number": shipment["tracking_number"]})).await?;
     println!("completed the task");
-    drop(task);
-    tasks.close(Duration::from_secs(5)).await?;
-    Ok(())
+    Ok(true)
 }
 
 /// A step runs once: its result is stored, and found again by whoever takes the task next.

@@ -92,6 +92,11 @@ name!(
     TASK_NAME_BYTES_MAX
 );
 name!(
+    /// Name of an event.
+    EventName,
+    CHECKPOINT_NAME_BYTES_MAX
+);
+name!(
     /// Name of a checkpoint.
     CheckpointName,
     CHECKPOINT_NAME_BYTES_MAX

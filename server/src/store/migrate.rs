@@ -58,6 +58,7 @@ const MIGRATIONS: &[Migration] = &[
         min_server: 1,
         sql: &["-- {cleanup}", include_str!("../../sql/side/03_upkeep.sql")],
     },
+    Migration { version: 3, name: "events", min_server: 1, sql: &[include_str!("../../sql/side/04_events.sql")] },
 ];
 
 /// Where the storage contract in a database comes from.

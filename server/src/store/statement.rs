@@ -73,6 +73,8 @@ statements! {
     DOCTOR_QUEUE = "doctor_queue";
     DOCTOR_REGISTRY = "doctor_registry";
     DOCTOR_UPKEEP = "doctor_upkeep";
+    EVENT_AWAIT = "event_await";
+    EVENT_EMIT = "event_emit";
     KEY_RESERVE = "key_reserve";
     QUEUE_COLLISION = "queue_collision";
     QUEUE_CREATE = "queue_create";

@@ -1,0 +1,96 @@
+//! Events: waiting for one as a step of a run, and emitting one.
+
+use std::time::Duration;
+
+use super::batch::RunRef;
+use super::statement::{EVENT_AWAIT, EVENT_EMIT};
+use super::{Fault, Store, Wait};
+use crate::domain::{CheckpointName, Error, EventName, Instant, JsonText, State};
+use crate::scope::Scope;
+
+/// How a wait stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Awaited {
+    /// The event was emitted.
+    Payload(JsonText),
+    /// The run sleeps, until then at most.
+    Suspended(Option<Instant>),
+    /// The time was over first.
+    TimedOut,
+}
+
+impl Store {
+    /// Waits for an event under the name of a step. Repeating it is harmless.
+    pub async fn event_await(
+        &self,
+        scope: &Scope,
+        run: &RunRef,
+        step: &CheckpointName,
+        event: &EventName,
+        timeout: Option<Duration>,
+        lock_wait: Duration,
+    ) -> Result<Awaited, Error> {
+        let fail = |fault: Fault| fault.into_error(scope);
+        let tx = self.begin(lock_wait).await.map_err(fail)?;
+        let digest = run.digest.as_ref().map(crate::domain::Digest::as_str);
+        let timeout = timeout.map(|timeout| i64::try_from(timeout.as_millis()).unwrap_or(i64::MAX));
+        let queue = scope.queue().as_str();
+        let params: [&(dyn postgres_types::ToSql + Sync); 6] =
+            [&queue, &run.run_id, &digest, &step.as_str(), &event.as_str(), &timeout];
+        let outcome = match tx.rows(&EVENT_AWAIT, Wait::Block, None, &params).await {
+            Ok(rows) => rows.first().map_or_else(|| Err(Error::Internal("no answer".into())), |row| awaited(run, row)),
+            Err(fault) => Err(fail(fault)),
+        };
+        if outcome.is_ok() {
+            tx.commit().await.map_err(fail)?;
+        } else {
+            tx.rollback().await;
+        }
+        outcome
+    }
+
+    /// Emits an event; says whether this was the first time, and how many runs it woke.
+    pub async fn event_emit(
+        &self,
+        scope: &Scope,
+        event: &EventName,
+        payload: Option<&JsonText>,
+        lock_wait: Duration,
+    ) -> Result<(bool, i64), Error> {
+        let fail = |fault: Fault| fault.into_error(scope);
+        let tx = self.begin(lock_wait).await.map_err(fail)?;
+        let params: [&(dyn postgres_types::ToSql + Sync); 3] = [&scope.queue().as_str(), &event.as_str(), &payload];
+        match tx.rows(&EVENT_EMIT, Wait::Block, None, &params).await {
+            Ok(rows) => {
+                tx.commit().await.map_err(fail)?;
+                Ok(rows.first().map_or((false, 0), |row| (row.get("applied"), row.get("woken"))))
+            }
+            Err(fault) => {
+                tx.rollback().await;
+                Err(fail(fault))
+            }
+        }
+    }
+}
+
+fn awaited(run: &RunRef, row: &tokio_postgres::Row) -> Result<Awaited, Error> {
+    let run_id = run.run_id;
+    if !row.get::<_, bool>("known") {
+        return Err(Error::RunNotFound(run_id));
+    }
+    match row.get::<_, Option<&str>>("outcome") {
+        Some("payload") => return Ok(Awaited::Payload(row.get("payload"))),
+        Some("suspended") => return Ok(Awaited::Suspended(row.get("wake_at"))),
+        Some(_) => return Ok(Awaited::TimedOut),
+        None => {}
+    }
+    let state = State::from_stored(row.get("state")).unwrap_or(State::Failed);
+    let wrong_state = || Error::RunNotRunning { run: run_id, state: state.as_str().to_owned() };
+    Err(match state {
+        State::Cancelled => Error::TaskCancelled(run_id),
+        State::Failed if row.get("expired") => Error::ClaimExpired(run_id),
+        State::Completed | State::Failed => wrong_state(),
+        _ if run.digest.is_some() => Error::ClaimLost(run_id),
+        _ => wrong_state(),
+    })
+}

@@ -1,0 +1,225 @@
+//! Events over gRPC: payloads, sleep, timeouts that stay timeouts.
+
+use std::time::Duration;
+
+use absurd_client::{Awaited, ClaimStream, ClaimedTask, Reason, SpawnOptions, State, StreamOptions};
+use absurd_proto::v1 as pb;
+use absurd_tests::{Server, eventually, in_time};
+use serde_json::json as j;
+use tonic_types::StatusExt as _;
+
+const NOW: Option<Duration> = Some(Duration::ZERO);
+
+async fn stream(server: &Server) -> ClaimStream {
+    let options = StreamOptions { max_in_flight: 10, ..StreamOptions::default() };
+    server.client().claim_stream(options).await.unwrap()
+}
+
+async fn next(stream: &mut ClaimStream) -> ClaimedTask {
+    in_time("a task arrives", stream.next()).await.unwrap()
+}
+
+async fn spawn(server: &Server) {
+    let retry = absurd_client::RetryStrategy::Immediate;
+    let options = SpawnOptions { max_attempts: Some(5), retry_strategy: Some(retry), ..SpawnOptions::default() };
+    server.client().spawn_task("n", &j!(null), options).await.unwrap();
+}
+
+fn payload(awaited: &Awaited) -> String {
+    match awaited {
+        Awaited::Payload(json) => json.as_str().to_owned(),
+        other => panic!("a payload was expected, not {other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_wakes_its_run_and_is_found_again() {
+    let server = Server::start().await;
+    let client = server.client();
+    let mut tasks = stream(&server).await;
+    spawn(&server).await;
+    let task = next(&mut tasks).await;
+    let (run, task_id) = (task.run_id, task.task_id);
+    assert_eq!(task.await_event("s", "e", None).await.unwrap(), Awaited::Suspended { wake_at: None });
+    // Said twice, as a mesh may do; and by whoever does not hold the run any more.
+    assert_eq!(task.await_event("s", "e", None).await.unwrap(), Awaited::Suspended { wake_at: None });
+    let lost = task.complete(&j!(1)).await.unwrap_err();
+    assert_eq!(lost.reason(), Reason::ClaimLost);
+    assert_eq!(client.emit_event("e", &j!({"x": 1})).await.unwrap(), (true, 1));
+    assert_eq!(client.emit_event("e", &j!({"x": 2})).await.unwrap(), (false, 0), "the first emission wins");
+    let woken = next(&mut tasks).await;
+    assert_eq!((woken.run_id, woken.attempt), (run, 1));
+    assert_eq!(woken.checkpoint("s").unwrap().unwrap().as_str(), "{\"x\": 1}");
+    assert_eq!(payload(&woken.await_event("s", "e", None).await.unwrap()), "{\"x\": 1}");
+    assert_eq!(payload(&woken.await_event("another step", "e", NOW).await.unwrap()), "{\"x\": 1}");
+    client.emit_event("nothing", &j!(null)).await.unwrap();
+    assert_eq!(payload(&woken.await_event("s3", "nothing", None).await.unwrap()), "null");
+    // The next attempt finds what was stored, without any event.
+    woken.fail(&j!({"message": "x"})).await.unwrap();
+    let again = next(&mut tasks).await;
+    assert_eq!(payload(&again.await_event("s", "never emitted", None).await.unwrap()), "{\"x\": 1}");
+    again.complete(&j!("done")).await.unwrap();
+    assert_eq!(client.get_task_result(task_id).await.unwrap().state, State::Completed);
+}
+
+/// Contract section 12, B1 and B2: a timeout is remembered, across attempts, deferrals and whatever else is awaited.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_timeout_stays_a_timeout() {
+    let server = Server::start().await;
+    let sql = server.database().connect().await;
+    let mut tasks = stream(&server).await;
+    spawn(&server).await;
+    let task = next(&mut tasks).await;
+    assert_eq!(task.await_event("now", "e", NOW).await.unwrap(), Awaited::TimedOut, "no time at all is over at once");
+    let short = Some(Duration::from_millis(300));
+    let Awaited::Suspended { wake_at: Some(deadline) } = task.await_event("s", "e", short).await.unwrap() else {
+        panic!("the run sleeps until its deadline")
+    };
+    let woken = next(&mut tasks).await;
+    assert!(std::time::SystemTime::now() >= deadline);
+    assert_eq!((woken.wake_event.as_deref(), &woken.event_payload), (Some("e"), &None));
+    // Another wait comes first, a long one; the first one's timeout is not forgotten over it.
+    let Awaited::Suspended { .. } = woken.await_event("other", "o", None).await.unwrap() else { panic!() };
+    server.client().emit_event("o", &j!(1)).await.unwrap();
+    let woken = next(&mut tasks).await;
+    assert_eq!(woken.await_event("s", "e", Some(Duration::from_secs(3600))).await.unwrap(), Awaited::TimedOut);
+    // Even when the event comes after all.
+    server.client().emit_event("e", &j!("late")).await.unwrap();
+    assert_eq!(woken.await_event("s", "e", None).await.unwrap(), Awaited::TimedOut);
+    woken.fail(&j!({"message": "x"})).await.unwrap();
+    let again = next(&mut tasks).await;
+    assert_eq!(again.await_event("s", "e", None).await.unwrap(), Awaited::TimedOut, "nor by the next attempt");
+
+    // A deferral between the end of the time and the call: by SQL, as an SDK does with a task that it does not know.
+    let Awaited::Suspended { .. } = again.await_event("d", "defer", short).await.unwrap() else { panic!() };
+    let woken = next(&mut tasks).await;
+    sql.execute("select absurd.schedule_run('q', $1, now())", &[&woken.run_id]).await.unwrap();
+    let woken = next(&mut tasks).await;
+    assert_eq!(woken.wake_event, None, "the signal is gone");
+    assert_eq!(woken.await_event("d", "defer", short).await.unwrap(), Awaited::TimedOut);
+    woken.complete(&j!(1)).await.unwrap();
+    // The marks are nobody's checkpoints.
+    let visible = "select count(*) from absurd.c_q where status = 'committed' and checkpoint_name in ('s', 'now', 'd')";
+    assert_eq!(sql.query_one(visible, &[]).await.unwrap().get::<_, i64>(0), 0);
+}
+
+/// The deadline is that of the first call, also for a wait that was interrupted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wait_does_not_begin_anew() {
+    let server = Server::start().await;
+    let sql = server.database().connect().await;
+    let mut tasks = stream(&server).await;
+    spawn(&server).await;
+    let task = next(&mut tasks).await;
+    let Awaited::Suspended { wake_at: first } =
+        task.await_event("s", "e", Some(Duration::from_secs(3600))).await.unwrap()
+    else {
+        panic!()
+    };
+    // Somebody makes the run claimable before its time.
+    sql.execute("update absurd.r_q set available_at = now(), wake_event = null", &[]).await.unwrap();
+    let woken = next(&mut tasks).await;
+    let Awaited::Suspended { wake_at: second } =
+        woken.await_event("s", "e", Some(Duration::from_secs(9000))).await.unwrap()
+    else {
+        panic!()
+    };
+    assert_eq!(first, second);
+}
+
+/// A wait that an SDK began over SQL ends in a worker over gRPC, and the other way round.
+#[tokio::test(flavor = "multi_thread")]
+async fn waits_cross_between_sql_and_grpc() {
+    let server = Server::start().await;
+    let sql = server.database().connect().await;
+    spawn(&server).await;
+    let row = sql.query_one("select run_id, task_id from absurd.claim_task('q', 'w')", &[]).await.unwrap();
+    let (run, task): (uuid::Uuid, uuid::Uuid) = (row.get(0), row.get(1));
+    let wait = "select should_suspend from absurd.await_event('q', $1, $2, 's', 'e', 0)";
+    assert!(sql.query_one(wait, &[&task, &run]).await.unwrap().get::<_, bool>(0));
+    let mut tasks = stream(&server).await;
+    let woken = next(&mut tasks).await;
+    assert_eq!(woken.await_event("s", "e", Some(Duration::from_secs(60))).await.unwrap(), Awaited::TimedOut);
+    let Awaited::Suspended { .. } = woken.await_event("s2", "e2", Some(Duration::from_secs(60))).await.unwrap() else {
+        panic!()
+    };
+    tasks.close(Duration::from_secs(1)).await.unwrap();
+    sql.execute("select absurd.emit_event('q', 'e2', '5')", &[]).await.unwrap();
+    let row = sql.query_one("select run_id, event_payload::text from absurd.claim_task('q', 'w')", &[]).await.unwrap();
+    assert_eq!((row.get::<_, uuid::Uuid>(0), row.get::<_, &str>(1)), (run, "5"));
+    // The mark of the deadline is no checkpoint to the SDK: it waits as if there were none.
+    let stored = "select payload::text from absurd.await_event('q', $1, $2, 's2', 'e2')";
+    assert_eq!(sql.query_one(stored, &[&task, &run]).await.unwrap().get::<_, &str>(0), "5");
+    assert!(
+        sql.query_one("select should_suspend from absurd.await_event('q', $1, $2, 's', 'e')", &[&task, &run])
+            .await
+            .unwrap()
+            .get::<_, bool>(0)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_waits_and_emissions_are_refused() {
+    let server = Server::start().await;
+    let client = server.client();
+    let mut grpc = server.raw().await;
+    let mut tasks = stream(&server).await;
+    spawn(&server).await;
+    let task = next(&mut tasks).await;
+    let request = |step: &str, event: &str| pb::AwaitEventRequest {
+        queue: "q".into(),
+        run_id: String::new(),
+        claim_token: Some(task.claim_token().to_owned()),
+        step_name: step.into(),
+        event_name: event.into(),
+        timeout: None,
+    };
+    let negative = Some(prost_types::Duration { seconds: -1, nanos: 0 });
+    for (wrong, field) in [
+        (request(" ", "e"), "step_name"),
+        (request("s", ""), "event_name"),
+        (request("s", &"x".repeat(1025)), "event_name"),
+        (pb::AwaitEventRequest { timeout: negative, ..request("s", "e") }, "timeout"),
+    ] {
+        let status = grpc.await_event(wrong).await.unwrap_err();
+        assert_eq!(status.get_error_details().bad_request().unwrap().field_violations[0].field, field, "{status}");
+    }
+    let unknown = client.await_event(uuid::Uuid::now_v7(), "s", "e", None).await.unwrap_err();
+    assert_eq!(unknown.reason(), Reason::RunNotFound);
+    let emission = pb::EmitEventRequest {
+        queue: "q".into(),
+        event_name: "e".into(),
+        payload: Some(pb::Json { text: "\"\\u0000\"".into() }),
+    };
+    let status = grpc.emit_event(emission).await.unwrap_err();
+    assert!(status.message().contains("payload"), "{status}");
+    let nowhere = client.with_queue("nowhere").emit_event("e", &j!(1)).await.unwrap_err();
+    assert_eq!(nowhere.reason(), Reason::QueueNotFound);
+    client.cancel_task(task.task_id).await.unwrap();
+    let cancelled = task.await_event("s", "e", None).await.unwrap_err();
+    assert_eq!(cancelled.reason(), Reason::TaskCancelled);
+}
+
+/// A run that sleeps on an event is in flight no more: its credit is free at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sleeping_run_frees_its_credit() {
+    let server = Server::start().await;
+    let mut tasks = server.client().claim_stream(StreamOptions::default()).await.unwrap();
+    for _ in 0..5 {
+        spawn(&server).await;
+    }
+    for _ in 0..5 {
+        let task = next(&mut tasks).await;
+        let Awaited::Suspended { .. } = task.await_event("s", "e", None).await.unwrap() else { panic!() };
+    }
+    assert_eq!(server.client().emit_event("e", &j!(1)).await.unwrap(), (true, 5));
+    for _ in 0..5 {
+        next(&mut tasks).await.complete(&j!(1)).await.unwrap();
+    }
+    let sql = server.database().connect().await;
+    eventually("all are completed", || async {
+        let row = sql.query_one("select count(*) from absurd.t_q where state = 'completed'", &[]).await.unwrap();
+        (row.get::<_, i64>(0) == 5).then_some(())
+    })
+    .await;
+}
