@@ -265,6 +265,9 @@ async fn hot_statements_touch_few_pages_whatever_the_backlog() {
         eprintln!("the shapes in the tree are of Postgres {SHAPES_OF}, this one is {version}");
         return;
     }
+    if std::env::var_os("ABSURD_TEST_ROWS").is_some() {
+        return; // The shapes are those of the usual number of rows.
+    }
     for ran in worst.values().filter(|ran| HOT.contains(&ran.name.as_str())) {
         let path = root().join(format!("tests/it/plans/{}.txt", ran.name));
         if std::env::var_os("ABSURD_TEST_UPDATE").is_some() {
