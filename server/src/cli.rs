@@ -62,6 +62,9 @@ enum Command {
     /// Spawn, read, list, watch, cancel and retry tasks
     #[command(subcommand)]
     Task(operate::TaskCommand),
+    /// Emit events
+    #[command(subcommand)]
+    Event(operate::EventCommand),
     /// Run a program for each task
     #[command(after_help = worker::EXAMPLES)]
     Worker(worker::WorkerArgs),
@@ -147,6 +150,7 @@ pub fn main() -> ExitCode {
         Command::Health(args) => block_on(operate::health(args)),
         Command::Queue(command) => block_on(operate::queue(command)),
         Command::Task(command) => block_on(operate::task(command)),
+        Command::Event(command) => block_on(operate::event(command)),
         Command::Worker(args) => block_on(worker::run(args)),
         Command::Demo(args) => demo::run(args),
         Command::Bench(command) => bench::run(command),

@@ -32,6 +32,10 @@ async fn operators_work_over_grpc() {
     assert!(!ok && error.contains("absurd queue create --queue nowhere"), "{error}");
     let (ok, _, error) = run(&["task", "spawn", "n", "{"], &url).await;
     assert!(!ok && error.contains("task.params"), "{error}");
+    assert!(run(&["event", "emit", "go", "{\"x\": 1}"], &url).await.1.contains("0 runs woken"));
+    assert!(run(&["event", "emit", "go"], &url).await.1.contains("before"));
+    let (ok, _, error) = run(&["event", "emit", "go", "{"], &url).await;
+    assert!(!ok && error.contains("payload"), "{error}");
     assert!(!run(&["queue", "drop", "--queue", "other"], &url).await.0, "without --yes nothing is dropped");
     assert!(run(&["queue", "drop", "--queue", "other", "--yes"], &url).await.1.contains("dropped"));
 }

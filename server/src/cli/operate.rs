@@ -43,6 +43,23 @@ pub(super) enum QueueCommand {
     Stats(ClientArgs),
 }
 
+/// `absurd event ...`
+#[derive(Debug, Subcommand)]
+pub(super) enum EventCommand {
+    /// Emit an event: runs that wait for it go on
+    #[command(after_help = "Examples:\n  absurd event emit shipment.packed:42 '{\"tracking_number\":\"T-1\"}'\n  \
+        absurd event emit go")]
+    Emit {
+        /// Name; the first emission of a name wins
+        name: String,
+        /// Payload, as JSON
+        #[arg(default_value = "null")]
+        payload: String,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+}
+
 /// `absurd task ...`
 #[derive(Debug, Subcommand)]
 pub(super) enum TaskCommand {
@@ -165,6 +182,19 @@ pub(super) async fn health(args: ClientArgs) -> anyhow::Result<()> {
         Output::Json => output::json(&json!({"status": status.as_str_name()})),
     }
     anyhow::ensure!(status == ServingStatus::Serving, "the server is not ready");
+    Ok(())
+}
+
+/// `absurd event ...`
+pub(super) async fn event(command: EventCommand) -> anyhow::Result<()> {
+    let EventCommand::Emit { name, payload, client: args } = command;
+    let payload = serde_json::value::RawValue::from_string(payload).context("payload: not JSON")?;
+    let (applied, woken) = args.client()?.emit_event(&name, &payload).await?;
+    match args.output {
+        Output::Json => output::json(&json!({"applied": applied, "woken": woken})),
+        Output::Table if applied => println!("emitted; {woken} runs woken"),
+        Output::Table => println!("had been emitted before; the first payload stays"),
+    }
     Ok(())
 }
 
