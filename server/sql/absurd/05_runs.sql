@@ -125,6 +125,7 @@ declare
   v_timeout integer := greatest(coalesce(p_claim_timeout, 30), 0);
   v_qty integer := greatest(coalesce(p_qty, 1), 1);
   v_expired record;
+  v_any boolean;
 begin
   perform absurd.cancel_due_tasks(p_queue_name, 500);
 
@@ -145,6 +146,14 @@ begin
         'attempt', v_expired.attempt)),
       null);
   end loop;
+
+  -- Most polls find nothing: they shall not pay for the plan of a claim.
+  execute format('select exists (select from absurd.%1$I r where r.state = ''pending'' and r.available_at <= $1)
+                      or exists (select from absurd.%1$I r where r.state = ''sleeping'' and r.available_at <= $1)',
+                 'r_' || p_queue_name) into v_any using v_now;
+  if not v_any then
+    return;
+  end if;
 
   return query execute format(
     'with pending as (
