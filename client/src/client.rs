@@ -20,7 +20,7 @@ use crate::registry::Registry;
 use crate::replicas::Replicas;
 use crate::settle::Settler;
 use crate::stream::{ClaimStream, StreamOptions};
-use crate::task::{self, Awaited, FailOutcome, NewTask, SpawnOptions, Spawned, State, TaskResult};
+use crate::task::{self, Awaited, Checkpoint, FailOutcome, NewTask, SpawnOptions, Spawned, State, TaskResult};
 use crate::{Error, Json};
 
 /// Queue of a client that names none and finds none in `ABSURD_DEFAULT_QUEUE`.
@@ -326,6 +326,134 @@ impl AbsurdClient {
     pub async fn release_claim(&self, run_id: Uuid, delay: Duration) -> Result<(), Error> {
         let delay = Some(task::duration(delay));
         self.settle(run_id, None, pb::settle_item::Action::Release(pb::ReleaseAction { delay })).await.map(drop)
+    }
+
+    /// Stores the result of a step; says whether it was taken: a newer attempt's value is never replaced by an older one's.
+    /// `extend_claim_by` extends the lease too.
+    pub async fn set_checkpoint<T: Serialize + ?Sized>(
+        &self,
+        task_id: Uuid,
+        step_name: &str,
+        state: &T,
+        owner_run: Uuid,
+        extend_claim_by: Option<Duration>,
+    ) -> Result<bool, Error> {
+        let request = pb::SetCheckpointRequest {
+            queue: self.queue(),
+            run_id: owner_run.to_string(),
+            claim_token: self.shared.registry.token(owner_run),
+            task_id: task_id.to_string(),
+            checkpoint_name: step_name.to_owned(),
+            state: Some(Json::of(state)?.into_wire()),
+            extend_by: extend_claim_by.map(task::duration),
+        };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.set_checkpoint(request).await };
+        Ok(self.call(request, self.shared.deadline, send).await?.applied)
+    }
+
+    /// Stores the result of a step of a run.
+    pub async fn save_checkpoint_for_run<T: Serialize + ?Sized>(
+        &self,
+        run_id: Uuid,
+        step_name: &str,
+        data: &T,
+        task_id: Option<Uuid>,
+    ) -> Result<bool, Error> {
+        let request = pb::SaveCheckpointForRunRequest {
+            queue: self.queue(),
+            run_id: run_id.to_string(),
+            claim_token: self.shared.registry.token(run_id),
+            checkpoint_name: step_name.to_owned(),
+            data: Some(Json::of(data)?.into_wire()),
+            task_id: task_id.map(|id| id.to_string()).unwrap_or_default(),
+        };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move {
+            grpc.save_checkpoint_for_run(request).await
+        };
+        Ok(self.call(request, self.shared.deadline, send).await?.applied)
+    }
+
+    /// Reads one checkpoint of a task, whoever wrote it.
+    pub async fn get_checkpoint(
+        &self,
+        task_id: Uuid,
+        step_name: &str,
+        include_pending: bool,
+    ) -> Result<Option<Checkpoint>, Error> {
+        let request = pb::GetCheckpointRequest {
+            queue: self.queue(),
+            task_id: task_id.to_string(),
+            checkpoint_name: step_name.to_owned(),
+            include_pending,
+        };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.get_checkpoint(request).await };
+        let response = self.call(request, self.shared.deadline, send).await?;
+        response.checkpoint.map(Checkpoint::from_wire).transpose()
+    }
+
+    /// Reads all checkpoints that a run may see, oldest first: its own and those of earlier attempts. To resume from.
+    pub async fn get_all_checkpoints(&self, task_id: Uuid, run_id: Uuid) -> Result<Vec<Checkpoint>, Error> {
+        let mut all = Vec::new();
+        let mut page_token = String::new();
+        loop {
+            let request = pb::GetAllCheckpointsRequest {
+                queue: self.queue(),
+                task_id: task_id.to_string(),
+                run_id: run_id.to_string(),
+                page_size: 1000,
+                page_token,
+            };
+            let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move {
+                grpc.get_all_checkpoints(request).await
+            };
+            let page = self.call(request, self.shared.deadline, send).await?;
+            for checkpoint in page.checkpoints {
+                all.push(Checkpoint::from_wire(checkpoint)?);
+            }
+            if page.next_page_token.is_empty() {
+                return Ok(all);
+            }
+            page_token = page.next_page_token;
+        }
+    }
+
+    /// Reads all checkpoints that a run itself has written, oldest first. Not the read to resume from: it does not see
+    /// those of earlier attempts.
+    pub async fn get_checkpoints_for_run(&self, run_id: Uuid) -> Result<Vec<Checkpoint>, Error> {
+        let mut all = Vec::new();
+        let mut page_token = String::new();
+        loop {
+            let request = pb::GetCheckpointsForRunRequest {
+                queue: self.queue(),
+                run_id: run_id.to_string(),
+                page_size: 1000,
+                page_token,
+            };
+            let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move {
+                grpc.get_checkpoints_for_run(request).await
+            };
+            let page = self.call(request, self.shared.deadline, send).await?;
+            for checkpoint in page.checkpoints {
+                all.push(Checkpoint::from_wire(checkpoint)?);
+            }
+            if page.next_page_token.is_empty() {
+                return Ok(all);
+            }
+            page_token = page.next_page_token;
+        }
+    }
+
+    /// Reads one checkpoint that a run itself has written.
+    pub async fn get_run_checkpoint(&self, run_id: Uuid, step_name: &str) -> Result<Option<Checkpoint>, Error> {
+        let request = pb::GetRunCheckpointRequest {
+            queue: self.queue(),
+            run_id: run_id.to_string(),
+            checkpoint_name: step_name.to_owned(),
+        };
+        let send =
+            |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.get_run_checkpoint(request).await };
+        let response = self.call(request, self.shared.deadline, send).await?;
+        response.checkpoint.map(Checkpoint::from_wire).transpose()
     }
 
     /// Waits for an event, as a step with the name `step_name`. When the run is put to sleep its claim is over.

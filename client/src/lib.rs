@@ -44,4 +44,4 @@ pub use error::{Error, Reason};
 pub use json::Json;
 pub use registry::Revoked;
 pub use stream::{ClaimStream, StreamOptions};
-pub use task::{Awaited, FailOutcome, NewTask, RetryStrategy, SpawnOptions, Spawned, State, TaskResult};
+pub use task::{Awaited, Checkpoint, FailOutcome, NewTask, RetryStrategy, SpawnOptions, Spawned, State, TaskResult};

@@ -281,3 +281,30 @@ impl Awaited {
         }
     }
 }
+
+/// The stored result of a step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// Name of the step.
+    pub checkpoint_name: String,
+    /// Value; None is SQL NULL.
+    pub state: Option<Json>,
+    /// `committed`, or whatever a client of the database has written.
+    pub status: String,
+    /// Run that wrote it.
+    pub owner_run_id: Option<Uuid>,
+    /// When.
+    pub updated_at: Option<std::time::SystemTime>,
+}
+
+impl Checkpoint {
+    pub(crate) fn from_wire(wire: pb::StoredCheckpoint) -> Result<Self, Error> {
+        Ok(Self {
+            checkpoint_name: wire.checkpoint_name,
+            state: Json::from_wire(wire.state),
+            status: wire.status,
+            owner_run_id: wire.owner_run_id.as_deref().map(id).transpose()?,
+            updated_at: wire.updated_at.and_then(|at| std::time::SystemTime::try_from(at).ok()),
+        })
+    }
+}

@@ -1,6 +1,7 @@
 //! The store: the only place that speaks SQL. Every call demands a [`Scope`] and runs named statements from `sql/queries`.
 
 pub mod batch;
+pub mod checkpoint;
 pub mod event;
 pub mod fault;
 pub mod listen;

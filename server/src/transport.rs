@@ -1,5 +1,6 @@
 //! The gRPC side: parse at the edge, call the engine, render. The only layer that knows wire types.
 
+mod checkpoints;
 pub mod claim_stream;
 pub mod convert;
 pub mod service;

@@ -4,6 +4,7 @@
 
 mod adoption;
 mod better;
+mod checkpoints;
 mod cli;
 mod contract;
 mod doorbell;

@@ -12,7 +12,9 @@ pub const QUEUE_NAME_BYTES_MAX: usize = 57;
 /// Longest task name in bytes.
 pub const TASK_NAME_BYTES_MAX: usize = 512;
 /// Longest checkpoint name in bytes; it is part of an index key.
-pub const CHECKPOINT_NAME_BYTES_MAX: usize = 512;
+pub const CHECKPOINT_NAME_BYTES_MAX: usize = 1024;
+/// Longest name of an event; `$awaitEvent:` and a number fit around it into a checkpoint's name.
+pub const EVENT_NAME_BYTES_MAX: usize = 512;
 /// Longest idempotency key in bytes; it is an index key.
 pub const IDEMPOTENCY_KEY_BYTES_MAX: usize = 1024;
 /// Longest worker id in bytes.
@@ -94,7 +96,7 @@ name!(
 name!(
     /// Name of an event.
     EventName,
-    CHECKPOINT_NAME_BYTES_MAX
+    EVENT_NAME_BYTES_MAX
 );
 name!(
     /// Name of a checkpoint.

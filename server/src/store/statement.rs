@@ -62,7 +62,9 @@ macro_rules! statements {
 }
 
 statements! {
+    CHECKPOINT_GET = "checkpoint_get";
     CHECKPOINT_LIST = "checkpoint_list";
+    CHECKPOINT_PAGE = "checkpoint_page";
     CHECKPOINT_PUT = "checkpoint_put";
     CREDIT_NOTIFY = "credit_notify";
     DOORBELL_ARM = "doorbell_arm";
@@ -93,6 +95,7 @@ statements! {
     RUN_CUT_LEASE = "run_cut_lease";
     RUN_EXTEND = "run_extend";
     RUN_FAIL = "run_fail";
+    RUN_FIND = "run_find";
     RUN_GET = "run_get";
     RUN_LIST_CLAIMED = "run_list_claimed";
     RUN_LIST_EXPIRED = "run_list_expired";

@@ -76,6 +76,11 @@ fn extension(field: &str, value: Option<PbDuration>) -> Result<i32, Error> {
     Ok(i32::try_from(duration.as_secs()).unwrap_or(i32::MAX))
 }
 
+/// Whole seconds to extend a lease by; 0 when nothing was said.
+pub fn extension_or_none(field: &str, value: Option<PbDuration>) -> Result<i32, Error> {
+    value.map_or(Ok(0), |value| extension(field, Some(value)))
+}
+
 /// A lease in whole seconds; 0 only where it is allowed.
 pub fn lease(field: &str, value: Option<PbDuration>, zero: bool) -> Result<u32, Error> {
     let Some(value) = value else { return Ok(30) };
@@ -149,10 +154,7 @@ fn checkpoint(action: pb::CheckpointAction, limits: &Limits) -> Result<Write, Er
     Ok(Write::Checkpoint {
         name: CheckpointName::parse("checkpoint_name", &action.checkpoint_name)?,
         state: json("state", action.state, limits.payload_bytes_max)?,
-        seconds: match action.extend_by {
-            Some(by) => extension("extend_by", Some(by))?,
-            None => 0,
-        },
+        seconds: extension_or_none("extend_by", action.extend_by)?,
     })
 }
 

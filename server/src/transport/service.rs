@@ -62,8 +62,8 @@ impl Default for Limits {
 /// See the module.
 #[derive(Debug, Clone)]
 pub struct Service {
-    engine: Arc<Engine>,
-    limits: Limits,
+    pub(super) engine: Arc<Engine>,
+    pub(super) limits: Limits,
 }
 
 type Reply<T> = Result<Response<T>, Status>;
@@ -108,7 +108,7 @@ fn batch_size(field: &str, size: usize) -> Result<(), Error> {
     Ok(())
 }
 
-fn page_size(asked: i32) -> Result<i64, Error> {
+pub(super) fn page_size(asked: i32) -> Result<i64, Error> {
     match asked {
         0 => Ok(100),
         1..=1000 => Ok(asked.into()),
@@ -627,6 +627,55 @@ impl AbsurdService for Service {
             Ok(pb::ReleaseClaimsResponse { verdicts })
         };
         reply(work.await)
+    }
+
+    async fn set_checkpoint(&self, request: Request<pb::SetCheckpointRequest>) -> Reply<pb::SetCheckpointResponse> {
+        let deadline = deadline(&request);
+        reply(in_time(deadline, self.put_checkpoint(request.into_inner(), deadline)).await)
+    }
+
+    async fn save_checkpoint_for_run(
+        &self,
+        request: Request<pb::SaveCheckpointForRunRequest>,
+    ) -> Reply<pb::SaveCheckpointForRunResponse> {
+        let deadline = deadline(&request);
+        let request = request.into_inner();
+        let write = pb::SetCheckpointRequest {
+            queue: request.queue,
+            run_id: request.run_id,
+            claim_token: request.claim_token,
+            task_id: request.task_id,
+            checkpoint_name: request.checkpoint_name,
+            state: request.data,
+            extend_by: None,
+        };
+        let stored = in_time(deadline, self.put_checkpoint(write, deadline)).await;
+        reply(stored.map(|stored| pb::SaveCheckpointForRunResponse { applied: stored.applied }))
+    }
+
+    async fn get_checkpoint(&self, request: Request<pb::GetCheckpointRequest>) -> Reply<pb::GetCheckpointResponse> {
+        reply(in_time(deadline(&request), self.one_checkpoint(request.into_inner())).await)
+    }
+
+    async fn get_all_checkpoints(
+        &self,
+        request: Request<pb::GetAllCheckpointsRequest>,
+    ) -> Reply<pb::GetAllCheckpointsResponse> {
+        reply(in_time(deadline(&request), self.all_checkpoints(request.into_inner())).await)
+    }
+
+    async fn get_checkpoints_for_run(
+        &self,
+        request: Request<pb::GetCheckpointsForRunRequest>,
+    ) -> Reply<pb::GetCheckpointsForRunResponse> {
+        reply(in_time(deadline(&request), self.checkpoints_of_run(request.into_inner())).await)
+    }
+
+    async fn get_run_checkpoint(
+        &self,
+        request: Request<pb::GetRunCheckpointRequest>,
+    ) -> Reply<pb::GetRunCheckpointResponse> {
+        reply(in_time(deadline(&request), self.one_checkpoint_of_run(request.into_inner())).await)
     }
 
     async fn await_event(&self, request: Request<pb::AwaitEventRequest>) -> Reply<pb::AwaitEventResponse> {

@@ -1,0 +1,66 @@
+//! Reads of checkpoints.
+
+use tokio_postgres::Row;
+
+use super::statement::{CHECKPOINT_GET, CHECKPOINT_PAGE, RUN_FIND};
+use super::{Store, Wait};
+use crate::domain::{CheckpointName, Error, Instant, RunId, TaskId};
+use crate::scope::Scope;
+
+/// Which checkpoints of a task.
+#[derive(Debug, Clone, Copy)]
+pub enum Seen {
+    /// Those that this attempt may see.
+    ByAttempt(i32),
+    /// Those that this run has written.
+    OwnedBy(RunId),
+}
+
+/// Where a page starts.
+#[derive(Debug, Clone)]
+pub struct After {
+    /// Time of the last checkpoint before it.
+    pub updated_at: Instant,
+    /// Its name.
+    pub name: String,
+}
+
+impl Store {
+    /// Task and attempt of a run.
+    pub async fn run_find(&self, scope: &Scope, run_id: RunId) -> Result<(TaskId, i32), Error> {
+        let rows = self.rows(&RUN_FIND, Wait::Skip, Some(scope), &[&run_id]).await;
+        let rows = rows.map_err(|fault| fault.into_read_error(scope))?;
+        rows.first().map(|row| (row.get("task_id"), row.get("attempt"))).ok_or(Error::RunNotFound(run_id))
+    }
+
+    /// One checkpoint of a task, if there is one.
+    pub async fn checkpoint_get(
+        &self,
+        scope: &Scope,
+        task_id: TaskId,
+        name: &CheckpointName,
+        pending: bool,
+    ) -> Result<Option<Row>, Error> {
+        let rows = self.rows(&CHECKPOINT_GET, Wait::Skip, Some(scope), &[&task_id, &name.as_str(), &pending]).await;
+        Ok(rows.map_err(|fault| fault.into_read_error(scope))?.into_iter().next())
+    }
+
+    /// A page of a task's checkpoints, oldest first.
+    pub async fn checkpoint_page(
+        &self,
+        scope: &Scope,
+        task_id: TaskId,
+        seen: Seen,
+        after: &After,
+        limit: i64,
+    ) -> Result<Vec<Row>, Error> {
+        let (attempt, owner) = match seen {
+            Seen::ByAttempt(attempt) => (Some(attempt), None),
+            Seen::OwnedBy(run) => (None, Some(run)),
+        };
+        let params: [&(dyn postgres_types::ToSql + Sync); 6] =
+            [&task_id, &attempt, &owner, &after.updated_at, &after.name, &limit];
+        let rows = self.rows(&CHECKPOINT_PAGE, Wait::Skip, Some(scope), &params).await;
+        rows.map_err(|fault| fault.into_read_error(scope))
+    }
+}

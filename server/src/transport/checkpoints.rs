@@ -1,0 +1,155 @@
+//! The RPCs about checkpoints: writes go the way of all writes about a run, reads come in pages.
+
+use absurd_proto::v1 as pb;
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use tokio::time::Instant as Deadline;
+use tokio_postgres::Row;
+
+use super::convert::{self, run_ref, scope};
+use super::service::{Service, page_size};
+use crate::domain::id::parse_uuid;
+use crate::domain::{CheckpointName, Error, Instant, JsonText, RunId, TaskId};
+use crate::scope::Scope;
+use crate::store::batch::Write;
+use crate::store::checkpoint::{After, Seen};
+
+/// Bytes of a page; what gRPC clients take without being told is 4 MiB.
+const PAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
+
+impl Service {
+    pub(super) async fn put_checkpoint(
+        &self,
+        request: pb::SetCheckpointRequest,
+        deadline: Deadline,
+    ) -> Result<pb::SetCheckpointResponse, Error> {
+        let scope = scope(&request.queue)?;
+        let (run, _) = run_ref(&request.run_id, request.claim_token.as_deref(), &self.limits)?;
+        let name = CheckpointName::parse("checkpoint_name", &request.checkpoint_name)?;
+        let state = convert::json("state", request.state, self.limits.payload_bytes_max)?;
+        let seconds = convert::extension_or_none("extend_by", request.extend_by)?;
+        self.same_task(&scope, run.run_id, &request.task_id).await?;
+        let write = Write::Checkpoint { name, state, seconds };
+        let settled = self.engine.settle(&scope, run, write, deadline).await?;
+        Ok(pb::SetCheckpointResponse {
+            applied: settled.applied,
+            claim_expires_at: settled.claim_expires_at.and_then(convert::timestamp),
+        })
+    }
+
+    /// Upstream's function takes any task's id, and leaves a row behind that no cleanup finds (contract 12, B10).
+    async fn same_task(&self, scope: &Scope, run_id: RunId, task_id: &str) -> Result<(), Error> {
+        if task_id.is_empty() {
+            return Ok(());
+        }
+        let given = parse_uuid("task_id", task_id)?;
+        let (owner, _) = self.engine.store.run_find(scope, run_id).await?;
+        if owner == given { Ok(()) } else { Err(Error::invalid("task_id", format!("is not the task of run {run_id}"))) }
+    }
+
+    pub(super) async fn one_checkpoint(
+        &self,
+        request: pb::GetCheckpointRequest,
+    ) -> Result<pb::GetCheckpointResponse, Error> {
+        let scope = scope(&request.queue)?;
+        let task_id = parse_uuid("task_id", &request.task_id)?;
+        let name = CheckpointName::parse("checkpoint_name", &request.checkpoint_name)?;
+        let row = self.engine.store.checkpoint_get(&scope, task_id, &name, request.include_pending).await?;
+        Ok(pb::GetCheckpointResponse { checkpoint: row.as_ref().map(stored) })
+    }
+
+    pub(super) async fn one_checkpoint_of_run(
+        &self,
+        request: pb::GetRunCheckpointRequest,
+    ) -> Result<pb::GetRunCheckpointResponse, Error> {
+        let scope = scope(&request.queue)?;
+        let run_id = parse_uuid("run_id", &request.run_id)?;
+        let name = CheckpointName::parse("checkpoint_name", &request.checkpoint_name)?;
+        let (task_id, _) = self.engine.store.run_find(&scope, run_id).await?;
+        let row = self.engine.store.checkpoint_get(&scope, task_id, &name, false).await?;
+        let own = row.filter(|row| row.get::<_, Option<RunId>>("owner_run_id") == Some(run_id));
+        Ok(pb::GetRunCheckpointResponse { checkpoint: own.as_ref().map(stored) })
+    }
+
+    pub(super) async fn all_checkpoints(
+        &self,
+        request: pb::GetAllCheckpointsRequest,
+    ) -> Result<pb::GetAllCheckpointsResponse, Error> {
+        let scope = scope(&request.queue)?;
+        let run_id = parse_uuid("run_id", &request.run_id)?;
+        let (task_id, attempt) = self.engine.store.run_find(&scope, run_id).await?;
+        if !request.task_id.is_empty() && parse_uuid("task_id", &request.task_id)? != task_id {
+            return Err(Error::invalid("task_id", format!("is not the task of run {run_id}")));
+        }
+        let seen = Seen::ByAttempt(attempt);
+        let (checkpoints, next_page_token) =
+            self.checkpoints(&scope, task_id, seen, request.page_size, &request.page_token).await?;
+        Ok(pb::GetAllCheckpointsResponse { checkpoints, next_page_token })
+    }
+
+    pub(super) async fn checkpoints_of_run(
+        &self,
+        request: pb::GetCheckpointsForRunRequest,
+    ) -> Result<pb::GetCheckpointsForRunResponse, Error> {
+        let scope = scope(&request.queue)?;
+        let run_id = parse_uuid("run_id", &request.run_id)?;
+        let (task_id, _) = self.engine.store.run_find(&scope, run_id).await?;
+        let seen = Seen::OwnedBy(run_id);
+        let (checkpoints, next_page_token) =
+            self.checkpoints(&scope, task_id, seen, request.page_size, &request.page_token).await?;
+        Ok(pb::GetCheckpointsForRunResponse { checkpoints, next_page_token })
+    }
+
+    async fn checkpoints(
+        &self,
+        scope: &Scope,
+        task_id: TaskId,
+        seen: Seen,
+        size: i32,
+        token: &str,
+    ) -> Result<(Vec<pb::StoredCheckpoint>, String), Error> {
+        let limit = page_size(size)?;
+        let rows = self.engine.store.checkpoint_page(scope, task_id, seen, &parse_token(token)?, limit).await?;
+        let mut page = Vec::new();
+        let mut bytes = 0;
+        let mut last = None;
+        for row in &rows {
+            let checkpoint = stored(row);
+            bytes +=
+                checkpoint.checkpoint_name.len() + checkpoint.state.as_ref().map_or(0, |json| json.text.len()) + 100;
+            if bytes > PAGE_BYTES_MAX && !page.is_empty() {
+                break;
+            }
+            last = Some(row);
+            page.push(checkpoint);
+        }
+        let full = page.len() < rows.len() || i64::try_from(rows.len()).is_ok_and(|count| count == limit);
+        Ok((page, last.filter(|_| full).map(token_of).unwrap_or_default()))
+    }
+}
+
+fn stored(row: &Row) -> pb::StoredCheckpoint {
+    pb::StoredCheckpoint {
+        checkpoint_name: row.get("checkpoint_name"),
+        state: row.get::<_, Option<JsonText>>("state").map(|json| pb::Json { text: json.into_string() }),
+        status: row.get("status"),
+        owner_run_id: row.get::<_, Option<RunId>>("owner_run_id").map(|id| id.to_string()),
+        updated_at: convert::timestamp(row.get("updated_at")),
+    }
+}
+
+fn token_of(row: &Row) -> String {
+    let updated_at: Instant = row.get("updated_at");
+    let name: &str = row.get("checkpoint_name");
+    URL_SAFE_NO_PAD.encode(format!("{}:{name}", updated_at.micros()))
+}
+
+fn parse_token(token: &str) -> Result<After, Error> {
+    if token.is_empty() {
+        return Ok(After { updated_at: Instant::from_micros(0), name: String::new() });
+    }
+    let wrong = || Error::invalid("page_token", "is not a token of this service");
+    let text = URL_SAFE_NO_PAD.decode(token).ok().and_then(|bytes| String::from_utf8(bytes).ok()).ok_or_else(wrong)?;
+    let (micros, name) = text.split_once(':').filter(|(_, name)| !name.contains('\0')).ok_or_else(wrong)?;
+    Ok(After { updated_at: Instant::from_micros(micros.parse().map_err(|_| wrong())?), name: name.to_owned() })
+}
