@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use absurd_proto::v1 as pb;
 use absurd_proto::v1::absurd_service_client::AbsurdServiceClient;
@@ -485,14 +485,75 @@ impl AbsurdClient {
         };
         let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.await_event(request).await };
         let outcome = self.call(request, self.shared.deadline, send).await.and_then(Awaited::from_wire);
-        let over = match &outcome {
-            Ok(awaited) => matches!(awaited, Awaited::Suspended { .. }),
-            Err(error) => error.is_claim_over(),
-        };
-        if over {
-            self.shared.registry.remove(run_id, claim_token.as_deref());
-        }
+        self.over_when(run_id, claim_token.as_deref(), &outcome, |awaited| {
+            matches!(awaited, Awaited::Suspended { .. })
+        });
         outcome
+    }
+
+    /// Sleeps, as a step with the name `step_name` (empty: `sleep_` and the seconds); None: the time is over. Else the run
+    /// sleeps, its claim is over, and this is when it can be claimed again.
+    pub async fn sleep(&self, run_id: Uuid, step_name: &str, duration: Duration) -> Result<Option<SystemTime>, Error> {
+        use pb::sleep_response::Outcome;
+        let claim_token = self.shared.registry.token(run_id);
+        let request = pb::SleepRequest {
+            queue: self.queue(),
+            run_id: run_id.to_string(),
+            claim_token: claim_token.clone(),
+            step_name: step_name.to_owned(),
+            duration: Some(task::duration(duration)),
+        };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.sleep(request).await };
+        let outcome = self.call(request, self.shared.deadline, send).await;
+        self.over_when(run_id, claim_token.as_deref(), &outcome, |response| {
+            matches!(response.outcome, Some(Outcome::Suspended(_)))
+        });
+        match outcome?.outcome {
+            Some(Outcome::Suspended(suspended)) => {
+                suspended.wake_at.and_then(task::system_time).map(Some).ok_or_else(task::unclear)
+            }
+            Some(Outcome::Elapsed(_)) => Ok(None),
+            None => Err(task::unclear()),
+        }
+    }
+
+    /// Moves a run to a time: one that this process holds (its claim is over then), one that is pending, or one that sleeps
+    /// until a time.
+    pub async fn schedule_task(&self, run_id: Uuid, wake_at: SystemTime) -> Result<(), Error> {
+        let claim_token = self.shared.registry.token(run_id);
+        let request = pb::ScheduleTaskRequest {
+            queue: self.queue(),
+            run_id: run_id.to_string(),
+            claim_token: claim_token.clone(),
+            when: Some(pb::schedule_task_request::When::WakeAt(wake_at.into())),
+        };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.schedule_task(request).await };
+        let outcome = self.call(request, self.shared.deadline, send).await;
+        self.over_when(run_id, claim_token.as_deref(), &outcome, |_| true);
+        outcome.map(drop)
+    }
+
+    /// Puts a run to sleep until an event, when its wait is registered already; returns when it wakes all the same.
+    pub async fn set_run_sleeping(&self, run_id: Uuid, event_name: &str) -> Result<Option<SystemTime>, Error> {
+        let claim_token = self.shared.registry.token(run_id);
+        let request = pb::SetRunSleepingRequest {
+            queue: self.queue(),
+            run_id: run_id.to_string(),
+            claim_token: claim_token.clone(),
+            event_name: event_name.to_owned(),
+        };
+        let send =
+            |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.set_run_sleeping(request).await };
+        let outcome = self.call(request, self.shared.deadline, send).await;
+        self.over_when(run_id, claim_token.as_deref(), &outcome, |_| true);
+        Ok(outcome?.wake_at.and_then(task::system_time))
+    }
+
+    /// Forgets a claim that a call has ended, or that the server says is over.
+    fn over_when<R>(&self, run_id: Uuid, token: Option<&str>, outcome: &Result<R, Error>, ends: impl Fn(&R) -> bool) {
+        if outcome.as_ref().map_or_else(Error::is_claim_over, ends) {
+            self.shared.registry.remove(run_id, token);
+        }
     }
 
     /// Emits an event; says whether this was the first time, and how many runs it woke.

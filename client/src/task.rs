@@ -254,6 +254,10 @@ pub(crate) fn span(duration: Option<&prost_types::Duration>) -> Option<Duration>
     Some(Duration::new(u64::try_from(duration.seconds).ok()?, u32::try_from(duration.nanos).ok()?))
 }
 
+pub(crate) fn system_time(at: prost_types::Timestamp) -> Option<std::time::SystemTime> {
+    at.try_into().ok()
+}
+
 /// How a wait for an event stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Awaited {
@@ -273,9 +277,9 @@ impl Awaited {
         use pb::await_event_response::Outcome;
         match response.outcome {
             Some(Outcome::Payload(json)) => Json::from_wire(Some(json)).map(Self::Payload).ok_or_else(unclear),
-            Some(Outcome::Suspended(suspended)) => Ok(Self::Suspended {
-                wake_at: suspended.wake_at.and_then(|at| std::time::SystemTime::try_from(at).ok()),
-            }),
+            Some(Outcome::Suspended(suspended)) => {
+                Ok(Self::Suspended { wake_at: suspended.wake_at.and_then(system_time) })
+            }
             Some(Outcome::TimedOut(_)) => Ok(Self::TimedOut),
             None => Err(unclear()),
         }
@@ -304,7 +308,7 @@ impl Checkpoint {
             state: Json::from_wire(wire.state),
             status: wire.status,
             owner_run_id: wire.owner_run_id.as_deref().map(id).transpose()?,
-            updated_at: wire.updated_at.and_then(|at| std::time::SystemTime::try_from(at).ok()),
+            updated_at: wire.updated_at.and_then(system_time),
         })
     }
 }

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::time::Instant as Deadline;
 use uuid::Uuid;
 
 use crate::activity::{Activity, Feed, What};
 use crate::commit::{self, Committer, Settles, Spawns};
 use crate::dispatch::{DispatchOptions, Dispatcher};
-use crate::domain::{CheckpointName, Error, EventName, JsonText, QueueName, Settled, State, TaskId};
+use crate::domain::{CheckpointName, Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};
 use crate::doorbell::Hints;
 use crate::scope::{Caller, Scope};
 use crate::store::batch::{Kind, RunRef, Write};
@@ -69,7 +69,7 @@ impl Engine {
     }
 
     /// Spawns one task, together with what else is being spawned.
-    pub async fn spawn(&self, scope: &Scope, task: NewTask, deadline: Instant) -> Result<Spawned, Error> {
+    pub async fn spawn(&self, scope: &Scope, task: NewTask, deadline: Deadline) -> Result<Spawned, Error> {
         let name = task.name.as_str().to_owned();
         let keyed = task.idempotency_key.is_some();
         let spawned = self.spawns.submit((scope.clone(), keyed), task, deadline).await?;
@@ -82,17 +82,17 @@ impl Engine {
         &self,
         scope: &Scope,
         tasks: Vec<NewTask>,
-        deadline: Instant,
+        deadline: Deadline,
     ) -> Result<Vec<Spawned>, Error> {
         let outcomes = loop {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(Deadline::now());
             if left.is_zero() {
                 return Err(Error::DeadlineExceeded);
             }
             match self.store.task_spawn_all(scope, &tasks, left, true).await {
                 Ok(outcomes) => break outcomes,
                 Err(fault) if fault.is_passing() => {
-                    if deadline <= Instant::now() + Duration::from_millis(50) {
+                    if deadline <= Deadline::now() + Duration::from_millis(50) {
                         return Err(fault.into_error(scope));
                     }
                     tokio::time::sleep(Duration::from_millis(50)).await;
@@ -143,7 +143,7 @@ impl Engine {
     }
 
     /// Carries out one write about a run, together with what else is being written.
-    pub async fn settle(&self, scope: &Scope, run: RunRef, write: Write, deadline: Instant) -> Result<Settled, Error> {
+    pub async fn settle(&self, scope: &Scope, run: RunRef, write: Write, deadline: Deadline) -> Result<Settled, Error> {
         let run_id = run.run_id;
         let kind = write.kind();
         self.dispatcher.alive(scope.queue(), run_id, None);
@@ -158,7 +158,7 @@ impl Engine {
         scope: &Scope,
         run: RunRef,
         writes: Vec<Write>,
-        deadline: Instant,
+        deadline: Deadline,
     ) -> Vec<Result<Settled, Error>> {
         self.dispatcher.alive(scope.queue(), run.run_id, None);
         let kinds: Vec<Kind> = writes.iter().map(Write::kind).collect();
@@ -240,17 +240,34 @@ impl Engine {
         self.dispatcher.alive(scope.queue(), run.run_id, None);
         let outcome = self.store.event_await(scope, run, step, event, timeout, lock_wait).await;
         match &outcome {
-            Ok(Awaited::Suspended(wake_at)) => {
-                self.dispatcher.left(scope.queue(), run.run_id);
-                let now = self.store.now();
-                if let Some(wait) = wake_at.zip(now).map(|(at, now)| at.micros().saturating_sub(now.micros()).max(0)) {
-                    self.dispatcher.note_available(scope.queue(), Duration::from_micros(wait.unsigned_abs()));
-                }
-            }
+            Ok(Awaited::Suspended(wake_at)) => self.sleeps(scope, run.run_id, *wake_at),
             Err(Error::TaskCancelled(_) | Error::ClaimExpired(_)) => self.dispatcher.left(scope.queue(), run.run_id),
             Ok(Awaited::Payload(_) | Awaited::TimedOut) | Err(_) => {}
         }
         outcome
+    }
+
+    /// Takes in that a run has been moved to a time, if it has.
+    pub fn slept(
+        &self,
+        scope: &Scope,
+        run_id: Uuid,
+        outcome: Result<Option<Instant>, Error>,
+    ) -> Result<Option<Instant>, Error> {
+        match &outcome {
+            Ok(Some(wake_at)) => self.sleeps(scope, run_id, Some(*wake_at)),
+            Err(Error::TaskCancelled(_) | Error::ClaimExpired(_)) => self.dispatcher.left(scope.queue(), run_id),
+            Ok(None) | Err(_) => {}
+        }
+        outcome
+    }
+
+    fn sleeps(&self, scope: &Scope, run_id: Uuid, wake_at: Option<Instant>) {
+        self.dispatcher.left(scope.queue(), run_id);
+        let wait = wake_at.zip(self.store.now()).map(|(at, now)| at.micros().saturating_sub(now.micros()).max(0));
+        if let Some(wait) = wait {
+            self.dispatcher.note_available(scope.queue(), Duration::from_micros(wait.unsigned_abs()));
+        }
     }
 
     /// Emits an event; woken runs are offered at once.

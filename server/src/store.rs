@@ -12,6 +12,7 @@ pub mod statement;
 pub mod task;
 pub mod text;
 pub mod tick;
+pub mod time;
 pub mod upkeep;
 
 use std::collections::HashMap;

@@ -5,5 +5,6 @@ pub mod claim_stream;
 pub mod convert;
 pub mod service;
 pub mod status;
+mod time;
 
 pub use service::{Limits, Service};

@@ -21,4 +21,5 @@ mod service;
 mod statements;
 mod streams;
 mod tasks;
+mod time;
 mod upkeep;

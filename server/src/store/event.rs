@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::batch::RunRef;
 use super::statement::{EVENT_AWAIT, EVENT_EMIT};
 use super::{Fault, Store, Wait};
-use crate::domain::{CheckpointName, Error, EventName, Instant, JsonText, State};
+use crate::domain::{CheckpointName, Error, EventName, Instant, JsonText};
 use crate::scope::Scope;
 
 /// How a wait stands.
@@ -84,13 +84,5 @@ fn awaited(run: &RunRef, row: &tokio_postgres::Row) -> Result<Awaited, Error> {
         Some(_) => return Ok(Awaited::TimedOut),
         None => {}
     }
-    let state = State::from_stored(row.get("state")).unwrap_or(State::Failed);
-    let wrong_state = || Error::RunNotRunning { run: run_id, state: state.as_str().to_owned() };
-    Err(match state {
-        State::Cancelled => Error::TaskCancelled(run_id),
-        State::Failed if row.get("expired") => Error::ClaimExpired(run_id),
-        State::Completed | State::Failed => wrong_state(),
-        _ if run.digest.is_some() => Error::ClaimLost(run_id),
-        _ => wrong_state(),
-    })
+    Err(super::time::refused(run, row))
 }

@@ -59,6 +59,7 @@ const MIGRATIONS: &[Migration] = &[
         sql: &["-- {cleanup}", include_str!("../../sql/side/03_upkeep.sql")],
     },
     Migration { version: 3, name: "events", min_server: 1, sql: &[include_str!("../../sql/side/04_events.sql")] },
+    Migration { version: 4, name: "time", min_server: 1, sql: &[include_str!("../../sql/side/05_time.sql")] },
 ];
 
 /// Where the storage contract in a database comes from.

@@ -101,6 +101,9 @@ statements! {
     RUN_LIST_EXPIRED = "run_list_expired";
     RUN_LOCK = "run_lock";
     RUN_RELEASE = "run_release";
+    RUN_SCHEDULE = "run_schedule";
+    RUN_SET_SLEEPING = "run_set_sleeping";
+    RUN_SLEEP = "run_sleep";
     TASK_CANCEL = "task_cancel";
     TASK_CANCELLED = "task_cancelled";
     TASK_ENDED = "task_ended";

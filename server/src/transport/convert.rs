@@ -94,7 +94,8 @@ pub fn lease(field: &str, value: Option<PbDuration>, zero: bool) -> Result<u32, 
     Ok(u32::try_from(duration.as_secs()).unwrap_or(u32::MAX))
 }
 
-fn instant(field: &str, value: &Timestamp) -> Result<Instant, Error> {
+/// A time within what Postgres holds.
+pub fn instant(field: &str, value: &Timestamp) -> Result<Instant, Error> {
     // Years 1 to 9999, as the wire format promises.
     if !(-62_135_596_800..=253_402_300_799).contains(&value.seconds) || !(0..1_000_000_000).contains(&value.nanos) {
         return Err(Error::invalid(field, "must be a time between the years 1 and 9999"));

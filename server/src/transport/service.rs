@@ -19,11 +19,10 @@ use super::status::status;
 use crate::dispatch::state::StreamOptions;
 use crate::dispatch::verdict;
 use crate::domain::id::parse_uuid;
-use crate::domain::{CheckpointName, Error, EventName, SessionId, Settled, Verdict, WorkerId};
+use crate::domain::{Error, SessionId, Settled, Verdict, WorkerId};
 use crate::engine::Engine;
 use crate::scope::Scope;
 use crate::store::batch::{RunRef, Write};
-use crate::store::event::Awaited;
 use crate::store::queue::COUNT_MAX;
 
 /// Items of one batch at most.
@@ -36,8 +35,6 @@ const NAMES_MAX: usize = 100;
 const DEADLINE: Duration = Duration::from_secs(30);
 /// Longest wait for a result or a claim.
 const AWAIT_MAX: Duration = Duration::from_secs(600);
-/// Longest timeout of a wait for an event.
-const TIMEOUT_MAX: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
 const CLAIM_WAIT_MAX: Duration = Duration::from_secs(60);
 /// What gRPC clients decode unless told otherwise.
 const MESSAGE_DEFAULT: usize = 4 * 1024 * 1024;
@@ -93,7 +90,7 @@ fn timeout(text: &str) -> Option<Duration> {
     })
 }
 
-fn left(deadline: Instant) -> Duration {
+pub(super) fn left(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).min(DEADLINE)
 }
 
@@ -295,33 +292,6 @@ impl Service {
         let heartbeat = self.engine.dispatcher.options().heartbeat;
         let opened = claim_stream::opened(opened, &options, heartbeat, self.engine.hints.replica_id());
         Ok(Responses::new(scope, stream, opened))
-    }
-
-    async fn await_one(
-        &self,
-        request: pb::AwaitEventRequest,
-        deadline: Instant,
-    ) -> Result<pb::AwaitEventResponse, Error> {
-        use pb::await_event_response::Outcome;
-        let scope = scope(&request.queue)?;
-        let (run, _) = run_ref(&request.run_id, request.claim_token.as_deref(), &self.limits)?;
-        let step = CheckpointName::parse("step_name", &request.step_name)?;
-        let event = EventName::parse("event_name", &request.event_name)?;
-        let timeout = duration_between("timeout", request.timeout, Duration::ZERO, TIMEOUT_MAX)?;
-        let outcome = match self.engine.await_event(&scope, &run, &step, &event, timeout, left(deadline)).await? {
-            Awaited::Payload(json) => Outcome::Payload(pb::Json { text: json.into_string() }),
-            Awaited::Suspended(wake_at) => Outcome::Suspended(pb::Suspended { wake_at: wake_at.and_then(timestamp) }),
-            Awaited::TimedOut => Outcome::TimedOut(pb::TimedOut {}),
-        };
-        Ok(pb::AwaitEventResponse { outcome: Some(outcome) })
-    }
-
-    async fn emit(&self, request: pb::EmitEventRequest, deadline: Instant) -> Result<pb::EmitEventResponse, Error> {
-        let scope = scope(&request.queue)?;
-        let event = EventName::parse("event_name", &request.event_name)?;
-        let payload = convert::json("payload", request.payload, self.limits.payload_bytes_max)?;
-        let (applied, woken) = self.engine.emit_event(&scope, &event, payload.as_ref(), left(deadline)).await?;
-        Ok(pb::EmitEventResponse { applied, woken })
     }
 
     async fn cancel(&self, request: pb::CancelTaskRequest, deadline: Instant) -> Result<pb::CancelTaskResponse, Error> {
@@ -681,6 +651,47 @@ impl AbsurdService for Service {
     async fn await_event(&self, request: Request<pb::AwaitEventRequest>) -> Reply<pb::AwaitEventResponse> {
         let deadline = deadline(&request);
         reply(in_time(deadline, self.await_one(request.into_inner(), deadline)).await)
+    }
+
+    async fn wait_for_event(&self, request: Request<pb::WaitForEventRequest>) -> Reply<pb::WaitForEventResponse> {
+        use pb::await_event_response::Outcome;
+        use pb::wait_for_event_response::Outcome as Waited;
+        let deadline = deadline(&request);
+        let request = request.into_inner();
+        if request.timeout.is_none() {
+            return reply(Err(Error::invalid("timeout", "must be set: there is no default on purpose")));
+        }
+        let wait = pb::AwaitEventRequest {
+            queue: request.queue,
+            run_id: request.run_id,
+            claim_token: request.claim_token,
+            step_name: request.step_name,
+            event_name: request.event_name,
+            timeout: request.timeout,
+        };
+        let waited = in_time(deadline, self.await_one(wait, deadline)).await;
+        reply(waited.map(|waited| pb::WaitForEventResponse {
+            outcome: waited.outcome.map(|outcome| match outcome {
+                Outcome::Payload(json) => Waited::Payload(json),
+                Outcome::Suspended(suspended) => Waited::Suspended(suspended),
+                Outcome::TimedOut(timed_out) => Waited::TimedOut(timed_out),
+            }),
+        }))
+    }
+
+    async fn schedule_task(&self, request: Request<pb::ScheduleTaskRequest>) -> Reply<pb::ScheduleTaskResponse> {
+        let deadline = deadline(&request);
+        reply(in_time(deadline, self.schedule(request.into_inner(), deadline)).await)
+    }
+
+    async fn sleep(&self, request: Request<pb::SleepRequest>) -> Reply<pb::SleepResponse> {
+        let deadline = deadline(&request);
+        reply(in_time(deadline, self.sleep_step(request.into_inner(), deadline)).await)
+    }
+
+    async fn set_run_sleeping(&self, request: Request<pb::SetRunSleepingRequest>) -> Reply<pb::SetRunSleepingResponse> {
+        let deadline = deadline(&request);
+        reply(in_time(deadline, self.put_to_sleep(request.into_inner(), deadline)).await)
     }
 
     async fn emit_event(&self, request: Request<pb::EmitEventRequest>) -> Reply<pb::EmitEventResponse> {

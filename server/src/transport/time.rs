@@ -1,0 +1,104 @@
+//! The RPCs about events and time: a run waits, sleeps, or is moved.
+
+use std::time::Duration;
+
+use absurd_proto::v1 as pb;
+use tokio::time::Instant as Deadline;
+
+use super::convert::{self, duration, duration_between, run_ref, scope, timestamp};
+use super::service::{Service, left};
+use crate::domain::{CheckpointName, Error, EventName};
+use crate::store::event::Awaited;
+use crate::store::time::When;
+
+/// Longest wait, sleep and delay.
+const SPAN_MAX: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
+
+impl Service {
+    pub(super) async fn await_one(
+        &self,
+        request: pb::AwaitEventRequest,
+        deadline: Deadline,
+    ) -> Result<pb::AwaitEventResponse, Error> {
+        use pb::await_event_response::Outcome;
+        let scope = scope(&request.queue)?;
+        let (run, _) = run_ref(&request.run_id, request.claim_token.as_deref(), &self.limits)?;
+        let step = CheckpointName::parse("step_name", &request.step_name)?;
+        let event = EventName::parse("event_name", &request.event_name)?;
+        let timeout = duration_between("timeout", request.timeout, Duration::ZERO, SPAN_MAX)?;
+        let outcome = match self.engine.await_event(&scope, &run, &step, &event, timeout, left(deadline)).await? {
+            Awaited::Payload(json) => Outcome::Payload(pb::Json { text: json.into_string() }),
+            Awaited::Suspended(wake_at) => Outcome::Suspended(pb::Suspended { wake_at: wake_at.and_then(timestamp) }),
+            Awaited::TimedOut => Outcome::TimedOut(pb::TimedOut {}),
+        };
+        Ok(pb::AwaitEventResponse { outcome: Some(outcome) })
+    }
+
+    pub(super) async fn emit(
+        &self,
+        request: pb::EmitEventRequest,
+        deadline: Deadline,
+    ) -> Result<pb::EmitEventResponse, Error> {
+        let scope = scope(&request.queue)?;
+        let event = EventName::parse("event_name", &request.event_name)?;
+        let payload = convert::json("payload", request.payload, self.limits.payload_bytes_max)?;
+        let (applied, woken) = self.engine.emit_event(&scope, &event, payload.as_ref(), left(deadline)).await?;
+        Ok(pb::EmitEventResponse { applied, woken })
+    }
+
+    pub(super) async fn schedule(
+        &self,
+        request: pb::ScheduleTaskRequest,
+        deadline: Deadline,
+    ) -> Result<pb::ScheduleTaskResponse, Error> {
+        use pb::schedule_task_request::When as Asked;
+        let scope = scope(&request.queue)?;
+        let (run, _) = run_ref(&request.run_id, request.claim_token.as_deref(), &self.limits)?;
+        let when = match request.when {
+            Some(Asked::WakeAt(at)) => When::At(convert::instant("wake_at", &at)?),
+            Some(Asked::Delay(delay)) => When::After(duration("delay", delay, SPAN_MAX)?),
+            None => return Err(Error::invalid("when", "wake_at or delay must be set")),
+        };
+        let slept = self.engine.store.run_schedule(&scope, &run, when, left(deadline)).await;
+        let wake_at = self.engine.slept(&scope, run.run_id, slept)?;
+        Ok(pb::ScheduleTaskResponse { wake_at: wake_at.and_then(timestamp) })
+    }
+
+    pub(super) async fn sleep_step(
+        &self,
+        request: pb::SleepRequest,
+        deadline: Deadline,
+    ) -> Result<pb::SleepResponse, Error> {
+        use pb::sleep_response::Outcome;
+        let scope = scope(&request.queue)?;
+        let (run, _) = run_ref(&request.run_id, request.claim_token.as_deref(), &self.limits)?;
+        let Some(span) = request.duration else { return Err(Error::invalid("duration", "must be set")) };
+        let span = duration("duration", span, SPAN_MAX)?;
+        let step = if request.step_name.is_empty() {
+            CheckpointName::parse("step_name", &format!("sleep_{}", span.as_secs()))?
+        } else {
+            CheckpointName::parse("step_name", &request.step_name)?
+        };
+        let slept = self.engine.store.run_sleep(&scope, &run, &step, span, left(deadline)).await;
+        let outcome = match self.engine.slept(&scope, run.run_id, slept)? {
+            Some(wake_at) => Outcome::Suspended(pb::Suspended { wake_at: timestamp(wake_at) }),
+            None => Outcome::Elapsed(pb::Elapsed {}),
+        };
+        Ok(pb::SleepResponse { outcome: Some(outcome) })
+    }
+
+    pub(super) async fn put_to_sleep(
+        &self,
+        request: pb::SetRunSleepingRequest,
+        deadline: Deadline,
+    ) -> Result<pb::SetRunSleepingResponse, Error> {
+        let scope = scope(&request.queue)?;
+        let (run, _) = run_ref(&request.run_id, request.claim_token.as_deref(), &self.limits)?;
+        let event = EventName::parse("event_name", &request.event_name)?;
+        let slept = self.engine.store.run_set_sleeping(&scope, &run, &event, left(deadline)).await;
+        let wake_at = self.engine.slept(&scope, run.run_id, slept)?;
+        // It left its claim also when nothing wakes it by itself.
+        self.engine.dispatcher.left(scope.queue(), run.run_id);
+        Ok(pb::SetRunSleepingResponse { wake_at: wake_at.and_then(timestamp) })
+    }
+}

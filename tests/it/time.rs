@@ -1,0 +1,136 @@
+//! Sleeps and schedules over gRPC.
+
+use std::time::{Duration, SystemTime};
+
+use absurd_client::{Awaited, ClaimOptions, ClaimStream, ClaimedTask, Reason, SpawnOptions, StreamOptions};
+use absurd_proto::v1 as pb;
+use absurd_tests::{Server, in_time};
+use serde_json::json as j;
+use uuid::Uuid;
+
+async fn stream(server: &Server) -> ClaimStream {
+    server.client().claim_stream(StreamOptions { max_in_flight: 5, ..StreamOptions::default() }).await.unwrap()
+}
+
+async fn next(stream: &mut ClaimStream) -> ClaimedTask {
+    in_time("a task arrives", stream.next()).await.unwrap()
+}
+
+async fn spawn(server: &Server) -> Uuid {
+    let options = SpawnOptions { max_attempts: Some(3), ..SpawnOptions::default() };
+    server.client().spawn_task("n", &j!(null), options).await.unwrap().run_id
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sleep_survives_and_does_not_begin_anew() {
+    let server = Server::start().await;
+    let client = server.client();
+    let sql = server.database().connect().await;
+    let mut tasks = stream(&server).await;
+    let run = spawn(&server).await;
+    let task = next(&mut tasks).await;
+    assert_eq!(client.sleep(run, "none", Duration::ZERO).await.unwrap(), None, "no time at all is over at once");
+    let wake_at = client.sleep(run, "", Duration::from_millis(400)).await.unwrap().expect("the run sleeps");
+    drop(task);
+    let woken = next(&mut tasks).await;
+    assert!(SystemTime::now() >= wake_at);
+    assert_eq!((woken.run_id, woken.attempt), (run, 1));
+    assert_eq!(client.sleep(run, "", Duration::from_millis(400)).await.unwrap(), None);
+    // The time is stored as the SDKs store it, under the name that the original client uses.
+    let stored = client.get_run_checkpoint(run, "sleep_0").await.unwrap().unwrap().state.unwrap();
+    assert!(stored.as_str().starts_with("\"20") && stored.as_str().ends_with("+00:00\""), "{}", stored.as_str());
+
+    // Claimed before its time, it goes on sleeping until the first deadline; said twice, too.
+    let long = client.sleep(run, "long", Duration::from_secs(3600)).await.unwrap().unwrap();
+    drop(woken);
+    sql.execute("update absurd.r_q set available_at = now()", &[]).await.unwrap();
+    let early = next(&mut tasks).await;
+    assert_eq!(client.sleep(run, "long", Duration::from_secs(9999)).await.unwrap(), Some(long));
+    let mut grpc = server.raw().await;
+    let again = pb::SleepRequest {
+        queue: "q".into(),
+        run_id: String::new(),
+        claim_token: Some(early.claim_token().to_owned()),
+        step_name: "long".into(),
+        duration: Some(prost_types::Duration { seconds: 3600, nanos: 0 }),
+    };
+    let answer = grpc.sleep(again).await.unwrap().into_inner().outcome.unwrap();
+    assert!(matches!(answer, pb::sleep_response::Outcome::Suspended(at) if at.wake_at == Some(long.into())));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn runs_are_moved_to_a_time() {
+    let server = Server::start().await;
+    let client = server.client();
+    let soon = || SystemTime::now() + Duration::from_millis(500);
+    // A pending run, as all examples of the original client do it.
+    let run = spawn(&server).await;
+    client.schedule_task(run, SystemTime::now() + Duration::from_secs(3600)).await.unwrap();
+    assert!(client.claim_task(ClaimOptions::default()).await.unwrap().is_empty());
+    let at = soon();
+    client.schedule_task(run, at).await.unwrap();
+    let mut tasks = stream(&server).await;
+    let task = next(&mut tasks).await;
+    assert!(SystemTime::now() >= at - Duration::from_millis(5), "not before its time");
+    // A running one: its claim is over.
+    client.schedule_task(run, soon()).await.unwrap();
+    let lost = task.complete(&j!(1)).await.unwrap_err();
+    assert_eq!(lost.reason(), Reason::ClaimLost);
+    let task = next(&mut tasks).await;
+    // One that waits for an event is not moved, nor one that has ended.
+    assert!(matches!(task.await_event("s", "e", None).await.unwrap(), Awaited::Suspended { .. }));
+    let refused = client.schedule_task(run, soon()).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::RunNotRunning);
+    client.emit_event("e", &j!(1)).await.unwrap();
+    let task = next(&mut tasks).await;
+    task.complete(&j!(1)).await.unwrap();
+    let refused = client.schedule_task(run, soon()).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::RunNotRunning);
+    let unknown = client.schedule_task(Uuid::now_v7(), soon()).await.unwrap_err();
+    assert_eq!(unknown.reason(), Reason::RunNotFound);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_orchestrator_puts_its_run_to_sleep() {
+    let server = Server::start().await;
+    let client = server.client();
+    let mut tasks = stream(&server).await;
+    let run = spawn(&server).await;
+    let task = next(&mut tasks).await;
+    // The wait has put it to sleep already; the original client's next call changes nothing.
+    assert!(matches!(task.await_event("s", "e", None).await.unwrap(), Awaited::Suspended { .. }));
+    assert_eq!(client.set_run_sleeping(run, "e").await.unwrap(), None);
+    client.emit_event("e", &j!(1)).await.unwrap();
+    let task = next(&mut tasks).await;
+    // From running, with all that belongs to it.
+    let wake_at = client.set_run_sleeping(run, "other").await.unwrap().expect("a day at most");
+    assert!(wake_at > SystemTime::now() + Duration::from_secs(23 * 3600));
+    let status = client.get_run_status(run).await.unwrap().unwrap();
+    assert_eq!((status.state(), status.claimed_by, status.claim_expires_at), (pb::State::Sleeping, None, None));
+    assert_eq!(client.get_task_status(task.task_id).await.unwrap().unwrap().state(), pb::State::Sleeping);
+    let refused = client.set_run_sleeping(run, "yet another").await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::RunNotRunning);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_times_are_refused() {
+    let server = Server::start().await;
+    let mut grpc = server.raw().await;
+    let run = spawn(&server).await.to_string();
+    let span = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
+    for duration in [None, span(-1), span(400_000_000)] {
+        let request = pb::SleepRequest { queue: "q".into(), run_id: run.clone(), duration, ..Default::default() };
+        let status = grpc.sleep(request).await.unwrap_err();
+        assert_eq!(status.code(), tonic::Code::InvalidArgument, "{status}");
+    }
+    let request = pb::ScheduleTaskRequest { queue: "q".into(), run_id: run.clone(), ..Default::default() };
+    assert!(grpc.schedule_task(request).await.unwrap_err().message().contains("wake_at or delay"));
+    let request = pb::WaitForEventRequest {
+        queue: "q".into(),
+        run_id: run,
+        step_name: "s".into(),
+        event_name: "e".into(),
+        ..Default::default()
+    };
+    assert!(grpc.wait_for_event(request).await.unwrap_err().message().contains("timeout"), "there is no default");
+}
