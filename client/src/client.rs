@@ -328,6 +328,37 @@ impl AbsurdClient {
         self.settle(run_id, None, pb::settle_item::Action::Release(pb::ReleaseAction { delay })).await.map(drop)
     }
 
+    /// Reads how the queue is kept.
+    pub async fn get_queue_policy(&self) -> Result<pb::QueuePolicy, Error> {
+        let request = pb::GetQueuePolicyRequest { queue: self.queue() };
+        let send =
+            |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.get_queue_policy(request).await };
+        self.call(request, self.shared.deadline, send).await?.policy.ok_or_else(task::unclear)
+    }
+
+    /// Changes how the queue is kept: what is None or unspecified in `changes` stays; its queue is this client's. Returns
+    /// the whole policy.
+    pub async fn set_queue_policy(&self, changes: pb::SetQueuePolicyRequest) -> Result<pb::QueuePolicy, Error> {
+        let request = pb::SetQueuePolicyRequest { queue: self.queue(), ..changes };
+        let send =
+            |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.set_queue_policy(request).await };
+        self.call(request, self.shared.deadline, send).await?.policy.ok_or_else(task::unclear)
+    }
+
+    /// Deletes up to `limit` tasks that ended longer ago than `ttl`, the oldest first; says how many.
+    pub async fn cleanup_tasks(&self, ttl: Duration, limit: i32) -> Result<i32, Error> {
+        let request = pb::CleanupTasksRequest { queue: self.queue(), ttl: Some(task::duration(ttl)), limit };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.cleanup_tasks(request).await };
+        Ok(self.call(request, self.shared.deadline, send).await?.deleted)
+    }
+
+    /// Deletes up to `limit` events that were emitted longer ago than `ttl`, the oldest first; says how many.
+    pub async fn cleanup_events(&self, ttl: Duration, limit: i32) -> Result<i32, Error> {
+        let request = pb::CleanupEventsRequest { queue: self.queue(), ttl: Some(task::duration(ttl)), limit };
+        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.cleanup_events(request).await };
+        Ok(self.call(request, self.shared.deadline, send).await?.deleted)
+    }
+
     /// Stores the result of a step; says whether it was taken: a newer attempt's value is never replaced by an older one's.
     /// `extend_claim_by` extends the lease too.
     pub async fn set_checkpoint<T: Serialize + ?Sized>(

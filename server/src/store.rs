@@ -6,6 +6,7 @@ pub mod event;
 pub mod fault;
 pub mod listen;
 pub mod migrate;
+pub mod policy;
 pub mod queue;
 pub mod run;
 pub mod statement;

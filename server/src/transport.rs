@@ -3,6 +3,7 @@
 mod checkpoints;
 pub mod claim_stream;
 pub mod convert;
+mod policies;
 pub mod service;
 pub mod status;
 mod time;

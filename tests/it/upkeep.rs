@@ -154,3 +154,56 @@ async fn colliding_names_are_refused() {
     }
     assert!(client.list_queues().await.unwrap().len() >= 7);
 }
+
+/// Policies are read and changed over gRPC; what is not named stays, what depends on the queue is refused by name.
+#[tokio::test(flavor = "multi_thread")]
+async fn policies_are_read_and_changed() {
+    use absurd_proto::v1 as pb;
+    let server = Server::start().await;
+    let client = server.client();
+    let days = |days: i64| Some(prost_types::Duration { seconds: days * 86400, nanos: 0 });
+    let before = client.get_queue_policy().await.unwrap();
+    assert_eq!((before.cleanup_ttl, before.cleanup_limit), (days(30), 1000));
+    let changes = pb::SetQueuePolicyRequest {
+        cleanup_ttl: days(7),
+        cleanup_limit: Some(5),
+        detach_mode: pb::DetachMode::Empty.into(),
+        ..Default::default()
+    };
+    let after = client.set_queue_policy(changes.clone()).await.unwrap();
+    assert_eq!(client.set_queue_policy(changes).await.unwrap(), after, "said twice");
+    assert_eq!((after.cleanup_ttl, after.cleanup_limit, after.detach_mode()), (days(7), 5, pb::DetachMode::Empty));
+    assert_eq!(after.partition_lookahead, before.partition_lookahead);
+    for (wrong, field) in [
+        (pb::SetQueuePolicyRequest { cleanup_limit: Some(0), ..Default::default() }, "cleanup_limit"),
+        (pb::SetQueuePolicyRequest { cleanup_ttl: days(-1), ..Default::default() }, "cleanup_ttl"),
+        (pb::SetQueuePolicyRequest { detach_mode: 9, ..Default::default() }, "detach_mode"),
+        (pb::SetQueuePolicyRequest { default_partition: 1, ..Default::default() }, "policy"),
+    ] {
+        assert_eq!(client.set_queue_policy(wrong).await.unwrap_err().field(), Some(field));
+    }
+    let nowhere = client.with_queue("nowhere").get_queue_policy().await.unwrap_err();
+    assert_eq!(nowhere.reason(), absurd_client::Reason::QueueNotFound);
+    assert_eq!(client.get_queue_policy().await.unwrap(), after, "nothing is half-written");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn old_things_are_deleted_by_hand() {
+    let server = Server::start().await;
+    let client = server.client();
+    let sql = server.database().connect().await;
+    sql.batch_execute(
+        "select absurd.spawn_task('q', 'n', 'null') from generate_series(1, 5);
+         select absurd.complete_run('q', c.run_id) from absurd.claim_task('q', 'w', 30, 4) c;
+         select absurd.emit_event('q', 'e' || g) from generate_series(1, 3) g",
+    )
+    .await
+    .unwrap();
+    assert_eq!(client.cleanup_tasks(Duration::from_secs(3600), 0).await.unwrap(), 0);
+    assert_eq!(client.cleanup_tasks(Duration::ZERO, 3).await.unwrap(), 3);
+    assert_eq!(client.cleanup_tasks(Duration::ZERO, 0).await.unwrap(), 1);
+    assert_eq!(client.cleanup_events(Duration::ZERO, 0).await.unwrap(), 3);
+    assert_eq!(client.cleanup_tasks(Duration::ZERO, -1).await.unwrap_err().field(), Some("limit"));
+    let nowhere = client.with_queue("nowhere").cleanup_events(Duration::ZERO, 0).await.unwrap_err();
+    assert_eq!(nowhere.reason(), absurd_client::Reason::QueueNotFound);
+}

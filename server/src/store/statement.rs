@@ -76,6 +76,7 @@ statements! {
     DOCTOR_REGISTRY = "doctor_registry";
     DOCTOR_UPKEEP = "doctor_upkeep";
     EVENT_AWAIT = "event_await";
+    EVENT_CLEANUP = "event_cleanup";
     EVENT_EMIT = "event_emit";
     KEY_RESERVE = "key_reserve";
     QUEUE_COLLISION = "queue_collision";
@@ -84,6 +85,8 @@ statements! {
     QUEUE_DROP = "queue_drop";
     QUEUE_GET = "queue_get";
     QUEUE_LIST = "queue_list";
+    QUEUE_POLICY = "queue_policy";
+    QUEUE_SET_POLICY = "queue_set_policy";
     QUEUE_STATS = "queue_stats";
     RELEASE_COUNT = "release_count";
     RELEASE_FORGET = "release_forget";
@@ -106,6 +109,7 @@ statements! {
     RUN_SLEEP = "run_sleep";
     TASK_CANCEL = "task_cancel";
     TASK_CANCELLED = "task_cancelled";
+    TASK_CLEANUP = "task_cleanup";
     TASK_ENDED = "task_ended";
     TASK_FIND = "task_find";
     TASK_FIND_KEYED = "task_find_keyed";

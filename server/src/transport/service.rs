@@ -23,6 +23,7 @@ use crate::domain::{Error, SessionId, Settled, Verdict, WorkerId};
 use crate::engine::Engine;
 use crate::scope::Scope;
 use crate::store::batch::{RunRef, Write};
+use crate::store::policy::Old;
 use crate::store::queue::COUNT_MAX;
 
 /// Items of one batch at most.
@@ -192,7 +193,7 @@ impl Service {
         Self { engine, limits }
     }
 
-    async fn existing(&self, queue: &str) -> Result<Scope, Error> {
+    pub(super) async fn existing(&self, queue: &str) -> Result<Scope, Error> {
         let scope = scope(queue)?;
         let (_, usable) = self.engine.store.queue_get(&scope).await?;
         if usable { Ok(scope) } else { Err(Error::QueueNotFound(queue.to_owned())) }
@@ -597,6 +598,30 @@ impl AbsurdService for Service {
             Ok(pb::ReleaseClaimsResponse { verdicts })
         };
         reply(work.await)
+    }
+
+    async fn get_queue_policy(&self, request: Request<pb::GetQueuePolicyRequest>) -> Reply<pb::GetQueuePolicyResponse> {
+        let read = in_time(deadline(&request), self.policy(&request.get_ref().queue)).await;
+        reply(read.map(|policy| pb::GetQueuePolicyResponse { policy: Some(policy) }))
+    }
+
+    async fn set_queue_policy(&self, request: Request<pb::SetQueuePolicyRequest>) -> Reply<pb::SetQueuePolicyResponse> {
+        let changed = in_time(deadline(&request), self.change_policy(request.into_inner())).await;
+        reply(changed.map(|policy| pb::SetQueuePolicyResponse { policy: Some(policy) }))
+    }
+
+    async fn cleanup_tasks(&self, request: Request<pb::CleanupTasksRequest>) -> Reply<pb::CleanupTasksResponse> {
+        let deadline = deadline(&request);
+        let request = request.into_inner();
+        let work = self.cleanup(&request.queue, Old::Tasks, request.ttl, request.limit);
+        reply(in_time(deadline, work).await.map(|deleted| pb::CleanupTasksResponse { deleted }))
+    }
+
+    async fn cleanup_events(&self, request: Request<pb::CleanupEventsRequest>) -> Reply<pb::CleanupEventsResponse> {
+        let deadline = deadline(&request);
+        let request = request.into_inner();
+        let work = self.cleanup(&request.queue, Old::Events, request.ttl, request.limit);
+        reply(in_time(deadline, work).await.map(|deleted| pb::CleanupEventsResponse { deleted }))
     }
 
     async fn set_checkpoint(&self, request: Request<pb::SetCheckpointRequest>) -> Reply<pb::SetCheckpointResponse> {
