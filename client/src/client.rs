@@ -134,6 +134,11 @@ impl AbsurdClient {
         &self.worker_id
     }
 
+    /// Longest time of a call.
+    pub(crate) fn limit(&self) -> Duration {
+        self.shared.deadline
+    }
+
     pub(crate) fn deadline(&self) -> Instant {
         Instant::now() + self.shared.deadline
     }

@@ -35,6 +35,7 @@ mod replicas;
 mod settle;
 mod stream;
 mod task;
+mod workflow;
 
 pub use absurd_proto::v1 as proto;
 pub use claimed::ClaimedTask;
@@ -45,3 +46,4 @@ pub use json::Json;
 pub use registry::Revoked;
 pub use stream::{ClaimStream, StreamOptions};
 pub use task::{Awaited, Checkpoint, FailOutcome, NewTask, RetryStrategy, SpawnOptions, Spawned, State, TaskResult};
+pub use workflow::{NewWorkflowRun, WorkflowChange};

@@ -6,9 +6,11 @@ pub mod id;
 pub mod json;
 pub mod policy;
 pub mod time;
+pub mod workflow;
 
 pub use claim::{Claim, ClaimToken, Digest, Settled, Verdict};
 pub use error::Error;
 pub use id::{CheckpointName, EventName, QueueName, RunId, SessionId, State, TaskId, TaskName, WorkerId};
 pub use json::JsonText;
 pub use time::Instant;
+pub use workflow::{WorkflowName, WorkflowVersion};

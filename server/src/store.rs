@@ -15,6 +15,7 @@ pub mod text;
 pub mod tick;
 pub mod time;
 pub mod upkeep;
+pub mod workflow;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -7,5 +7,6 @@ mod policies;
 pub mod service;
 pub mod status;
 mod time;
+mod workflows;
 
 pub use service::{Limits, Service};

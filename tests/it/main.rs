@@ -23,3 +23,4 @@ mod streams;
 mod tasks;
 mod time;
 mod upkeep;
+mod workflows;

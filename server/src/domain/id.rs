@@ -22,7 +22,8 @@ pub const WORKER_ID_BYTES_MAX: usize = 200;
 /// Longest session id in bytes.
 pub const SESSION_ID_BYTES_MAX: usize = 64;
 
-fn text(field: &str, value: &str, max: usize) -> Result<(), Error> {
+/// Checks a text: at most so many bytes, no NUL.
+pub fn bounded(field: &str, value: &str, max: usize) -> Result<(), Error> {
     if value.len() > max {
         return Err(Error::invalid(field, format!("{} bytes, at most {max} are allowed", value.len())));
     }
@@ -42,7 +43,7 @@ impl QueueName {
         if name.is_empty() {
             return Err(Error::invalid(field, "must not be empty"));
         }
-        text(field, name, QUEUE_NAME_BYTES_MAX)?;
+        bounded(field, name, QUEUE_NAME_BYTES_MAX)?;
         Ok(Self(name.into()))
     }
 
@@ -76,7 +77,7 @@ macro_rules! name {
                 if name.trim_matches(' ').is_empty() {
                     return Err(Error::invalid(field, "must not be blank"));
                 }
-                text(field, name, $max)?;
+                bounded(field, name, $max)?;
                 Ok(Self(name.to_owned()))
             }
 
@@ -111,7 +112,7 @@ pub struct WorkerId(Arc<str>);
 impl WorkerId {
     /// Parses an id; empty means `worker`, as in the contract's claim.
     pub fn parse(field: &str, id: &str) -> Result<Self, Error> {
-        text(field, id, WORKER_ID_BYTES_MAX)?;
+        bounded(field, id, WORKER_ID_BYTES_MAX)?;
         Ok(Self(if id.is_empty() { "worker".into() } else { id.into() }))
     }
 
@@ -128,7 +129,7 @@ pub struct SessionId(Arc<str>);
 impl SessionId {
     /// Parses an id; empty makes a new session.
     pub fn parse(field: &str, id: &str) -> Result<Self, Error> {
-        text(field, id, SESSION_ID_BYTES_MAX)?;
+        bounded(field, id, SESSION_ID_BYTES_MAX)?;
         Ok(Self(if id.is_empty() { Uuid::new_v4().to_string().into() } else { id.into() }))
     }
 
@@ -140,7 +141,7 @@ impl SessionId {
 
 /// Checks an idempotency key; an empty key is a key.
 pub fn parse_idempotency_key(field: &str, key: &str) -> Result<String, Error> {
-    text(field, key, IDEMPOTENCY_KEY_BYTES_MAX)?;
+    bounded(field, key, IDEMPOTENCY_KEY_BYTES_MAX)?;
     Ok(key.to_owned())
 }
 

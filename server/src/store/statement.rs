@@ -125,6 +125,10 @@ statements! {
     UPKEEP_NOTE = "upkeep_note";
     UPKEEP_RUN = "upkeep_run";
     UPKEEP_TAKE = "upkeep_take";
+    WORKFLOW_CREATE = "workflow_create";
+    WORKFLOW_GET = "workflow_get";
+    WORKFLOW_LIST = "workflow_list";
+    WORKFLOW_UPDATE = "workflow_update";
 }
 
 #[cfg(test)]

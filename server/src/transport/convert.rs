@@ -396,11 +396,13 @@ fn stored_state(row: &Row) -> i32 {
     State::from_stored(row.get("state")).map_or(0, pb_state)
 }
 
-fn at(row: &Row, column: &str) -> Option<Timestamp> {
+/// A stored time.
+pub fn at(row: &Row, column: &str) -> Option<Timestamp> {
     row.get::<_, Option<Instant>>(column).and_then(timestamp)
 }
 
-fn stored_json(row: &Row, column: &str) -> Option<pb::Json> {
+/// Stored JSON.
+pub fn stored_json(row: &Row, column: &str) -> Option<pb::Json> {
     row.get::<_, Option<JsonText>>(column).map(pb_json)
 }
 

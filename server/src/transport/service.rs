@@ -600,6 +600,31 @@ impl AbsurdService for Service {
         reply(work.await)
     }
 
+    async fn create_workflow_run(
+        &self,
+        request: Request<pb::CreateWorkflowRunRequest>,
+    ) -> Reply<pb::CreateWorkflowRunResponse> {
+        reply(in_time(deadline(&request), self.create_workflow(request.into_inner())).await)
+    }
+
+    async fn update_workflow_run_status(
+        &self,
+        request: Request<pb::UpdateWorkflowRunStatusRequest>,
+    ) -> Reply<pb::UpdateWorkflowRunStatusResponse> {
+        reply(in_time(deadline(&request), self.update_workflow(request.into_inner())).await)
+    }
+
+    async fn get_workflow_run(&self, request: Request<pb::GetWorkflowRunRequest>) -> Reply<pb::GetWorkflowRunResponse> {
+        reply(in_time(deadline(&request), self.one_workflow(request.into_inner())).await)
+    }
+
+    async fn list_workflow_runs(
+        &self,
+        request: Request<pb::ListWorkflowRunsRequest>,
+    ) -> Reply<pb::ListWorkflowRunsResponse> {
+        reply(in_time(deadline(&request), self.workflows(request.into_inner())).await)
+    }
+
     async fn get_queue_policy(&self, request: Request<pb::GetQueuePolicyRequest>) -> Reply<pb::GetQueuePolicyResponse> {
         let read = in_time(deadline(&request), self.policy(&request.get_ref().queue)).await;
         reply(read.map(|policy| pb::GetQueuePolicyResponse { policy: Some(policy) }))
