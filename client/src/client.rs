@@ -23,6 +23,21 @@ use crate::stream::{ClaimStream, StreamOptions};
 use crate::task::{self, Awaited, Checkpoint, FailOutcome, NewTask, SpawnOptions, Spawned, State, TaskResult};
 use crate::{Error, Json};
 
+/// One call of the service, repeated until the client's deadline where its failure is passing.
+macro_rules! rpc {
+    ($client:ident.$method:ident($request:ident)) => {
+        $client
+            .call($request, $client.limit(), |mut grpc: $crate::client::Grpc, request| async move {
+                grpc.$method(request).await
+            })
+            .await
+    };
+}
+pub(crate) use rpc;
+
+/// The generated client of one replica.
+pub(crate) type Grpc = AbsurdServiceClient<Channel>;
+
 /// Queue of a client that names none and finds none in `ABSURD_DEFAULT_QUEUE`.
 pub const DEFAULT_QUEUE: &str = "default";
 /// Longest wait that one `AwaitTaskResult` call asks for.
@@ -148,7 +163,7 @@ impl AbsurdClient {
         &self,
         request: Q,
         limit: Duration,
-        send: impl Fn(AbsurdServiceClient<Channel>, Request<Q>) -> F,
+        send: impl Fn(Grpc, Request<Q>) -> F,
     ) -> Result<R, Error>
     where
         Q: Clone,
@@ -183,23 +198,20 @@ impl AbsurdClient {
     /// Creates the queue if it is missing; says whether it was.
     pub async fn create_queue(&self) -> Result<bool, Error> {
         let request = pb::CreateQueueRequest { queue: self.queue(), ..Default::default() };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.create_queue(request).await };
-        Ok(self.call(request, self.shared.deadline, send).await?.created)
+        Ok(rpc!(self.create_queue(request))?.created)
     }
 
     /// Creates the queue with weekly partitions if it is missing; says whether it was.
     pub async fn create_partitioned_queue(&self) -> Result<bool, Error> {
         let mut request = pb::CreateQueueRequest { queue: self.queue(), ..Default::default() };
         request.set_storage_mode(pb::StorageMode::Partitioned);
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.create_queue(request).await };
-        Ok(self.call(request, self.shared.deadline, send).await?.created)
+        Ok(rpc!(self.create_queue(request))?.created)
     }
 
     /// Drops the queue with all its tasks; says whether there was one.
     pub async fn drop_queue(&self) -> Result<bool, Error> {
         let request = pb::DropQueueRequest { queue: self.queue() };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.drop_queue(request).await };
-        Ok(self.call(request, self.shared.deadline, send).await?.dropped)
+        Ok(rpc!(self.drop_queue(request))?.dropped)
     }
 
     /// All queues, by name.
@@ -208,8 +220,7 @@ impl AbsurdClient {
         let mut page_token = String::new();
         loop {
             let request = pb::ListQueuesRequest { page_size: 1000, page_token };
-            let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.list_queues(request).await };
-            let page = self.call(request, self.shared.deadline, send).await?;
+            let page = rpc!(self.list_queues(request))?;
             queues.extend(page.queues);
             if page.next_page_token.is_empty() {
                 return Ok(queues);
@@ -221,8 +232,7 @@ impl AbsurdClient {
     /// Counts of the queue.
     pub async fn get_queue_stats(&self) -> Result<pb::GetQueueStatsResponse, Error> {
         let request = pb::GetQueueStatsRequest { queue: self.queue() };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.get_queue_stats(request).await };
-        self.call(request, self.shared.deadline, send).await
+        rpc!(self.get_queue_stats(request))
     }
 
     /// Spawns a task. The client chooses its id, so that a repeated call makes one task.
@@ -238,8 +248,7 @@ impl AbsurdClient {
     /// Spawns a task that is put together already.
     pub async fn spawn_new_task(&self, task: NewTask) -> Result<Spawned, Error> {
         let request = pb::SpawnTaskRequest { queue: self.queue(), task: Some(task.wire) };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.spawn_task(request).await };
-        Spawned::from_wire(self.call(request, self.shared.deadline, send).await?.task)
+        Spawned::from_wire(rpc!(self.spawn_task(request))?.task)
     }
 
     /// Spawns up to 1,000 tasks, all or none.
@@ -249,8 +258,7 @@ impl AbsurdClient {
         }
         let tasks = tasks.into_iter().map(|task| task.wire).collect();
         let request = pb::SpawnTasksRequest { queue: self.queue(), tasks };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.spawn_tasks(request).await };
-        let response = self.call(request, self.shared.deadline, send).await?;
+        let response = rpc!(self.spawn_tasks(request))?;
         response.tasks.into_iter().map(|task| Spawned::from_wire(Some(task))).collect()
     }
 
@@ -336,32 +344,26 @@ impl AbsurdClient {
     /// Reads how the queue is kept.
     pub async fn get_queue_policy(&self) -> Result<pb::QueuePolicy, Error> {
         let request = pb::GetQueuePolicyRequest { queue: self.queue() };
-        let send =
-            |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.get_queue_policy(request).await };
-        self.call(request, self.shared.deadline, send).await?.policy.ok_or_else(task::unclear)
+        rpc!(self.get_queue_policy(request))?.policy.ok_or_else(task::unclear)
     }
 
     /// Changes how the queue is kept: what is None or unspecified in `changes` stays; its queue is this client's. Returns
     /// the whole policy.
     pub async fn set_queue_policy(&self, changes: pb::SetQueuePolicyRequest) -> Result<pb::QueuePolicy, Error> {
         let request = pb::SetQueuePolicyRequest { queue: self.queue(), ..changes };
-        let send =
-            |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.set_queue_policy(request).await };
-        self.call(request, self.shared.deadline, send).await?.policy.ok_or_else(task::unclear)
+        rpc!(self.set_queue_policy(request))?.policy.ok_or_else(task::unclear)
     }
 
     /// Deletes up to `limit` tasks that ended longer ago than `ttl`, the oldest first; says how many.
     pub async fn cleanup_tasks(&self, ttl: Duration, limit: i32) -> Result<i32, Error> {
         let request = pb::CleanupTasksRequest { queue: self.queue(), ttl: Some(task::duration(ttl)), limit };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.cleanup_tasks(request).await };
-        Ok(self.call(request, self.shared.deadline, send).await?.deleted)
+        Ok(rpc!(self.cleanup_tasks(request))?.deleted)
     }
 
     /// Deletes up to `limit` events that were emitted longer ago than `ttl`, the oldest first; says how many.
     pub async fn cleanup_events(&self, ttl: Duration, limit: i32) -> Result<i32, Error> {
         let request = pb::CleanupEventsRequest { queue: self.queue(), ttl: Some(task::duration(ttl)), limit };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.cleanup_events(request).await };
-        Ok(self.call(request, self.shared.deadline, send).await?.deleted)
+        Ok(rpc!(self.cleanup_events(request))?.deleted)
     }
 
     /// Stores the result of a step; says whether it was taken: a newer attempt's value is never replaced by an older one's.
@@ -383,8 +385,7 @@ impl AbsurdClient {
             state: Some(Json::of(state)?.into_wire()),
             extend_by: extend_claim_by.map(task::duration),
         };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.set_checkpoint(request).await };
-        Ok(self.call(request, self.shared.deadline, send).await?.applied)
+        Ok(rpc!(self.set_checkpoint(request))?.applied)
     }
 
     /// Stores the result of a step of a run.
@@ -403,10 +404,7 @@ impl AbsurdClient {
             data: Some(Json::of(data)?.into_wire()),
             task_id: task_id.map(|id| id.to_string()).unwrap_or_default(),
         };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move {
-            grpc.save_checkpoint_for_run(request).await
-        };
-        Ok(self.call(request, self.shared.deadline, send).await?.applied)
+        Ok(rpc!(self.save_checkpoint_for_run(request))?.applied)
     }
 
     /// Reads one checkpoint of a task, whoever wrote it.
@@ -422,8 +420,7 @@ impl AbsurdClient {
             checkpoint_name: step_name.to_owned(),
             include_pending,
         };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.get_checkpoint(request).await };
-        let response = self.call(request, self.shared.deadline, send).await?;
+        let response = rpc!(self.get_checkpoint(request))?;
         response.checkpoint.map(Checkpoint::from_wire).transpose()
     }
 
@@ -439,10 +436,7 @@ impl AbsurdClient {
                 page_size: 1000,
                 page_token,
             };
-            let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move {
-                grpc.get_all_checkpoints(request).await
-            };
-            let page = self.call(request, self.shared.deadline, send).await?;
+            let page = rpc!(self.get_all_checkpoints(request))?;
             for checkpoint in page.checkpoints {
                 all.push(Checkpoint::from_wire(checkpoint)?);
             }
@@ -465,10 +459,7 @@ impl AbsurdClient {
                 page_size: 1000,
                 page_token,
             };
-            let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move {
-                grpc.get_checkpoints_for_run(request).await
-            };
-            let page = self.call(request, self.shared.deadline, send).await?;
+            let page = rpc!(self.get_checkpoints_for_run(request))?;
             for checkpoint in page.checkpoints {
                 all.push(Checkpoint::from_wire(checkpoint)?);
             }
@@ -486,9 +477,7 @@ impl AbsurdClient {
             run_id: run_id.to_string(),
             checkpoint_name: step_name.to_owned(),
         };
-        let send =
-            |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.get_run_checkpoint(request).await };
-        let response = self.call(request, self.shared.deadline, send).await?;
+        let response = rpc!(self.get_run_checkpoint(request))?;
         response.checkpoint.map(Checkpoint::from_wire).transpose()
     }
 
@@ -519,8 +508,7 @@ impl AbsurdClient {
             event_name: event_name.to_owned(),
             timeout: timeout.map(task::duration),
         };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.await_event(request).await };
-        let outcome = self.call(request, self.shared.deadline, send).await.and_then(Awaited::from_wire);
+        let outcome = rpc!(self.await_event(request)).and_then(Awaited::from_wire);
         self.over_when(run_id, claim_token.as_deref(), &outcome, |awaited| {
             matches!(awaited, Awaited::Suspended { .. })
         });
@@ -539,8 +527,7 @@ impl AbsurdClient {
             step_name: step_name.to_owned(),
             duration: Some(task::duration(duration)),
         };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.sleep(request).await };
-        let outcome = self.call(request, self.shared.deadline, send).await;
+        let outcome = rpc!(self.sleep(request));
         self.over_when(run_id, claim_token.as_deref(), &outcome, |response| {
             matches!(response.outcome, Some(Outcome::Suspended(_)))
         });
@@ -563,8 +550,7 @@ impl AbsurdClient {
             claim_token: claim_token.clone(),
             when: Some(pb::schedule_task_request::When::WakeAt(wake_at.into())),
         };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.schedule_task(request).await };
-        let outcome = self.call(request, self.shared.deadline, send).await;
+        let outcome = rpc!(self.schedule_task(request));
         self.over_when(run_id, claim_token.as_deref(), &outcome, |_| true);
         outcome.map(drop)
     }
@@ -578,9 +564,7 @@ impl AbsurdClient {
             claim_token: claim_token.clone(),
             event_name: event_name.to_owned(),
         };
-        let send =
-            |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.set_run_sleeping(request).await };
-        let outcome = self.call(request, self.shared.deadline, send).await;
+        let outcome = rpc!(self.set_run_sleeping(request));
         self.over_when(run_id, claim_token.as_deref(), &outcome, |_| true);
         Ok(outcome?.wake_at.and_then(task::system_time))
     }
@@ -596,8 +580,7 @@ impl AbsurdClient {
     pub async fn emit_event<P: Serialize + ?Sized>(&self, event_name: &str, payload: &P) -> Result<(bool, i64), Error> {
         let payload = Some(Json::of(payload)?.into_wire());
         let request = pb::EmitEventRequest { queue: self.queue(), event_name: event_name.to_owned(), payload };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.emit_event(request).await };
-        let response = self.call(request, self.shared.deadline, send).await?;
+        let response = rpc!(self.emit_event(request))?;
         Ok((response.applied, response.woken))
     }
 
@@ -613,8 +596,7 @@ impl AbsurdClient {
 
     async fn cancel(&self, target: pb::cancel_task_request::Target) -> Result<(bool, State), Error> {
         let request = pb::CancelTaskRequest { queue: self.queue(), target: Some(target) };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.cancel_task(request).await };
-        let response = self.call(request, self.shared.deadline, send).await?;
+        let response = rpc!(self.cancel_task(request))?;
         Ok((response.cancelled, State::from_wire(response.state).ok_or_else(task::unclear)?))
     }
 
@@ -627,16 +609,14 @@ impl AbsurdClient {
             max_attempts: options.max_attempts,
             request_id: Some(Uuid::now_v7().to_string()),
         };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.retry_task(request).await };
-        Spawned::from_wire(self.call(request, self.shared.deadline, send).await?.task)
+        Spawned::from_wire(rpc!(self.retry_task(request))?.task)
     }
 
     /// The task, as stored; None: there is none.
     pub async fn get_task_status(&self, task_id: Uuid) -> Result<Option<pb::Task>, Error> {
         let request =
             pb::GetTaskStatusRequest { queue: self.queue(), task_id: task_id.to_string(), params_range: None };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.get_task_status(request).await };
-        match self.call(request, self.shared.deadline, send).await {
+        match rpc!(self.get_task_status(request)) {
             Ok(response) => Ok(response.task),
             Err(error) if error.reason() == crate::Reason::TaskNotFound => Ok(None),
             Err(error) => Err(error),
@@ -646,8 +626,7 @@ impl AbsurdClient {
     /// The run, as stored; None: there is none.
     pub async fn get_run_status(&self, run_id: Uuid) -> Result<Option<pb::Run>, Error> {
         let request = pb::GetRunStatusRequest { queue: self.queue(), run_id: run_id.to_string() };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.get_run_status(request).await };
-        match self.call(request, self.shared.deadline, send).await {
+        match rpc!(self.get_run_status(request)) {
             Ok(response) => Ok(response.run),
             Err(error) if error.reason() == crate::Reason::RunNotFound => Ok(None),
             Err(error) => Err(error),
@@ -657,8 +636,7 @@ impl AbsurdClient {
     /// State and result of a task, as of now.
     pub async fn get_task_result(&self, task_id: Uuid) -> Result<TaskResult, Error> {
         let request = pb::GetTaskResultRequest { queue: self.queue(), task_id: task_id.to_string() };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.get_task_result(request).await };
-        TaskResult::from_wire(self.call(request, self.shared.deadline, send).await?.result)
+        TaskResult::from_wire(rpc!(self.get_task_result(request))?.result)
     }
 
     /// Waits until a task has ended, for ever when `timeout` is None. `DeadlineExceeded` when the time is up.
@@ -672,9 +650,9 @@ impl AbsurdClient {
                 task_id: task_id.to_string(),
                 timeout: Some(task::duration(slice)),
             };
-            let send =
-                |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.await_task_result(request).await };
-            let response = self.call(request, slice + self.shared.deadline, send).await?;
+            let limit = slice + self.shared.deadline;
+            let send = |mut grpc: Grpc, request| async move { grpc.await_task_result(request).await };
+            let response = self.call(request, limit, send).await?;
             if response.done {
                 return TaskResult::from_wire(response.result);
             }
@@ -693,8 +671,7 @@ impl AbsurdClient {
             state: options.state.map_or(pb::State::Unspecified, State::to_wire).into(),
             task_name: options.task_name,
         };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.list_tasks(request).await };
-        let response = self.call(request, self.shared.deadline, send).await?;
+        let response = rpc!(self.list_tasks(request))?;
         Ok((response.tasks, response.next_page_token))
     }
 }

@@ -20,6 +20,8 @@ use crate::{AbsurdClient, Error, Reason, task};
 
 /// Claims of one `ExtendClaims` call.
 const EXTEND_MAX: usize = 1000;
+/// Longest time for telling the server that a stream is about to end.
+const DRAIN_MAX: Duration = Duration::from_secs(2);
 /// Longest time for a stream's first message.
 const OPEN_MAX: Duration = Duration::from_secs(15);
 
@@ -122,6 +124,16 @@ impl ClaimStream {
     /// are still worked on are kept until they are settled, or until `limit` has passed.
     pub async fn close(mut self, limit: Duration) -> Result<(), Error> {
         let until = Instant::now() + limit;
+        // The server shall hear that this end is meant: it cuts no lease then, and looks for no lost worker.
+        let inside = Arc::clone(&self.inside);
+        let request =
+            pb::DrainWorkerRequest { queue: inside.client.queue_name().into(), session_id: inside.session_id.clone() };
+        let told = inside
+            .client
+            .call(request, DRAIN_MAX.min(limit), |mut grpc, request| async move { grpc.drain_worker(request).await });
+        if let Err(error) = told.await {
+            tracing::debug!(%error, "could not tell the server that the stream ends");
+        }
         self.inside.closing.send_replace(true);
         let _ = (&mut self.driver).await;
         self.tasks.close();
@@ -285,6 +297,10 @@ async fn read(inside: &Inside, mut open: Connected, tell: &mpsc::UnboundedSender
                 if let Ok(run_id) = task::id(&revoked.run_id) {
                     inside.judge(run_id, &revoked.claim_token, revoked.verdict);
                 }
+            }
+            Some(Message::Ending(ending)) if ending.reason() == pb::EndReason::Drained => {
+                inside.closing.send_replace(true);
+                return Duration::ZERO;
             }
             Some(Message::Ending(ending)) => {
                 return task::span(ending.reconnect_after.as_ref()).unwrap_or_default() + jitter;

@@ -3,10 +3,9 @@
 use std::time::SystemTime;
 
 use absurd_proto::v1 as pb;
-use absurd_proto::v1::absurd_service_client::AbsurdServiceClient;
-use tonic::transport::Channel;
 use uuid::Uuid;
 
+use crate::client::rpc;
 use crate::{AbsurdClient, Error, Json, task};
 
 /// A record to be made.
@@ -60,9 +59,7 @@ impl AbsurdClient {
             tags: new.tags.map(Json::into_wire),
             workflow_hash: new.workflow_hash,
         };
-        let send =
-            |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.create_workflow_run(request).await };
-        task::id(&self.call(request, self.limit(), send).await?.workflow_run_id)
+        task::id(&rpc!(self.create_workflow_run(request))?.workflow_run_id)
     }
 
     /// Changes a record; says whether there is one.
@@ -76,10 +73,7 @@ impl AbsurdClient {
             completed_at: change.completed_at.map(Into::into),
             task_count: change.task_count,
         };
-        let send = |mut grpc: AbsurdServiceClient<Channel>, request| async move {
-            grpc.update_workflow_run_status(request).await
-        };
-        let found = self.call(request, self.limit(), send).await?.found;
+        let found = rpc!(self.update_workflow_run_status(request))?.found;
         if !found {
             tracing::warn!(workflow_run.id = %id, "there is no such workflow run; nothing was changed");
         }
@@ -89,9 +83,7 @@ impl AbsurdClient {
     /// Reads a record.
     pub async fn get_workflow_run(&self, id: Uuid) -> Result<Option<pb::WorkflowRun>, Error> {
         let request = pb::GetWorkflowRunRequest { workflow_run_id: id.to_string() };
-        let send =
-            |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.get_workflow_run(request).await };
-        Ok(self.call(request, self.limit(), send).await?.workflow_run)
+        Ok(rpc!(self.get_workflow_run(request))?.workflow_run)
     }
 
     /// Lists records, newest first; with the token of the next page, empty after the last.
@@ -99,9 +91,7 @@ impl AbsurdClient {
         &self,
         request: pb::ListWorkflowRunsRequest,
     ) -> Result<(Vec<pb::WorkflowRun>, String), Error> {
-        let send =
-            |mut grpc: AbsurdServiceClient<Channel>, request| async move { grpc.list_workflow_runs(request).await };
-        let page = self.call(request, self.limit(), send).await?;
+        let page = rpc!(self.list_workflow_runs(request))?;
         Ok((page.workflow_runs, page.next_page_token))
     }
 }

@@ -386,6 +386,16 @@ impl Dispatcher {
         queue.bell.notify_one();
     }
 
+    /// Ends the stream of a session on this replica; says whether there was one.
+    pub fn drain(&self, queue: &QueueName, session: &SessionId) -> bool {
+        let Some(queue) = self.find(queue) else { return false };
+        let returns = queue.lock().drain(session);
+        queue.bell.notify_one();
+        let ended = returns.is_some();
+        self.give_back(&queue, returns.unwrap_or_default());
+        ended
+    }
+
     /// The queue was dropped: its streams end.
     pub fn drop_queue(&self, name: &QueueName) {
         if let Some(queue) = self.find(name) {

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::dispatch::{Dispatcher, random};
-use crate::domain::{QueueName, RunId};
+use crate::domain::{QueueName, RunId, SessionId};
 use crate::store::listen::{Heard, listen};
 use crate::store::{Fault, Store};
 
@@ -30,6 +30,7 @@ struct Inside {
     arm: HashSet<QueueName>,
     dirty: HashSet<QueueName>,
     credit: Vec<RunId>,
+    drained: Vec<(QueueName, SessionId)>,
 }
 
 /// Gathers what other replicas should know.
@@ -94,6 +95,17 @@ impl Hints {
         }
     }
 
+    /// A session wants no more tasks; its stream may be elsewhere.
+    pub fn drain(&self, queue: &QueueName, session: &SessionId) {
+        // Seldom enough to say it always: a replica that has just started may not know of the others yet.
+        let mut inside = self.lock();
+        if inside.drained.len() < CREDIT_MAX {
+            inside.drained.push((queue.clone(), session.clone()));
+        }
+        drop(inside);
+        self.bell.notify_one();
+    }
+
     /// A run left its claim here and was in flight elsewhere.
     pub fn credit(&self, run_id: RunId) {
         if self.others.load(Ordering::Relaxed) > 0 {
@@ -134,7 +146,7 @@ pub async fn send(hints: &Hints, store: &Store, dispatcher: &Dispatcher) {
         probe(hints, store, dispatcher, &mut probes).await;
         let waiting = {
             let inside = hints.lock();
-            !inside.dirty.is_empty() || !inside.credit.is_empty()
+            !inside.dirty.is_empty() || !inside.credit.is_empty() || !inside.drained.is_empty()
         };
         if !waiting {
             send_at = None;
@@ -185,23 +197,33 @@ pub(crate) async fn look(
 }
 
 async fn flush(hints: &Hints, store: &Store) {
-    let (dirty, credit) = {
+    let (dirty, credit, drained) = {
         let mut inside = hints.lock();
         let dirty: Vec<QueueName> = inside.dirty.drain().collect();
-        (dirty, std::mem::take(&mut inside.credit))
+        (dirty, std::mem::take(&mut inside.credit), std::mem::take(&mut inside.drained))
     };
     let names: Vec<&str> = dirty.iter().map(QueueName::as_str).collect();
     let mut outcome: Result<(), Fault> = Ok(());
     if !names.is_empty() {
         outcome = store.doorbell_ring(&names, &hints.replica_id).await;
     }
-    if !credit.is_empty() {
-        let messages: Vec<String> = credit.chunks(IDS_MAX).map(encode_ids).collect();
+    let drains = drained.iter().map(|(queue, session)| encode_drain(queue, session));
+    let messages: Vec<String> = credit.chunks(IDS_MAX).map(encode_ids).chain(drains).collect();
+    if !messages.is_empty() {
         outcome = outcome.and(store.credit_notify(&messages).await);
     }
     if let Err(fault) = outcome {
         tracing::debug!(?fault, "could not send hints to other replicas");
     }
+}
+
+fn encode_drain(queue: &QueueName, session: &SessionId) -> String {
+    format!("d{}", serde_json::json!([queue.as_str(), session.as_str()]))
+}
+
+fn decode_drain(text: &str) -> Option<(QueueName, SessionId)> {
+    let [queue, session]: [String; 2] = serde_json::from_str(text).ok()?;
+    Some((QueueName::parse("queue", &queue).ok()?, SessionId::parse("session_id", &session).ok()?))
 }
 
 fn encode_ids(ids: &[Uuid]) -> String {
@@ -253,6 +275,8 @@ fn act(payload: &str, dispatcher: &Dispatcher) {
         if let Ok(queue) = QueueName::parse("queue", name) {
             dispatcher.note_rung(&queue);
         }
+    } else if let Some((queue, session)) = payload.strip_prefix('d').and_then(decode_drain) {
+        dispatcher.drain(&queue, &session);
     } else if let Some(runs) = payload.strip_prefix('c').and_then(decode_ids) {
         dispatcher.left_elsewhere(&runs);
     }
@@ -269,6 +293,9 @@ mod tests {
         assert!(text.len() < 8000, "{}", text.len());
         assert_eq!(decode_ids(&text[1..]), Some(ids));
         assert_eq!(decode_ids("@@@"), None);
+        let (queue, session) = (QueueName::parse("q", "it's \"q\"").unwrap(), SessionId::parse("s", "a-b").unwrap());
+        assert_eq!(decode_drain(&encode_drain(&queue, &session)[1..]), Some((queue, session)));
+        assert_eq!(decode_drain("[]"), None);
         assert_eq!(decode_ids("AAAA"), None);
     }
 }

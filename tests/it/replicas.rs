@@ -122,3 +122,54 @@ async fn a_replica_is_killed_under_load_and_nothing_is_lost() {
     assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1)), (1000, 1000), "one task per spawn, each completed once");
     assert!(row.get::<_, i32>(2) <= 2, "the kill costs a run one attempt at most");
 }
+
+/// A worker that says so before it stops gets no more tasks, wherever its stream is, and its leases are not cut short.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drained_worker_gets_no_more_and_keeps_its_leases() {
+    use crate::streams::{next, next_task, open, request, seconds};
+    use absurd_proto::v1 as pb;
+    use absurd_proto::v1::claim_stream_response::Message;
+    let one = Server::start().await;
+    let two = Server::start_on(one.database()).await;
+    let sql = one.database().connect().await;
+    eventually("the replicas know of each other", || async {
+        let seen: i64 = sql.query_one("select count(*) from absurd_server.replica", &[]).await.unwrap().get(0);
+        (seen == 2).then_some(())
+    })
+    .await;
+    let client = one.client();
+    let spawn = async || client.spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap();
+    let mut grpc = one.raw().await;
+    let asked = pb::ClaimStreamRequest {
+        session_id: "worker-1".into(),
+        reconnect_grace: seconds(1),
+        claim_timeout: seconds(60),
+        ..request(5)
+    };
+    let (_, mut messages) = open(&mut grpc, asked).await;
+    spawn().await;
+    let held = next_task(&mut messages).await;
+    // The other replica is asked; it passes the word on. Asked again, nothing more happens.
+    let drain = pb::DrainWorkerRequest { queue: "q".into(), session_id: "worker-1".into() };
+    let asked = two.raw().await.drain_worker(drain.clone()).await.unwrap().into_inner();
+    assert!(!asked.ended, "its stream is not there");
+    let ending = async {
+        loop {
+            if let Message::Ending(ending) = next(&mut messages).await {
+                return ending.reason();
+            }
+        }
+    };
+    assert_eq!(in_time("the stream's end is announced", ending).await, pb::EndReason::Drained);
+    assert!(in_time("the stream ends", messages.message()).await.unwrap().is_none());
+    assert!(!grpc.drain_worker(drain).await.unwrap().into_inner().ended);
+    spawn().await;
+    drop(messages);
+    let mut other = client.claim_stream(StreamOptions::default()).await.unwrap();
+    in_time("the next task goes elsewhere", other.next()).await.unwrap().complete(&j!(1)).await.unwrap();
+    let left = "select extract(epoch from claim_expires_at - now())::float8 from absurd.r_q where run_id::text = $1";
+    let left: f64 = sql.query_one(left, &[&held.run_id]).await.unwrap().get(0);
+    assert!(left > 30.0, "{left} s: the lease was cut to the grace of a lost worker");
+    let wrong = pb::DrainWorkerRequest { queue: "q".into(), session_id: String::new() };
+    assert!(grpc.drain_worker(wrong).await.unwrap_err().message().contains("session_id"));
+}

@@ -50,6 +50,8 @@ pub enum EndReason {
     MaxAge,
     /// The session opened a newer stream.
     Superseded,
+    /// The worker wants no more.
+    Drained,
 }
 
 #[derive(Debug, Default)]

@@ -357,6 +357,20 @@ impl State {
         leftover
     }
 
+    /// Ends the stream of a session that wants no more; says whether there was one. What no transport took comes back.
+    pub fn drain(&mut self, session: &SessionId) -> Option<Vec<Return>> {
+        let id = self.sessions.get(session).copied()?;
+        let stream = self.streams.get_mut(&id)?;
+        let mut returns = Vec::new();
+        for claim in stream.outbox.take_tasks(false) {
+            stream.runs.remove(&claim.run_id);
+            self.owners.remove(&claim.run_id);
+            returns.push(Return::undelivered(claim.token));
+        }
+        self.end(id, EndReason::Drained, Duration::ZERO);
+        Some(returns)
+    }
+
     fn end(&mut self, id: StreamId, reason: EndReason, reconnect_after: Duration) {
         if let Some(stream) = self.streams.get_mut(&id).filter(|stream| !stream.ending) {
             stream.ending = true;

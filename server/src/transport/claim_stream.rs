@@ -63,6 +63,7 @@ fn render(scope: &Scope, message: Message) -> PbMessage {
                 EndReason::Shutdown => pb::EndReason::ServerShutdown,
                 EndReason::MaxAge => pb::EndReason::MaxAge,
                 EndReason::Superseded => pb::EndReason::Superseded,
+                EndReason::Drained => pb::EndReason::Drained,
             };
             PbMessage::Ending(pb::StreamEnding {
                 reason: reason.into(),

@@ -600,6 +600,21 @@ impl AbsurdService for Service {
         reply(work.await)
     }
 
+    async fn drain_worker(&self, request: Request<pb::DrainWorkerRequest>) -> Reply<pb::DrainWorkerResponse> {
+        let request = request.into_inner();
+        let drain = || {
+            let scope = scope(&request.queue)?;
+            if request.session_id.is_empty() {
+                return Err(Error::invalid("session_id", "must not be empty"));
+            }
+            let session = SessionId::parse("session_id", &request.session_id)?;
+            let ended = self.engine.dispatcher.drain(scope.queue(), &session);
+            self.engine.hints.drain(scope.queue(), &session);
+            Ok(pb::DrainWorkerResponse { ended })
+        };
+        reply(drain())
+    }
+
     async fn create_workflow_run(
         &self,
         request: Request<pb::CreateWorkflowRunRequest>,
