@@ -6,7 +6,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use absurd_client::{AbsurdClient, ClaimedTask, Error as ClientError, NewTask, Reason, SpawnOptions, StreamOptions};
+use absurd_client::{
+    AbsurdClient, Awaited, ClaimedTask, Error as ClientError, NewTask, Reason, SpawnOptions, StreamOptions,
+};
 use absurd_tests::{Server, eventually, in_time};
 use serde_json::json as j;
 use tokio::task::JoinSet;
@@ -168,6 +170,16 @@ async fn end_by_grpc(task: ClaimedTask, book: Arc<Book>, mut dice: Dice) {
     match what {
         1..=4 => forgive_client(task.fail(&j!({"message": "x"})).await),
         5..=7 => forgive_client(task.release(Duration::from_millis(dice.roll(50))).await),
+        8..=10 => {
+            // Suspended, told or timed out: whoever holds the run next goes on.
+            let event = dice.roll(EVENTS);
+            let timeout = Some(Duration::from_millis(dice.roll(800)));
+            match task.await_event(&format!("g{event}"), &format!("e{event}"), timeout).await {
+                Ok(Awaited::Suspended { .. }) => true,
+                Ok(Awaited::Payload(_) | Awaited::TimedOut) => forgive_client(task.complete(&j!(1)).await),
+                other => forgive_client(other),
+            }
+        }
         _ => forgive_client(task.complete(&j!(1)).await),
     };
 }
@@ -195,9 +207,12 @@ async fn disturb(sql: Client, client: AbsurdClient, book: Arc<Book>, mut dice: D
         match dice.roll(4) {
             0 => {
                 // The first emission wins for ever, so events come and go.
-                forgive(
-                    sql.execute(&format!("select absurd.emit_event('q', 'e{}', '1')", dice.roll(EVENTS)), &[]).await,
-                );
+                let event = format!("e{}", dice.roll(EVENTS));
+                if dice.roll(2) == 0 {
+                    forgive_client(client.emit_event(&event, &j!(1)).await);
+                } else {
+                    forgive(sql.execute("select absurd.emit_event('q', $1, '1')", &[&event]).await);
+                }
             }
             1 => {
                 forgive(sql.execute("select absurd.cleanup_events('q', 1, 5)", &[]).await);

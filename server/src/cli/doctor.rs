@@ -253,6 +253,7 @@ fn print(how: Output, version: &str, report: &Report, upkeep: &[Row], findings: 
                     "queue": row.get::<_, &str>("queue_name"),
                     "ran_at": ran(row).map(|at| humantime::format_rfc3339_millis(at).to_string()),
                     "tasks_deleted": count(row, "tasks_deleted"), "events_deleted": count(row, "events_deleted"),
+                    "partitions_dropped": row.get::<_, Option<i32>>("partitions_dropped"),
                     "problem": row.get::<_, Option<&str>>("problem"),
                 })
             })
@@ -283,11 +284,13 @@ fn print(how: Output, version: &str, report: &Report, upkeep: &[Row], findings: 
             .map(|row| {
                 let when =
                     ran(row).map_or_else(|| "never".into(), |at| humantime::format_rfc3339_seconds(at).to_string());
-                let counts = [count(row, "tasks_deleted"), count(row, "events_deleted")].map(|count| count.to_string());
+                let partitions = i64::from(row.get::<_, Option<i32>>("partitions_dropped").unwrap_or(0));
+                let counts = [count(row, "tasks_deleted"), count(row, "events_deleted"), partitions];
+                let counts = counts.map(|count| count.to_string());
                 [vec![row.get("queue_name"), when], counts.to_vec()].concat()
             })
             .collect();
-        output::table(&["queue", "last upkeep", "tasks deleted", "events deleted"], &rows);
+        output::table(&["queue", "last upkeep", "tasks deleted", "events deleted", "partitions dropped"], &rows);
     }
     for finding in findings {
         println!("\n{}: {}\n  {}", if finding.wrong { "wrong" } else { "note" }, finding.what, finding.mend);
