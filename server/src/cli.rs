@@ -186,15 +186,19 @@ fn log(filter: &str, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Resolves when the process is asked to stop.
-async fn asked_to_stop() {
+/// Resolves when the process is asked to stop. It listens from this call on, not from the first poll: who says "serving"
+/// must be ready to be stopped.
+fn asked_to_stop() -> impl Future<Output = ()> {
     use tokio::signal::unix::{SignalKind, signal};
-    let Ok(mut terminate) = signal(SignalKind::terminate()) else {
-        let _ = tokio::signal::ctrl_c().await;
-        return;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = tokio::signal::ctrl_c() => {}
+    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    async move {
+        let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
+            let _ = tokio::signal::ctrl_c().await;
+            return;
+        };
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
     }
 }

@@ -86,11 +86,14 @@ pub(super) async fn create_database(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 async fn serve(cluster: &mut Cluster, listen: SocketAddr, queue: &str, started: Instant) -> anyhow::Result<()> {
-    let app = start_on(cluster, listen, queue).await?;
+    let mut stop = std::pin::pin!(asked_to_stop());
+    let app = tokio::select! {
+        app = start_on(cluster, listen, queue) => app?,
+        () = &mut stop => return Ok(()),
+    };
     greet(cluster, &app, queue, started.elapsed());
     let mut feed = app.engine().feed.watch();
     let mut lines = Lines::new()?;
-    let mut stop = std::pin::pin!(asked_to_stop());
     let mut look = tokio::time::interval(Duration::from_secs(1));
     let ended = loop {
         tokio::select! {

@@ -12,12 +12,16 @@ pub(super) fn serve(args: ServeArgs) -> anyhow::Result<()> {
     log(settings.log.as_deref().unwrap_or("info"), settings.log_json.unwrap_or(false))?;
     let options = settings.into_app_options()?;
     block_on(async move {
-        let app = App::start(options).await?;
+        let mut stop = std::pin::pin!(asked_to_stop());
+        let app = tokio::select! {
+            app = App::start(options) => app?,
+            () = &mut stop => return Ok(()),
+        };
         if let Some(report) = app.migrated() {
             tracing::info!(applied = ?report.applied, doorbell = report.doorbell, "the database is up to date");
         }
         tracing::info!(listen = %app.addr(), "serving");
-        asked_to_stop().await;
+        stop.await;
         tracing::info!("stopping: streams end, claims that reached nobody go back");
         app.shut_down().await?;
         tracing::info!("stopped");

@@ -70,9 +70,12 @@ pub(super) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         task_names: args.task_names.clone(),
         ..StreamOptions::default()
     };
-    let mut tasks = wait_for_queue(&client, options).await?;
-    eprintln!("worker {worker_id} takes tasks of queue {:?} at {}", args.client.queue, args.client.url);
     let mut stop = std::pin::pin!(asked_to_stop());
+    let mut tasks = tokio::select! {
+        tasks = wait_for_queue(&client, options) => tasks?,
+        () = &mut stop => return Ok(()),
+    };
+    eprintln!("worker {worker_id} takes tasks of queue {:?} at {}", args.client.queue, args.client.url);
     let mut programs = JoinSet::new();
     let mut left = args.max_tasks.unwrap_or(u64::MAX);
     // True once programs that still run must end.
