@@ -223,3 +223,40 @@ async fn a_sleeping_run_frees_its_credit() {
     })
     .await;
 }
+
+/// The original client's names for it: a wait that raises, and two ways to spawn.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_helpers_do_what_their_names_say() {
+    use absurd_client::{Retries, WaitError, spawn_cancellable_task, spawn_retry_task};
+    let server = Server::start().await;
+    let client = server.client();
+    let mut tasks = stream(&server).await;
+    let spawned = spawn_retry_task(&client, "n", &j!(null), Retries::default()).await.unwrap();
+    let stored = client.get_task_status(spawned.task_id).await.unwrap().unwrap();
+    let strategy: serde_json::Value = serde_json::from_str(&stored.retry_strategy.unwrap().text).unwrap();
+    assert_eq!(
+        (stored.max_attempts, strategy["kind"].as_str(), strategy["base_seconds"].as_f64()),
+        (Some(3), Some("exponential"), Some(30.0))
+    );
+    let task = next(&mut tasks).await;
+    let WaitError::Sleep(sleep) =
+        client.wait_for_event(task.run_id, "e", Duration::from_secs(60), "s").await.unwrap_err()
+    else {
+        panic!("the run sleeps")
+    };
+    assert_eq!(
+        (sleep.run_id, sleep.event_name.as_deref(), sleep.wake_at.is_some()),
+        (Some(task.run_id), Some("e"), true)
+    );
+    client.emit_event("e", &j!("here")).await.unwrap();
+    let task = next(&mut tasks).await;
+    let payload = client.wait_for_event(task.run_id, "e", Duration::from_secs(60), "s").await.unwrap();
+    assert_eq!(payload.as_str(), "\"here\"");
+    let timeout = client.wait_for_event(task.run_id, "never", Duration::ZERO, "s2").await.unwrap_err();
+    assert!(matches!(timeout, WaitError::Timeout), "{timeout}");
+    task.complete(&j!(1)).await.unwrap();
+    let day = Some(Duration::from_secs(86400));
+    let spawned = spawn_cancellable_task(&client, "n", &j!(null), day, None).await.unwrap();
+    let stored = client.get_task_status(spawned.task_id).await.unwrap().unwrap();
+    assert_eq!((stored.cancellation.unwrap().text.as_str(), stored.max_attempts), ("{\"max_delay\": 86400}", Some(1)));
+}
