@@ -2,10 +2,14 @@
 
 mod checkpoints;
 pub mod claim_stream;
+mod claims;
 pub mod convert;
 mod policies;
+mod queues;
 pub mod service;
+mod settling;
 pub mod status;
+mod tasks;
 mod time;
 mod workflows;
 

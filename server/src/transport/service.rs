@@ -1,6 +1,6 @@
-//! `AbsurdService`: each RPC parses, calls the engine and renders.
+//! `AbsurdService`: which RPC is carried out where, by when it must be answered, and how an error becomes a status.
+//! What an RPC does stands beside this file, by topic.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,37 +8,24 @@ use absurd_proto::v1 as pb;
 use absurd_proto::v1::absurd_service_server::AbsurdService;
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
-use uuid::Uuid;
 
-use super::claim_stream::{self, Responses};
-use super::convert::{
-    self, chosen_id, duration_between, new_task, pb_spawned, pb_state, pb_verdict, run_ref, scope, settle_item,
-    state_filter, timestamp,
-};
+use super::claim_stream::Responses;
+use super::claims::pull_options;
+use super::convert::{self, new_task, pb_spawned, run_ref, scope, settle_item, timestamp};
 use super::status::status;
-use crate::dispatch::state::StreamOptions;
-use crate::dispatch::verdict;
 use crate::domain::id::parse_uuid;
-use crate::domain::{Error, SessionId, Settled, Verdict, WorkerId};
+use crate::domain::{Error, SessionId, Verdict};
 use crate::engine::Engine;
 use crate::scope::Scope;
 use crate::store::batch::{RunRef, Write};
 use crate::store::policy::Old;
-use crate::store::queue::COUNT_MAX;
 
 /// Items of one batch at most.
 const BATCH_MAX: usize = 1000;
-/// Tokens that a reconnecting stream may hold.
-const HELD_MAX: usize = 10_000;
-/// Task names of a filter.
-const NAMES_MAX: usize = 100;
 /// Time of a call that names no deadline.
-const DEADLINE: Duration = Duration::from_secs(30);
-/// Longest wait for a result or a claim.
-const AWAIT_MAX: Duration = Duration::from_secs(600);
-const CLAIM_WAIT_MAX: Duration = Duration::from_secs(60);
-/// What gRPC clients decode unless told otherwise.
-const MESSAGE_DEFAULT: usize = 4 * 1024 * 1024;
+pub(super) const DEADLINE: Duration = Duration::from_secs(30);
+/// Longest wait for a result, and longest grace of a lost worker.
+pub(super) const AWAIT_MAX: Duration = Duration::from_secs(600);
 
 /// Bounds of what comes in.
 #[derive(Debug, Clone, Copy)]
@@ -99,7 +86,7 @@ async fn in_time<T>(deadline: Instant, work: impl Future<Output = Result<T, Erro
     tokio::time::timeout_at(deadline, work).await.unwrap_or(Err(Error::DeadlineExceeded))
 }
 
-fn batch_size(field: &str, size: usize) -> Result<(), Error> {
+pub(super) fn batch_size(field: &str, size: usize) -> Result<(), Error> {
     if size == 0 || size > BATCH_MAX {
         return Err(Error::invalid(field, format!("must hold 1 to {BATCH_MAX} items, not {size}")));
     }
@@ -114,79 +101,6 @@ pub(super) fn page_size(asked: i32) -> Result<i64, Error> {
     }
 }
 
-fn names(asked: Vec<String>) -> Result<Arc<[String]>, Error> {
-    if asked.len() > NAMES_MAX {
-        return Err(Error::invalid("task_names", format!("must hold at most {NAMES_MAX} names")));
-    }
-    let mut names = Vec::with_capacity(asked.len());
-    for (index, name) in asked.into_iter().enumerate() {
-        crate::domain::TaskName::parse(&format!("task_names[{index}]"), &name)?;
-        names.push(name);
-    }
-    names.sort();
-    names.dedup();
-    Ok(names.into())
-}
-
-fn message_bytes(asked: i32) -> Result<usize, Error> {
-    match usize::try_from(asked) {
-        Ok(0) => Ok(MESSAGE_DEFAULT),
-        Ok(bytes) if bytes >= 16 * 1024 => Ok(bytes.min(64 * 1024 * 1024)),
-        _ => Err(Error::invalid("max_message_bytes", "must be 0 or at least 16384")),
-    }
-}
-
-fn stream_options(request: &pb::ClaimStreamRequest) -> Result<StreamOptions, Error> {
-    let max_in_flight = match request.max_in_flight {
-        0 => 1,
-        asked @ 1..=10_000 => usize::try_from(asked).unwrap_or(1),
-        _ => return Err(Error::invalid("max_in_flight", "must be 0 to 10,000")),
-    };
-    if request.worker_id.is_empty() {
-        return Err(Error::invalid("worker_id", "must not be empty"));
-    }
-    if request.held_claim_tokens.len() > HELD_MAX {
-        return Err(Error::invalid("held_claim_tokens", format!("must hold at most {HELD_MAX} tokens")));
-    }
-    let lease_seconds = convert::lease("claim_timeout", request.claim_timeout, false)?;
-    let second = Duration::from_secs(1);
-    let lease = Duration::from_secs(lease_seconds.into());
-    Ok(StreamOptions {
-        worker_id: WorkerId::parse("worker_id", &request.worker_id)?,
-        session_id: SessionId::parse("session_id", &request.session_id)?,
-        max_in_flight,
-        lease_seconds,
-        start_deadline: duration_between("start_deadline", request.start_deadline, second, lease)?,
-        reconnect_grace: duration_between("reconnect_grace", request.reconnect_grace, second, AWAIT_MAX)?,
-        names: names(request.task_names.clone())?,
-        max_message_bytes: message_bytes(request.max_message_bytes)?,
-        accepts_omitted_params: request.accepts_omitted_params,
-    })
-}
-
-fn pull_options(request: pb::ClaimTaskRequest) -> Result<(StreamOptions, Duration), Error> {
-    let quantity = match request.qty {
-        0 => 1,
-        asked @ 1..=1000 => usize::try_from(asked).unwrap_or(1),
-        _ => return Err(Error::invalid("qty", "must be 0 to 1,000")),
-    };
-    let lease_seconds = convert::lease("claim_timeout", request.claim_timeout, true)?;
-    let lease = if lease_seconds == 0 { convert::LEASE_MAX } else { Duration::from_secs(lease_seconds.into()) };
-    let wait = duration_between("wait", request.wait, Duration::ZERO, CLAIM_WAIT_MAX)?.unwrap_or_default();
-    let options = StreamOptions {
-        worker_id: WorkerId::parse("worker_id", &request.worker_id)?,
-        session_id: SessionId::parse("session_id", "")?,
-        max_in_flight: quantity,
-        lease_seconds,
-        start_deadline: duration_between("start_deadline", request.start_deadline, Duration::from_secs(1), lease)?,
-        reconnect_grace: None,
-        names: names(request.task_names)?,
-        max_message_bytes: message_bytes(request.max_message_bytes)?,
-        accepts_omitted_params: request.accepts_omitted_params,
-    };
-    Ok((options, wait))
-}
-
 impl Service {
     /// The service over an engine.
     pub fn new(engine: Arc<Engine>, limits: Limits) -> Self {
@@ -199,246 +113,8 @@ impl Service {
         if usable { Ok(scope) } else { Err(Error::QueueNotFound(queue.to_owned())) }
     }
 
-    async fn settle_one(
-        &self,
-        queue: &str,
-        run: Result<RunRef, Error>,
-        write: Result<Write, Error>,
-        deadline: Instant,
-    ) -> Result<Settled, Error> {
-        let scope = scope(queue)?;
-        self.engine.settle(&scope, run?, write?, deadline).await
-    }
-
     fn run(&self, run_id: &str, token: Option<&str>) -> Result<RunRef, Error> {
         run_ref(run_id, token, &self.limits).map(|(run, _)| run)
-    }
-
-    /// Items of different runs go into shared batches; several items of one run go in order, in one transaction.
-    async fn settle_many(
-        &self,
-        scope: &Scope,
-        items: Vec<Result<(RunRef, Write), Error>>,
-        deadline: Instant,
-    ) -> Vec<Result<Settled, Error>> {
-        let mut outcomes: Vec<Option<Result<Settled, Error>>> = items.iter().map(|_| None).collect();
-        let mut by_run: HashMap<Uuid, Vec<(usize, RunRef, Write)>> = HashMap::new();
-        for (index, item) in items.into_iter().enumerate() {
-            match item {
-                Ok((run, write)) => by_run.entry(run.run_id).or_default().push((index, run, write)),
-                Err(error) => outcomes[index] = Some(Err(error)),
-            }
-        }
-        let work = by_run.into_values().map(|mut group| async move {
-            if let [_] = group.as_slice() {
-                let Some((index, run, write)) = group.pop() else { return Vec::new() };
-                return vec![(index, self.engine.settle(scope, run, write, deadline).await)];
-            }
-            self.settle_group(scope, group, deadline).await
-        });
-        for (index, outcome) in futures_util::future::join_all(work).await.into_iter().flatten() {
-            outcomes[index] = Some(outcome);
-        }
-        outcomes.into_iter().map(|outcome| outcome.unwrap_or(Err(Error::ItemSkipped))).collect()
-    }
-
-    async fn settle_group(
-        &self,
-        scope: &Scope,
-        group: Vec<(usize, RunRef, Write)>,
-        deadline: Instant,
-    ) -> Vec<(usize, Result<Settled, Error>)> {
-        let indexes: Vec<usize> = group.iter().map(|(index, _, _)| *index).collect();
-        let run = group[0].1.clone();
-        let writes = group.into_iter().map(|(_, _, write)| write).collect();
-        let outcomes = self.engine.settle_in_order(scope, run, writes, deadline).await;
-        indexes.into_iter().zip(outcomes).collect()
-    }
-
-    /// One verdict per claim.
-    async fn verdicts(
-        &self,
-        scope: &Scope,
-        claims: Vec<pb::ClaimRef>,
-        write: impl Fn(Option<&crate::domain::ClaimToken>) -> Result<Write, Error>,
-        done: Verdict,
-        deadline: Instant,
-    ) -> Result<Vec<pb::ClaimVerdict>, Error> {
-        batch_size("claims", claims.len())?;
-        let mut items = Vec::with_capacity(claims.len());
-        for claim in &claims {
-            let item = match run_ref(&claim.run_id, claim.claim_token.as_deref(), &self.limits) {
-                Ok((run, token)) => Ok((run, write(token.as_ref())?)),
-                Err(error) => Err(error),
-            };
-            items.push(item);
-        }
-        let outcomes = self.settle_many(scope, items, deadline).await;
-        Ok(claims
-            .into_iter()
-            .zip(outcomes)
-            .map(|(claim, outcome)| pb::ClaimVerdict {
-                claim_token: claim.claim_token.unwrap_or_default(),
-                verdict: pb_verdict(outcome.as_ref().map_or_else(verdict, |_| done)),
-                claim_expires_at: outcome.ok().and_then(|settled| settled.claim_expires_at).and_then(timestamp),
-            })
-            .collect())
-    }
-
-    async fn open_stream(&self, request: pb::ClaimStreamRequest) -> Result<Responses, Error> {
-        let options = stream_options(&request)?;
-        let scope = self.existing(&request.queue).await?;
-        self.engine.hang_doorbells(&[scope.queue().as_str()]).await;
-        let (stream, opened) = self.engine.dispatcher.open(&scope, options.clone(), request.held_claim_tokens).await?;
-        let heartbeat = self.engine.dispatcher.options().heartbeat;
-        let opened = claim_stream::opened(opened, &options, heartbeat, self.engine.hints.replica_id());
-        Ok(Responses::new(scope, stream, opened))
-    }
-
-    async fn cancel(&self, request: pb::CancelTaskRequest, deadline: Instant) -> Result<pb::CancelTaskResponse, Error> {
-        use pb::cancel_task_request::Target;
-        let scope = scope(&request.queue)?;
-        let (cancelled, state, task_id) = match &request.target {
-            Some(Target::TaskId(id)) => {
-                let task_id = parse_uuid("task_id", id)?;
-                let (cancelled, state) = self.engine.cancel_task(&scope, task_id, left(deadline)).await?;
-                (cancelled, state, task_id)
-            }
-            Some(Target::RunId(id)) => {
-                self.engine.cancel_run(&scope, parse_uuid("run_id", id)?, left(deadline)).await?
-            }
-            None => return Err(Error::invalid("target", "task_id or run_id must be set")),
-        };
-        Ok(pb::CancelTaskResponse { cancelled, state: pb_state(state), task_id: task_id.to_string() })
-    }
-
-    async fn retry(&self, request: pb::RetryTaskRequest) -> Result<pb::RetryTaskResponse, Error> {
-        let scope = scope(&request.queue)?;
-        let task_id = parse_uuid("task_id", &request.task_id)?;
-        if request.max_attempts.is_some_and(|attempts| attempts < 1) {
-            return Err(Error::invalid("max_attempts", "must be at least 1"));
-        }
-        let store = &self.engine.store;
-        let id = match &request.request_id {
-            Some(id) => chosen_id("request_id", id, store)?,
-            None => store.mint_id(),
-        };
-        let spawned = if request.spawn_new {
-            store.task_respawn(&scope, task_id, id, store.mint_id(), request.max_attempts).await?
-        } else {
-            store.task_retry(&scope, task_id, id, request.max_attempts).await?
-        };
-        if spawned.fresh {
-            self.engine.new_work(&scope);
-        }
-        Ok(pb::RetryTaskResponse { task: Some(pb_spawned(&spawned)) })
-    }
-
-    async fn await_result(
-        &self,
-        request: pb::AwaitTaskResultRequest,
-        deadline: Instant,
-    ) -> Result<pb::AwaitTaskResultResponse, Error> {
-        let scope = scope(&request.queue)?;
-        let task_id = parse_uuid("task_id", &request.task_id)?;
-        let timeout = duration_between("timeout", request.timeout, Duration::ZERO, AWAIT_MAX)?.unwrap_or(DEADLINE);
-        let now = self.engine.store.task_result(&scope, task_id).await?;
-        if now.state.is_some_and(crate::domain::State::is_terminal) || timeout.is_zero() {
-            let done = now.state.is_some_and(crate::domain::State::is_terminal);
-            return Ok(pb::AwaitTaskResultResponse { done, result: Some(convert::pb_task_end(now)) });
-        }
-        let until = (Instant::now() + timeout).min(deadline);
-        match self.engine.waits.wait(scope.queue(), task_id, until).await? {
-            Some(end) if end.state.is_some() => {
-                Ok(pb::AwaitTaskResultResponse { done: true, result: Some(convert::pb_task_end(end)) })
-            }
-            Some(_) => Err(Error::TaskNotFound(task_id)),
-            None => {
-                let end = self.engine.store.task_result(&scope, task_id).await?;
-                let done = end.state.is_some_and(crate::domain::State::is_terminal);
-                Ok(pb::AwaitTaskResultResponse { done, result: Some(convert::pb_task_end(end)) })
-            }
-        }
-    }
-
-    async fn stats(&self, queue: &str) -> Result<pb::GetQueueStatsResponse, Error> {
-        let scope = scope(queue)?;
-        let row = self.engine.store.queue_stats(&scope).await?;
-        let count = |column: &str| row.get::<_, i64>(column);
-        let counts = ["pending", "sleeping", "running", "failed", "completed", "cancelled"].map(count);
-        let oldest: Option<i64> = row.get("oldest_ms");
-        Ok(pb::GetQueueStatsResponse {
-            pending: counts[0],
-            sleeping: counts[1],
-            running: counts[2],
-            failed_runs: counts[3],
-            completed: counts[4],
-            cancelled: counts[5],
-            capped: counts.iter().any(|count| *count >= COUNT_MAX),
-            oldest_claimable_age: oldest
-                .map(|ms| convert::pb_duration(Duration::from_millis(ms.max(0).unsigned_abs()))),
-            streams: i32::try_from(self.engine.dispatcher.stream_count(scope.queue())).unwrap_or(i32::MAX),
-        })
-    }
-
-    async fn list_tasks_page(&self, request: pb::ListTasksRequest) -> Result<pb::ListTasksResponse, Error> {
-        let scope = scope(&request.queue)?;
-        let limit = page_size(request.page_size)?;
-        let before =
-            if request.page_token.is_empty() { Uuid::max() } else { parse_uuid("page_token", &request.page_token)? };
-        let state = state_filter(request.state)?;
-        let (rows, next) =
-            self.engine.store.task_list(&scope, before, state, request.task_name.as_deref(), limit).await?;
-        Ok(pb::ListTasksResponse {
-            tasks: rows.iter().map(convert::pb_task_summary).collect(),
-            next_page_token: next.map(|id| id.to_string()).unwrap_or_default(),
-        })
-    }
-
-    async fn list_queues_page(&self, request: pb::ListQueuesRequest) -> Result<pb::ListQueuesResponse, Error> {
-        let limit = page_size(request.page_size)?;
-        if request.page_token.contains('\0') || request.page_token.len() > 1024 {
-            return Err(Error::invalid("page_token", "is not a token of this service"));
-        }
-        let rows = self
-            .engine
-            .store
-            .queue_list(None, &request.page_token, limit)
-            .await
-            .map_err(|fault| Error::Unavailable(format!("{fault:?}")))?;
-        let queues: Vec<pb::Queue> = rows.iter().map(convert::pb_queue).collect();
-        let full = i64::try_from(queues.len()).is_ok_and(|count| count == limit);
-        let next_page_token = queues.last().filter(|_| full).map(|queue| queue.name.clone()).unwrap_or_default();
-        Ok(pb::ListQueuesResponse { queues, next_page_token })
-    }
-
-    async fn create(&self, request: pb::CreateQueueRequest) -> Result<pb::CreateQueueResponse, Error> {
-        let scope = scope(&request.queue)?;
-        let mode = match pb::StorageMode::try_from(request.storage_mode) {
-            Ok(pb::StorageMode::Unspecified | pb::StorageMode::Unpartitioned) => "unpartitioned",
-            Ok(pb::StorageMode::Partitioned) => "partitioned",
-            Err(_) => return Err(Error::invalid("storage_mode", "is not a known mode")),
-        };
-        let created = self.engine.store.queue_create(&scope, mode).await?;
-        self.engine.hang_doorbells(&[scope.queue().as_str()]).await;
-        Ok(pb::CreateQueueResponse { created })
-    }
-
-    async fn task_status(&self, request: pb::GetTaskStatusRequest) -> Result<pb::GetTaskStatusResponse, Error> {
-        let scope = scope(&request.queue)?;
-        let task_id = parse_uuid("task_id", &request.task_id)?;
-        let range = match request.params_range {
-            None => None,
-            Some(range) if range.offset < 0 || !(1..=1_000_000).contains(&range.limit) => {
-                return Err(Error::invalid(
-                    "params_range",
-                    "offset must not be negative, limit must be 1 to 1,000,000",
-                ));
-            }
-            Some(range) => Some((range.offset, range.limit)),
-        };
-        let row = self.engine.store.task_get(&scope, task_id, range).await?;
-        Ok(pb::GetTaskStatusResponse { task: Some(convert::pb_task(&row)), params_length: row.get("params_length") })
     }
 }
 
