@@ -40,6 +40,11 @@ async fn a_sleep_survives_and_does_not_begin_anew() {
     let stored = client.get_run_checkpoint(run, "sleep_0").await.unwrap().unwrap().state.unwrap();
     assert!(stored.as_str().starts_with("\"20") && stored.as_str().ends_with("+00:00\""), "{}", stored.as_str());
 
+    // A sleep never passes for over because another step has its name.
+    assert!(client.set_checkpoint(woken.task_id, "taken", &j!({"x": 1}), run, None).await.unwrap());
+    let taken = client.sleep(run, "taken", Duration::from_secs(60)).await.unwrap_err();
+    assert_eq!((taken.reason(), taken.field()), (Reason::InvalidArgument, Some("step_name")));
+
     // Claimed before its time, it goes on sleeping until the first deadline; said twice, too.
     let long = client.sleep(run, "long", Duration::from_secs(3600)).await.unwrap().unwrap();
     drop(woken);

@@ -87,11 +87,11 @@ begin
   end if;
   execute format('select c.state from absurd.%I c where c.task_id = $1 and c.checkpoint_name = $2', 'c_' || p_queue)
     into v_stored using v_held.task_id, p_step;
-  -- A time as the SDKs store it: a text in ISO form. Anything else under this name is somebody else's step.
+  -- A time as the SDKs store it: a text in ISO form. Anything else under this name is another step's result.
   begin
     v_wake_at := (v_stored #>> '{}')::timestamptz;
-  exception when others then
-    v_wake_at := v_now;
+  exception when data_exception then
+    raise exception 'is the name of a step whose result is no time; two steps need two names';
   end;
   if v_held.state = 'running' and v_held.owned then
     if v_wake_at is null then

@@ -75,6 +75,8 @@ impl Store {
         let tx = self.begin(lock_wait).await.map_err(fail)?;
         let outcome = match tx.rows(statement, Wait::Block, None, &params).await {
             Ok(rows) => rows.first().map_or_else(|| Err(Error::Internal("no answer".into())), |row| slept(run, row)),
+            // The only thing that these functions refuse by themselves.
+            Err(Fault::Raised { message, .. }) => Err(Error::invalid("step_name", message)),
             Err(fault) => Err(fail(fault)),
         };
         if outcome.is_ok() {
