@@ -10,8 +10,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::registry::Revoked;
-use crate::task::{self, Awaited, FailOutcome};
-use crate::{AbsurdClient, Error, Json};
+use crate::{AbsurdClient, Awaited, Error, FailOutcome, Json, Slept, claims, wire};
 
 /// A claimed task. From a stream, its lease is kept until it is settled or dropped; a task that is dropped unsettled
 /// runs into the end of its lease, which uses up an attempt.
@@ -30,6 +29,8 @@ pub struct ClaimedTask {
     pub task_name: String,
     /// Input; None when the server left it out.
     pub params: Option<Json>,
+    /// As stored.
+    pub retry_strategy: Option<Json>,
     /// None: unlimited.
     pub max_attempts: Option<i32>,
     /// Headers.
@@ -46,17 +47,18 @@ pub struct ClaimedTask {
 
 impl ClaimedTask {
     pub(crate) fn new(client: &AbsurdClient, task: pb::ClaimedTask, keeper: Option<u64>) -> Result<Self, Error> {
-        let run_id = task::id(&task.run_id)?;
+        let run_id = wire::id(&task.run_id)?;
         let revoked = client.shared.registry.insert(run_id, task.claim_token.clone(), keeper);
         Ok(Self {
             client: client.clone(),
             token: task.claim_token,
             revoked,
             run_id,
-            task_id: task::id(&task.task_id)?,
+            task_id: wire::id(&task.task_id)?,
             attempt: task.attempt,
             task_name: task.task_name,
             params: Json::from_wire(task.params),
+            retry_strategy: Json::from_wire(task.retry_strategy),
             max_attempts: task.max_attempts,
             headers: Json::from_wire(task.headers),
             wake_event: task.wake_event,
@@ -107,7 +109,14 @@ impl ClaimedTask {
     /// Waits for an event, as a step with the name `step`. When the run is put to sleep the claim is over: stop working on
     /// it; whoever claims it next calls this again and gets the payload, or hears that the time is over.
     pub async fn await_event(&self, step: &str, event: &str, timeout: Option<Duration>) -> Result<Awaited, Error> {
-        self.client.await_for(self.run_id, Some(self.token.clone()), step, event, timeout).await
+        let (task_id, token) = (Some(self.task_id), Some(self.token.clone()));
+        self.client.await_for(task_id, self.run_id, token, step, event, timeout).await
+    }
+
+    /// Sleeps, as a step with the name `step`. The first call puts the run to sleep and the claim is over: stop working on
+    /// it; whoever claims it next calls this again and hears that the time is over.
+    pub async fn sleep(&self, step: &str, duration: Duration) -> Result<Slept, Error> {
+        self.client.sleep_for(self.run_id, Some(self.token.clone()), duration, Some(step)).await
     }
 
     async fn settle(&self, action: Action) -> Result<pb::SettleResult, Error> {
@@ -125,9 +134,9 @@ impl ClaimedTask {
         self.settle(Action::Complete(pb::CompleteAction { result })).await.map(drop)
     }
 
-    /// Fails the run.
+    /// Fails the run; see [`AbsurdClient::fail_task`].
     pub async fn fail<T: Serialize + ?Sized>(&self, reason: &T) -> Result<FailOutcome, Error> {
-        let reason = Some(Json::of(reason)?.into_wire());
+        let reason = Some(claims::reason(reason)?);
         FailOutcome::from_wire(self.settle(Action::Fail(pb::FailAction { reason, retry_at: None })).await?.fail)
     }
 
@@ -140,7 +149,7 @@ impl ClaimedTask {
 
     /// Gives the claim back without using up an attempt; the run is offered again after `delay`.
     pub async fn release(&self, delay: Duration) -> Result<(), Error> {
-        self.settle(Action::Release(pb::ReleaseAction { delay: Some(task::duration(delay)) })).await.map(drop)
+        self.settle(Action::Release(pb::ReleaseAction { delay: Some(wire::duration(delay)) })).await.map(drop)
     }
 }
 

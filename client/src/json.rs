@@ -36,6 +36,11 @@ impl Json {
         serde_json::from_str(&self.0)
     }
 
+    /// An empty object in place of null.
+    pub(crate) fn or_object(self) -> Self {
+        if self.0 == "null" { Self("{}".into()) } else { self }
+    }
+
     pub(crate) fn into_wire(self) -> pb::Json {
         pb::Json { text: self.0 }
     }

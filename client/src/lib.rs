@@ -23,29 +23,45 @@
 //! The client keeps what a worker must not forget: claim tokens are shown by themselves, leases of streamed tasks are
 //! extended in one call for all, outcomes travel together in `SettleTasks` while a call is in flight, and a lost
 //! connection is opened again with what was held before.
+//!
+//! [`AbsurdClient`] has the methods of the Python client of the same name, under the same names; `docs/migration.md` sets
+//! them side by side. [`blocking`] has them for programs without an async runtime.
 
 mod backoff;
+pub mod blocking;
+mod checkpoints;
 mod claimed;
+mod claims;
 mod client;
 mod connect;
 mod error;
-mod helpers;
 mod json;
+mod queues;
 mod registry;
 mod replicas;
 mod settle;
+mod spawn;
 mod stream;
-mod task;
+mod tasks;
+mod waits;
+mod wire;
 mod workflow;
 
 pub use absurd_proto::v1 as proto;
+pub use checkpoints::Checkpoint;
 pub use claimed::ClaimedTask;
-pub use client::{AbsurdClient, ClaimOptions, DEFAULT_QUEUE, ListOptions, RetryOptions};
+pub use claims::{ClaimOptions, FailOutcome, NextAttempt};
+pub use client::{AbsurdClient, DEFAULT_QUEUE, get_absurd_client};
 pub use connect::{ConnectOptions, DEFAULT_URL, TlsOptions};
 pub use error::{Error, Reason};
-pub use helpers::{AbsurdSleepError, Retries, WaitError, spawn_cancellable_task, spawn_retry_task};
 pub use json::Json;
+pub use queues::{CLEANUP_LIMIT, DetachMode, PolicyChanges, Queue, QueueOptions, QueuePolicy, QueueStats, StorageMode};
 pub use registry::Revoked;
+pub use spawn::{
+    CancellationRules, NewTask, Retries, RetryStrategy, SpawnOptions, Spawned, spawn_cancellable_task, spawn_retry_task,
+};
 pub use stream::{ClaimStream, StreamOptions};
-pub use task::{Awaited, Checkpoint, FailOutcome, NewTask, RetryStrategy, SpawnOptions, Spawned, State, TaskResult};
-pub use workflow::{NewWorkflowRun, WorkflowChange};
+pub use tasks::{Available, CancelOutcome, ListOptions, RetryOptions, Run, Task, TaskResult, TaskSummary};
+pub use waits::{AbsurdSleepError, Awaited, Emitted, Slept, WaitError};
+pub use wire::{Page, State};
+pub use workflow::{NewWorkflowRun, WorkflowChange, WorkflowFilter, WorkflowRun, WorkflowStatus};

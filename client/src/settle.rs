@@ -153,7 +153,7 @@ fn answer(batch: Vec<Entry>, results: Vec<pb::SettleResult>) -> Vec<Entry> {
     let mut skipped = Vec::new();
     for entry in batch {
         let outcome = match results.next() {
-            None => Err(crate::task::unclear()),
+            None => Err(crate::wire::unclear()),
             Some(result) => match &result.error {
                 Some(error) => Err(Error::from_wire(error.code, &error.reason, &error.message)),
                 None => Ok(result),

@@ -16,7 +16,7 @@ use crate::backoff::{Backoff, random};
 use crate::claimed::ClaimedTask;
 use crate::connect::MESSAGE_BYTES_MAX;
 use crate::registry::Revoked;
-use crate::{AbsurdClient, Error, Reason, task};
+use crate::{AbsurdClient, Error, Reason, wire};
 
 /// Claims of one `ExtendClaims` call.
 const EXTEND_MAX: usize = 1000;
@@ -170,9 +170,9 @@ impl Inside {
             worker_id: self.client.worker_id().to_owned(),
             session_id: self.session_id.clone(),
             max_in_flight: self.options.max_in_flight,
-            claim_timeout: Some(task::duration(self.options.claim_timeout)),
-            start_deadline: self.options.start_deadline().map(task::duration),
-            reconnect_grace: self.options.reconnect_grace.map(task::duration),
+            claim_timeout: Some(wire::duration(self.options.claim_timeout)),
+            start_deadline: self.options.start_deadline().map(wire::duration),
+            reconnect_grace: self.options.reconnect_grace.map(wire::duration),
             task_names: self.options.task_names.clone(),
             held_claim_tokens: held.iter().map(|(_, token)| token.clone()).collect(),
             max_message_bytes: i32::try_from(MESSAGE_BYTES_MAX).unwrap_or(i32::MAX),
@@ -188,7 +188,7 @@ impl Inside {
             let mut messages = asked.grpc().claim_stream(Request::new(self.request(&held))).await?.into_inner();
             match messages.message().await?.and_then(|response| response.message) {
                 Some(Message::Opened(opened)) => Ok((opened, messages)),
-                _ => Err(task::unclear()),
+                _ => Err(wire::unclear()),
             }
         };
         let opened = tokio::time::timeout(OPEN_MAX, opening).await.unwrap_or_else(|_| Err(no_answer()));
@@ -197,14 +197,14 @@ impl Inside {
             Err(error) => drop(asked.failed(error)),
         }
         let (opened, messages) = opened?;
-        if let Some(every) = task::span(opened.extend_interval.as_ref()).filter(|every| !every.is_zero()) {
+        if let Some(every) = wire::span(opened.extend_interval.as_ref()).filter(|every| !every.is_zero()) {
             self.extend_every.send_replace(every);
         }
         // In the order of the request.
         for ((run_id, token), verdict) in held.iter().zip(&opened.held) {
             self.judge(*run_id, token, verdict.verdict);
         }
-        let heartbeat = task::span(opened.heartbeat_interval.as_ref()).unwrap_or(Duration::from_secs(15));
+        let heartbeat = wire::span(opened.heartbeat_interval.as_ref()).unwrap_or(Duration::from_secs(15));
         Ok(Connected { messages, silence_max: heartbeat * 3 })
     }
 
@@ -294,7 +294,7 @@ async fn read(inside: &Inside, mut open: Connected, tell: &mpsc::UnboundedSender
                 Err(error) => tracing::warn!(%error, "a task could not be read; its lease will run out"),
             },
             Some(Message::Revoked(revoked)) => {
-                if let Ok(run_id) = task::id(&revoked.run_id) {
+                if let Ok(run_id) = wire::id(&revoked.run_id) {
                     inside.judge(run_id, &revoked.claim_token, revoked.verdict);
                 }
             }
@@ -303,7 +303,7 @@ async fn read(inside: &Inside, mut open: Connected, tell: &mpsc::UnboundedSender
                 return Duration::ZERO;
             }
             Some(Message::Ending(ending)) => {
-                return task::span(ending.reconnect_after.as_ref()).unwrap_or_default() + jitter;
+                return wire::span(ending.reconnect_after.as_ref()).unwrap_or_default() + jitter;
             }
             Some(Message::Heartbeat(_) | Message::Opened(_)) | None => {}
         }

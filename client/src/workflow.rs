@@ -3,10 +3,52 @@
 use std::time::SystemTime;
 
 use absurd_proto::v1 as pb;
+use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use crate::client::rpc;
-use crate::{AbsurdClient, Error, Json, task};
+use crate::wire::Page;
+use crate::{AbsurdClient, Error, Json, wire};
+
+/// Where a workflow run stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WorkflowStatus {
+    /// Not begun.
+    Pending,
+    /// Under way.
+    Running,
+    /// Ended well.
+    Completed,
+    /// Ended badly.
+    Failed,
+    /// Given up.
+    Cancelled,
+}
+
+impl WorkflowStatus {
+    fn from_wire(status: i32) -> Option<Self> {
+        match pb::WorkflowStatus::try_from(status).ok()? {
+            pb::WorkflowStatus::Unspecified => None,
+            pb::WorkflowStatus::Pending => Some(Self::Pending),
+            pb::WorkflowStatus::Running => Some(Self::Running),
+            pb::WorkflowStatus::Completed => Some(Self::Completed),
+            pb::WorkflowStatus::Failed => Some(Self::Failed),
+            pb::WorkflowStatus::Cancelled => Some(Self::Cancelled),
+        }
+    }
+
+    fn to_wire(status: Option<Self>) -> i32 {
+        let status = match status {
+            None => pb::WorkflowStatus::Unspecified,
+            Some(Self::Pending) => pb::WorkflowStatus::Pending,
+            Some(Self::Running) => pb::WorkflowStatus::Running,
+            Some(Self::Completed) => pb::WorkflowStatus::Completed,
+            Some(Self::Failed) => pb::WorkflowStatus::Failed,
+            Some(Self::Cancelled) => pb::WorkflowStatus::Cancelled,
+        };
+        status.into()
+    }
+}
 
 /// A record to be made.
 #[derive(Debug, Clone, Default)]
@@ -15,23 +57,49 @@ pub struct NewWorkflowRun {
     pub workflow_name: String,
     /// Version: letters, digits, dots, hyphens, single underscores.
     pub workflow_version: String,
-    /// A JSON object.
+    /// What it is started with, a JSON object; None: nothing.
     pub inputs: Option<Json>,
     /// Its first run, when there is one already.
     pub absurd_run_id: Option<Uuid>,
     /// Who begins it.
     pub created_by: Option<String>,
-    /// A JSON object.
-    pub tags: Option<Json>,
+    /// Tags to find it by; empty: none.
+    pub tags: Map<String, Value>,
     /// Hash of the definition.
     pub workflow_hash: Option<String>,
 }
 
-/// What changes; None stays.
+impl NewWorkflowRun {
+    /// A record of a workflow.
+    pub fn new(name: impl Into<String>, version: impl Into<String>) -> Self {
+        Self { workflow_name: name.into(), workflow_version: version.into(), ..Self::default() }
+    }
+
+    /// Started with these inputs.
+    #[must_use]
+    pub fn inputs(mut self, inputs: impl Into<Json>) -> Self {
+        self.inputs = Some(inputs.into());
+        self
+    }
+
+    /// Begun by this user or system.
+    #[must_use]
+    pub fn created_by(mut self, whom: impl Into<String>) -> Self {
+        self.created_by = Some(whom.into());
+        self
+    }
+
+    /// One more tag.
+    #[must_use]
+    pub fn tag(mut self, name: impl Into<String>, value: impl Into<Value>) -> Self {
+        self.tags.insert(name.into(), value.into());
+        self
+    }
+}
+
+/// What changes besides the status; None stays, and nothing can be cleared.
 #[derive(Debug, Clone, Default)]
 pub struct WorkflowChange {
-    /// Where it stands.
-    pub status: Option<pb::WorkflowStatus>,
     /// Result.
     pub result: Option<Json>,
     /// Error.
@@ -44,11 +112,97 @@ pub struct WorkflowChange {
     pub task_count: Option<i32>,
 }
 
+/// A record, as stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkflowRun {
+    /// Id.
+    pub workflow_run_id: Uuid,
+    /// Name.
+    pub workflow_name: String,
+    /// Version.
+    pub workflow_version: String,
+    /// Hash of the definition.
+    pub workflow_hash: Option<String>,
+    /// Where it stands.
+    pub status: WorkflowStatus,
+    /// Its first run in the engine.
+    pub absurd_run_id: Option<Uuid>,
+    /// Queue of that run.
+    pub absurd_queue: String,
+    /// What it was started with.
+    pub inputs: Option<Json>,
+    /// Result.
+    pub result: Option<Json>,
+    /// Error.
+    pub error: Option<Json>,
+    /// Who began it.
+    pub created_by: Option<String>,
+    /// Tags.
+    pub tags: Option<Json>,
+    /// Tasks that belong to it, as its orchestrator counts them.
+    pub task_count: Option<i32>,
+    /// When the record was made.
+    pub created_at: Option<SystemTime>,
+    /// When it began.
+    pub started_at: Option<SystemTime>,
+    /// When it ended.
+    pub completed_at: Option<SystemTime>,
+}
+
+impl WorkflowRun {
+    fn from_wire(record: pb::WorkflowRun) -> Result<Self, Error> {
+        Ok(Self {
+            workflow_run_id: wire::id(&record.workflow_run_id)?,
+            status: WorkflowStatus::from_wire(record.status).ok_or_else(wire::unclear)?,
+            absurd_run_id: wire::maybe_id(record.absurd_run_id)?,
+            workflow_name: record.workflow_name,
+            workflow_version: record.workflow_version,
+            workflow_hash: record.workflow_hash,
+            absurd_queue: record.absurd_queue,
+            inputs: Json::from_wire(record.inputs),
+            result: Json::from_wire(record.result),
+            error: Json::from_wire(record.error),
+            created_by: record.created_by,
+            tags: Json::from_wire(record.tags),
+            task_count: record.task_count,
+            created_at: wire::time(record.created_at),
+            started_at: wire::time(record.started_at),
+            completed_at: wire::time(record.completed_at),
+        })
+    }
+}
+
+/// Which records to list; the default is all.
+#[derive(Debug, Clone, Default)]
+pub struct WorkflowFilter {
+    /// Only of this name.
+    pub workflow_name: Option<String>,
+    /// Only of this version.
+    pub workflow_version: Option<String>,
+    /// Only in this state.
+    pub status: Option<WorkflowStatus>,
+    /// Only with at least these tags.
+    pub tags: Map<String, Value>,
+    /// Only made at this time or later.
+    pub created_from: Option<SystemTime>,
+    /// Only made before this time.
+    pub created_before: Option<SystemTime>,
+    /// At most this many in the page, 1 to 1,000; 0: 100.
+    pub page_size: i32,
+    /// Token of the page before.
+    pub page_token: String,
+}
+
+fn object(map: Map<String, Value>) -> Option<pb::Json> {
+    (!map.is_empty()).then(|| Json::from(Value::Object(map)).into_wire())
+}
+
 impl AbsurdClient {
-    /// Makes a record with status pending; returns its id. Tasks are linked to it by the header `workflow_run_id`.
+    /// Makes a record with status pending on the client's queue; returns its id. Tasks are linked to it with
+    /// [`SpawnOptions::workflow_run_id`](crate::SpawnOptions::workflow_run_id).
     pub async fn create_workflow_run(&self, new: NewWorkflowRun) -> Result<Uuid, Error> {
         let request = pb::CreateWorkflowRunRequest {
-            queue: self.queue_name().to_owned(),
+            queue: self.queue(),
             // Chosen here, so that the call may be repeated.
             workflow_run_id: Uuid::new_v4().to_string(),
             workflow_name: new.workflow_name,
@@ -56,17 +210,22 @@ impl AbsurdClient {
             inputs: new.inputs.map(Json::into_wire),
             absurd_run_id: new.absurd_run_id.map(|id| id.to_string()),
             created_by: new.created_by,
-            tags: new.tags.map(Json::into_wire),
+            tags: object(new.tags),
             workflow_hash: new.workflow_hash,
         };
-        task::id(&rpc!(self.create_workflow_run(request))?.workflow_run_id)
+        wire::id(&rpc!(self.create_workflow_run(request))?.workflow_run_id)
     }
 
     /// Changes a record; says whether there is one.
-    pub async fn update_workflow_run_status(&self, id: Uuid, change: WorkflowChange) -> Result<bool, Error> {
+    pub async fn update_workflow_run_status(
+        &self,
+        id: Uuid,
+        status: WorkflowStatus,
+        change: WorkflowChange,
+    ) -> Result<bool, Error> {
         let request = pb::UpdateWorkflowRunStatusRequest {
             workflow_run_id: id.to_string(),
-            status: change.status.unwrap_or_default().into(),
+            status: WorkflowStatus::to_wire(Some(status)),
             result: change.result.map(Json::into_wire),
             error: change.error.map(Json::into_wire),
             started_at: change.started_at.map(Into::into),
@@ -81,17 +240,27 @@ impl AbsurdClient {
     }
 
     /// Reads a record.
-    pub async fn get_workflow_run(&self, id: Uuid) -> Result<Option<pb::WorkflowRun>, Error> {
+    pub async fn get_workflow_run(&self, id: Uuid) -> Result<Option<WorkflowRun>, Error> {
         let request = pb::GetWorkflowRunRequest { workflow_run_id: id.to_string() };
-        Ok(rpc!(self.get_workflow_run(request))?.workflow_run)
+        rpc!(self.get_workflow_run(request))?.workflow_run.map(WorkflowRun::from_wire).transpose()
     }
 
-    /// Lists records, newest first; with the token of the next page, empty after the last.
-    pub async fn list_workflow_runs(
-        &self,
-        request: pb::ListWorkflowRunsRequest,
-    ) -> Result<(Vec<pb::WorkflowRun>, String), Error> {
+    /// A page of records, newest first, of all queues.
+    pub async fn list_workflow_runs(&self, filter: WorkflowFilter) -> Result<Page<WorkflowRun>, Error> {
+        let request = pb::ListWorkflowRunsRequest {
+            page_size: filter.page_size,
+            page_token: filter.page_token,
+            workflow_name: filter.workflow_name.unwrap_or_default(),
+            workflow_version: filter.workflow_version.unwrap_or_default(),
+            status: WorkflowStatus::to_wire(filter.status),
+            tags: object(filter.tags),
+            created_from: filter.created_from.map(Into::into),
+            created_before: filter.created_before.map(Into::into),
+        };
         let page = rpc!(self.list_workflow_runs(request))?;
-        Ok((page.workflow_runs, page.next_page_token))
+        Ok(Page {
+            items: page.workflow_runs.into_iter().map(WorkflowRun::from_wire).collect::<Result<_, _>>()?,
+            next_page_token: page.next_page_token,
+        })
     }
 }

@@ -136,5 +136,5 @@ async fn a_stopping_worker_gives_back_what_does_not_finish() {
     until_gone(pid).await;
     let id = task.parse().unwrap();
     let status = server.client().get_task_status(id).await.unwrap().unwrap();
-    assert_eq!((status.state(), status.attempts), (absurd_client::proto::State::Pending, 1), "{status:?}");
+    assert_eq!((status.state, status.attempts), (absurd_client::State::Pending, 1), "{status:?}");
 }

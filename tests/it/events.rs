@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use absurd_client::{Awaited, ClaimStream, ClaimedTask, Reason, SpawnOptions, State, StreamOptions};
+use absurd_client::{Awaited, ClaimStream, ClaimedTask, Emitted, Json, Reason, SpawnOptions, State, StreamOptions};
 use absurd_proto::v1 as pb;
 use absurd_tests::{Server, eventually, in_time};
 use serde_json::json as j;
@@ -45,14 +45,18 @@ async fn an_event_wakes_its_run_and_is_found_again() {
     assert_eq!(task.await_event("s", "e", None).await.unwrap(), Awaited::Suspended { wake_at: None });
     let lost = task.complete(&j!(1)).await.unwrap_err();
     assert_eq!(lost.reason(), Reason::ClaimLost);
-    assert_eq!(client.emit_event("e", &j!({"x": 1})).await.unwrap(), (true, 1));
-    assert_eq!(client.emit_event("e", &j!({"x": 2})).await.unwrap(), (false, 0), "the first emission wins");
+    assert_eq!(client.emit_event("e", &j!({"x": 1})).await.unwrap(), Emitted { applied: true, woken: 1 });
+    assert_eq!(
+        client.emit_event("e", &j!({"x": 2})).await.unwrap(),
+        Emitted { applied: false, woken: 0 },
+        "the first emission wins"
+    );
     let woken = next(&mut tasks).await;
     assert_eq!((woken.run_id, woken.attempt), (run, 1));
     assert_eq!(woken.checkpoint("s").unwrap().unwrap().as_str(), "{\"x\": 1}");
     assert_eq!(payload(&woken.await_event("s", "e", None).await.unwrap()), "{\"x\": 1}");
     assert_eq!(payload(&woken.await_event("another step", "e", NOW).await.unwrap()), "{\"x\": 1}");
-    client.emit_event("nothing", &j!(null)).await.unwrap();
+    client.emit_event_json("nothing", Json::null()).await.unwrap();
     assert_eq!(payload(&woken.await_event("s3", "nothing", None).await.unwrap()), "null");
     // The next attempt finds what was stored, without any event.
     woken.fail(&j!({"message": "x"})).await.unwrap();
@@ -173,6 +177,7 @@ async fn wrong_waits_and_emissions_are_refused() {
         step_name: step.into(),
         event_name: event.into(),
         timeout: None,
+        task_id: String::new(),
     };
     let negative = Some(prost_types::Duration { seconds: -1, nanos: 0 });
     for (wrong, field) in [
@@ -184,7 +189,7 @@ async fn wrong_waits_and_emissions_are_refused() {
         let status = grpc.await_event(wrong).await.unwrap_err();
         assert_eq!(status.get_error_details().bad_request().unwrap().field_violations[0].field, field, "{status}");
     }
-    let unknown = client.await_event(uuid::Uuid::now_v7(), "s", "e", None).await.unwrap_err();
+    let unknown = client.await_event(None, uuid::Uuid::now_v7(), "s", "e", None).await.unwrap_err();
     assert_eq!(unknown.reason(), Reason::RunNotFound);
     let emission = pb::EmitEventRequest {
         queue: "q".into(),
@@ -195,7 +200,7 @@ async fn wrong_waits_and_emissions_are_refused() {
     assert!(status.message().contains("payload"), "{status}");
     let nowhere = client.with_queue("nowhere").emit_event("e", &j!(1)).await.unwrap_err();
     assert_eq!(nowhere.reason(), Reason::QueueNotFound);
-    client.cancel_task(task.task_id).await.unwrap();
+    client.cancel_task_by_id(task.task_id).await.unwrap();
     let cancelled = task.await_event("s", "e", None).await.unwrap_err();
     assert_eq!(cancelled.reason(), Reason::TaskCancelled);
 }
@@ -212,7 +217,7 @@ async fn a_sleeping_run_frees_its_credit() {
         let task = next(&mut tasks).await;
         let Awaited::Suspended { .. } = task.await_event("s", "e", None).await.unwrap() else { panic!() };
     }
-    assert_eq!(server.client().emit_event("e", &j!(1)).await.unwrap(), (true, 5));
+    assert_eq!(server.client().emit_event("e", &j!(1)).await.unwrap(), Emitted { applied: true, woken: 5 });
     for _ in 0..5 {
         next(&mut tasks).await.complete(&j!(1)).await.unwrap();
     }
@@ -227,20 +232,20 @@ async fn a_sleeping_run_frees_its_credit() {
 /// The original client's names for it: a wait that raises, and two ways to spawn.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_helpers_do_what_their_names_say() {
-    use absurd_client::{Retries, WaitError, spawn_cancellable_task, spawn_retry_task};
+    use absurd_client::{CancellationRules, Retries, WaitError, spawn_cancellable_task, spawn_retry_task};
     let server = Server::start().await;
     let client = server.client();
     let mut tasks = stream(&server).await;
     let spawned = spawn_retry_task(&client, "n", &j!(null), Retries::default()).await.unwrap();
     let stored = client.get_task_status(spawned.task_id).await.unwrap().unwrap();
-    let strategy: serde_json::Value = serde_json::from_str(&stored.retry_strategy.unwrap().text).unwrap();
+    let strategy: serde_json::Value = stored.retry_strategy.unwrap().to().unwrap();
     assert_eq!(
         (stored.max_attempts, strategy["kind"].as_str(), strategy["base_seconds"].as_f64()),
         (Some(3), Some("exponential"), Some(30.0))
     );
     let task = next(&mut tasks).await;
     let WaitError::Sleep(sleep) =
-        client.wait_for_event(task.run_id, "e", Duration::from_secs(60), "s").await.unwrap_err()
+        client.wait_for_event(task.run_id, "e", Duration::from_secs(60), Some(task.task_id), "s").await.unwrap_err()
     else {
         panic!("the run sleeps")
     };
@@ -250,13 +255,14 @@ async fn the_helpers_do_what_their_names_say() {
     );
     client.emit_event("e", &j!("here")).await.unwrap();
     let task = next(&mut tasks).await;
-    let payload = client.wait_for_event(task.run_id, "e", Duration::from_secs(60), "s").await.unwrap();
+    let payload =
+        client.wait_for_event(task.run_id, "e", Duration::from_secs(60), Some(task.task_id), "s").await.unwrap();
     assert_eq!(payload.as_str(), "\"here\"");
-    let timeout = client.wait_for_event(task.run_id, "never", Duration::ZERO, "s2").await.unwrap_err();
+    let timeout = client.wait_for_event(task.run_id, "never", Duration::ZERO, None, "s2").await.unwrap_err();
     assert!(matches!(timeout, WaitError::Timeout), "{timeout}");
     task.complete(&j!(1)).await.unwrap();
-    let day = Some(Duration::from_secs(86400));
-    let spawned = spawn_cancellable_task(&client, "n", &j!(null), day, None).await.unwrap();
+    let rules = CancellationRules { max_delay: Some(Duration::from_secs(86400)), max_duration: None };
+    let spawned = spawn_cancellable_task(&client, "n", &j!(null), rules).await.unwrap();
     let stored = client.get_task_status(spawned.task_id).await.unwrap().unwrap();
-    assert_eq!((stored.cancellation.unwrap().text.as_str(), stored.max_attempts), ("{\"max_delay\": 86400}", Some(1)));
+    assert_eq!((stored.cancellation.unwrap().as_str(), stored.max_attempts), ("{\"max_delay\": 86400}", Some(1)));
 }

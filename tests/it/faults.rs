@@ -53,7 +53,7 @@ async fn a_worker_that_comes_back_keeps_its_claims() {
     tokio::time::sleep(Duration::from_secs(6)).await;
     task.complete(&j!("first claim")).await.unwrap();
     let run = server.client().get_run_status(spawned.run_id).await.unwrap().unwrap();
-    assert_eq!((run.state(), run.attempt), (pb::State::Completed, 1));
+    assert_eq!((run.state, run.attempt), (State::Completed, 1));
 }
 
 /// Silence instead of a reset: the client notices by itself and connects again, without losing what it does.

@@ -67,9 +67,10 @@ async fn what_does_not_exist_is_not_found() {
         [("q", "TASK_NOT_FOUND", "RUN_NOT_FOUND"), ("nowhere", "QUEUE_NOT_FOUND", "QUEUE_NOT_FOUND")]
     {
         let queue = || queue.to_owned();
-        let get = pb::GetTaskStatusRequest { queue: queue(), task_id: nobody(), params_range: None };
+        let get =
+            pb::GetTaskStatusRequest { queue: queue(), task_id: nobody(), params_range: None, result_range: None };
         check(grpc.get_task_status(get).await.map(drop), task);
-        let result = pb::GetTaskResultRequest { queue: queue(), task_id: nobody() };
+        let result = pb::GetTaskResultRequest { queue: queue(), task_id: nobody(), result_range: None };
         check(grpc.get_task_result(result).await.map(drop), task);
         let wait = pb::AwaitTaskResultRequest { queue: queue(), task_id: nobody(), timeout: None };
         check(grpc.await_task_result(wait).await.map(drop), task);

@@ -224,7 +224,7 @@ async fn disturb(sql: Client, client: AbsurdClient, book: Arc<Book>, mut dice: D
             }
             _ => {
                 if let Some(task) = book.any(&mut dice) {
-                    forgive_client(client.cancel_task(task).await);
+                    forgive_client(client.cancel_task_by_id(task).await);
                 }
             }
         }
@@ -358,7 +358,7 @@ async fn nobody_deadlocks_on_the_same_tasks() {
                         continue;
                     }
                     11 => {
-                        forgive_client(client.cancel_task(task).await);
+                        forgive_client(client.cancel_task_by_id(task).await);
                         continue;
                     }
                     _ => {

@@ -137,7 +137,7 @@ async fn work(server: &Server) {
         let task = in_time("a task", stream.next()).await.unwrap();
         match round % 6 {
             0 => task.set_checkpoint("c", &j!(1)).await.unwrap(),
-            1 => client.extend_claim(task.run_id, Duration::from_secs(60)).await.unwrap(),
+            1 => drop(client.extend_claim(task.run_id, Duration::from_secs(60)).await.unwrap()),
             2 => {
                 client.get_task_status(task.task_id).await.unwrap();
                 client.get_run_status(task.run_id).await.unwrap();
@@ -154,7 +154,7 @@ async fn work(server: &Server) {
                 task.release(delay).await.unwrap();
                 continue;
             }
-            _ => drop(client.cancel_task(task.task_id).await.unwrap()),
+            _ => drop(client.cancel_task_by_id(task.task_id).await.unwrap()),
         }
         if round % 6 < 3 {
             task.complete(&j!(1)).await.unwrap();
@@ -170,12 +170,12 @@ async fn work(server: &Server) {
     client.spawn_new_task(new(Some("k"))).await.unwrap();
     client.spawn_new_task(new(Some("k"))).await.unwrap();
     client.list_tasks(ListOptions::default()).await.unwrap();
-    let (failed, _) = client
+    let failed = client
         .list_tasks(ListOptions { state: Some(absurd_client::State::Failed), page_size: 1, ..Default::default() })
         .await
         .unwrap();
-    if let Some(task) = failed.first() {
-        client.retry_task(task.task_id.parse().unwrap(), RetryOptions::default()).await.unwrap();
+    if let Some(task) = failed.items.first() {
+        client.retry_task(task.task_id, RetryOptions::default()).await.unwrap();
     }
     stream.close(Duration::from_secs(5)).await.unwrap();
 }

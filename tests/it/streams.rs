@@ -363,6 +363,7 @@ async fn a_task_too_large_for_a_stream_is_put_off_not_lost() {
         queue: "q".into(),
         task_id: task.task_id.clone(),
         params_range: Some(pb::TextRange { offset: 5 * 1024 * 1024 - 1, limit: 1_000_000 }),
+        result_range: None,
     };
     let page = grpc.get_task_status(read).await.unwrap().into_inner();
     assert_eq!(page.task.unwrap().params.unwrap().text, "xx\"");

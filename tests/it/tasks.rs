@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use absurd_client::{ClaimOptions, ListOptions, NewTask, Reason, RetryOptions, SpawnOptions, State, StreamOptions};
+use absurd_client::{
+    CancelOutcome, ClaimOptions, ListOptions, NewTask, Reason, RetryOptions, SpawnOptions, State, StreamOptions,
+};
 use absurd_proto::v1 as pb;
 use absurd_tests::{Server, eventually, in_time, json};
 use serde_json::json as j;
@@ -13,7 +15,7 @@ async fn a_spawned_task_is_pushed_and_completed() {
     let server = Server::start().await;
     let client = server.client();
     let mut stream = client.claim_stream(StreamOptions::default()).await.unwrap();
-    let options = SpawnOptions { headers: Some(j!({"h": 1}).into()), ..SpawnOptions::default() };
+    let options = SpawnOptions::default().header("h", 1);
     let spawned = client.spawn_task("greet", &j!({"big": 12_345_678_901_234_567_u64}), options).await.unwrap();
     let task = in_time("the task is pushed", stream.next()).await.unwrap();
     assert_eq!((task.task_id, task.run_id, task.attempt), (spawned.task_id, spawned.run_id, 1));
@@ -36,7 +38,7 @@ async fn a_failure_is_retried_as_the_strategy_says() {
     let claims = client.claim_task(ClaimOptions::default()).await.unwrap();
     let outcome = claims[0].fail(&j!({"message": "first"})).await.unwrap();
     assert_eq!(outcome.task_state, Some(State::Pending));
-    assert_eq!(outcome.next.map(|(_, attempt)| attempt), Some(2));
+    assert_eq!(outcome.next.map(|next| next.attempt), Some(2));
     let second = client.claim_task(ClaimOptions::default()).await.unwrap();
     assert_eq!(second[0].attempt, 2);
     let outcome = second[0].fail(&j!({"message": "second"})).await.unwrap();
@@ -104,7 +106,7 @@ async fn every_write_may_be_said_twice() {
         assert_eq!(verdicts[0].verdict(), pb::Verdict::Released);
     }
     let run = client.get_run_status(held.run_id).await.unwrap().unwrap();
-    assert_eq!((run.state(), run.attempt), (pb::State::Pending, 1), "a release spends no attempt");
+    assert_eq!((run.state, run.attempt), (State::Pending, 1), "a release spends no attempt");
     assert!(run.started_at.is_none(), "and leaves no trace of the claim");
 
     let held = claim().await.unwrap().remove(0);
@@ -200,7 +202,7 @@ async fn an_expired_lease_moves_the_task_on_and_its_late_worker_hears_so() {
     assert_eq!((next.task_id, next.attempt), (late.task_id, 2));
     assert_eq!(late.complete(&j!(1)).await.unwrap_err().reason(), Reason::ClaimExpired);
     let run = client.get_run_status(late.run_id).await.unwrap().unwrap();
-    let reason = run.failure_reason.unwrap().text;
+    let reason = run.failure_reason.unwrap().to_string();
     assert!(reason.contains("\"name\": \"$ClaimTimeout\"") && reason.contains("\"workerId\": \"tester\""), "{reason}");
 }
 
@@ -211,25 +213,34 @@ async fn cancelling_by_task_takes_it_from_its_worker_and_by_run_does_not() {
     let spawned = client.spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap();
     let mut stream = client.claim_stream(StreamOptions::default()).await.unwrap();
     let task = in_time("the task is pushed", stream.next()).await.unwrap();
-    assert_eq!(client.cancel_run(spawned.run_id).await.unwrap(), (false, State::Running));
-    assert_eq!(client.cancel_task(spawned.task_id).await.unwrap(), (true, State::Cancelled));
-    assert_eq!(client.cancel_task(spawned.task_id).await.unwrap(), (false, State::Cancelled));
+    assert_eq!(
+        client.cancel_task(spawned.run_id).await.unwrap(),
+        CancelOutcome { cancelled: false, state: State::Running }
+    );
+    assert_eq!(
+        client.cancel_task_by_id(spawned.task_id).await.unwrap(),
+        CancelOutcome { cancelled: true, state: State::Cancelled }
+    );
+    assert_eq!(
+        client.cancel_task_by_id(spawned.task_id).await.unwrap(),
+        CancelOutcome { cancelled: false, state: State::Cancelled }
+    );
     assert_eq!(in_time("the worker hears of it", task.revoked()).await, absurd_client::Revoked::Cancelled);
     assert_eq!(task.complete(&j!(1)).await.unwrap_err().reason(), Reason::TaskCancelled);
     let waiting = client.spawn_task("n2", &j!(null), SpawnOptions { ..SpawnOptions::default() }).await.unwrap();
     drop(stream);
-    let (cancelled, _) = client.cancel_run(waiting.run_id).await.unwrap();
+    let cancelled = client.cancel_task(waiting.run_id).await.unwrap().cancelled;
     let state = client.get_task_result(waiting.task_id).await.unwrap().state;
     assert!(cancelled == (state == State::Cancelled), "{state}");
-    assert_eq!(client.cancel_task(Uuid::now_v7()).await.unwrap_err().reason(), Reason::TaskNotFound);
-    assert_eq!(client.cancel_run(Uuid::now_v7()).await.unwrap_err().reason(), Reason::RunNotFound);
+    assert_eq!(client.cancel_task_by_id(Uuid::now_v7()).await.unwrap_err().reason(), Reason::TaskNotFound);
+    assert_eq!(client.cancel_task(Uuid::now_v7()).await.unwrap_err().reason(), Reason::RunNotFound);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn policies_cancel_tasks_nobody_takes() {
     let server = Server::start().await;
     let client = server.client();
-    let options = SpawnOptions { max_delay: Some(Duration::from_secs(1)), ..SpawnOptions::default() };
+    let options = SpawnOptions::default().max_delay(Duration::from_secs(1));
     let spawned = client.spawn_task("n", &j!(null), options).await.unwrap();
     // A stream for other names keeps the queue under the tick.
     let other = StreamOptions { task_names: vec!["other".into()], ..StreamOptions::default() };
@@ -253,19 +264,19 @@ async fn lists_come_in_pages_and_filters_hold() {
     let mut page_token = String::new();
     loop {
         let options = ListOptions { page_size: 10, page_token, ..ListOptions::default() };
-        let (page, next) = client.list_tasks(options).await.unwrap();
-        seen.extend(page.into_iter().map(|task| task.task_id));
-        if next.is_empty() {
+        let page = client.list_tasks(options).await.unwrap();
+        seen.extend(page.items.into_iter().map(|task| task.task_id));
+        if page.next_page_token.is_empty() {
             break;
         }
-        page_token = next;
+        page_token = page.next_page_token;
     }
     assert_eq!(seen.len(), 25);
     assert!(seen.is_sorted_by(|a, b| a > b), "newest first, none twice");
     let fifth = ListOptions { task_name: Some("fifth".into()), ..ListOptions::default() };
-    assert_eq!(client.list_tasks(fifth).await.unwrap().0.len(), 5);
+    assert_eq!(client.list_tasks(fifth).await.unwrap().items.len(), 5);
     let done = ListOptions { state: Some(State::Completed), ..ListOptions::default() };
-    assert!(client.list_tasks(done).await.unwrap().0.is_empty());
+    assert!(client.list_tasks(done).await.unwrap().items.is_empty());
     let stats = client.get_queue_stats().await.unwrap();
     assert_eq!((stats.pending, stats.completed), (25, 0));
     assert!(stats.oldest_claimable_age.is_some());

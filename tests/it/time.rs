@@ -2,7 +2,9 @@
 
 use std::time::{Duration, SystemTime};
 
-use absurd_client::{Awaited, ClaimOptions, ClaimStream, ClaimedTask, Reason, SpawnOptions, StreamOptions};
+use absurd_client::{
+    Awaited, ClaimOptions, ClaimStream, ClaimedTask, Reason, Slept, SpawnOptions, State, StreamOptions,
+};
 use absurd_proto::v1 as pb;
 use absurd_tests::{Server, in_time};
 use serde_json::json as j;
@@ -29,28 +31,35 @@ async fn a_sleep_survives_and_does_not_begin_anew() {
     let mut tasks = stream(&server).await;
     let run = spawn(&server).await;
     let task = next(&mut tasks).await;
-    assert_eq!(client.sleep(run, "none", Duration::ZERO).await.unwrap(), None, "no time at all is over at once");
-    let wake_at = client.sleep(run, "", Duration::from_millis(400)).await.unwrap().expect("the run sleeps");
+    assert_eq!(
+        client.sleep(run, Duration::ZERO, Some("none")).await.unwrap(),
+        Slept::Elapsed,
+        "no time at all is over at once"
+    );
+    let Slept::Suspended { wake_at } = client.sleep(run, Duration::from_millis(400), None).await.unwrap() else {
+        panic!("the run sleeps")
+    };
     drop(task);
     let woken = next(&mut tasks).await;
     assert!(SystemTime::now() >= wake_at);
     assert_eq!((woken.run_id, woken.attempt), (run, 1));
-    assert_eq!(client.sleep(run, "", Duration::from_millis(400)).await.unwrap(), None);
+    assert_eq!(client.sleep(run, Duration::from_millis(400), None).await.unwrap(), Slept::Elapsed);
     // The time is stored as the SDKs store it, under the name that the original client uses.
     let stored = client.get_run_checkpoint(run, "sleep_0").await.unwrap().unwrap().state.unwrap();
     assert!(stored.as_str().starts_with("\"20") && stored.as_str().ends_with("+00:00\""), "{}", stored.as_str());
 
     // A sleep never passes for over because another step has its name.
     assert!(client.set_checkpoint(woken.task_id, "taken", &j!({"x": 1}), run, None).await.unwrap());
-    let taken = client.sleep(run, "taken", Duration::from_secs(60)).await.unwrap_err();
+    let taken = client.sleep(run, Duration::from_secs(60), Some("taken")).await.unwrap_err();
     assert_eq!((taken.reason(), taken.field()), (Reason::InvalidArgument, Some("step_name")));
 
     // Claimed before its time, it goes on sleeping until the first deadline; said twice, too.
-    let long = client.sleep(run, "long", Duration::from_secs(3600)).await.unwrap().unwrap();
+    let long = client.sleep(run, Duration::from_secs(3600), Some("long")).await.unwrap();
+    let Slept::Suspended { wake_at: deadline } = long else { panic!("the run sleeps") };
     drop(woken);
     sql.execute("update absurd.r_q set available_at = now()", &[]).await.unwrap();
     let early = next(&mut tasks).await;
-    assert_eq!(client.sleep(run, "long", Duration::from_secs(9999)).await.unwrap(), Some(long));
+    assert_eq!(client.sleep(run, Duration::from_secs(9999), Some("long")).await.unwrap(), long);
     let mut grpc = server.raw().await;
     let again = pb::SleepRequest {
         queue: "q".into(),
@@ -60,7 +69,7 @@ async fn a_sleep_survives_and_does_not_begin_anew() {
         duration: Some(prost_types::Duration { seconds: 3600, nanos: 0 }),
     };
     let answer = grpc.sleep(again).await.unwrap().into_inner().outcome.unwrap();
-    assert!(matches!(answer, pb::sleep_response::Outcome::Suspended(at) if at.wake_at == Some(long.into())));
+    assert!(matches!(answer, pb::sleep_response::Outcome::Suspended(at) if at.wake_at == Some(deadline.into())));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -111,8 +120,8 @@ async fn an_orchestrator_puts_its_run_to_sleep() {
     let wake_at = client.set_run_sleeping(run, "other").await.unwrap().expect("a day at most");
     assert!(wake_at > SystemTime::now() + Duration::from_secs(23 * 3600));
     let status = client.get_run_status(run).await.unwrap().unwrap();
-    assert_eq!((status.state(), status.claimed_by, status.claim_expires_at), (pb::State::Sleeping, None, None));
-    assert_eq!(client.get_task_status(task.task_id).await.unwrap().unwrap().state(), pb::State::Sleeping);
+    assert_eq!((status.state, status.claimed_by, status.claim_expires_at), (State::Sleeping, None, None));
+    assert_eq!(client.get_task_status(task.task_id).await.unwrap().unwrap().state, State::Sleeping);
     let refused = client.set_run_sleeping(run, "yet another").await.unwrap_err();
     assert_eq!(refused.reason(), Reason::RunNotRunning);
 }

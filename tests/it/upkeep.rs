@@ -130,7 +130,7 @@ async fn colliding_names_are_refused() {
     let client = server.client();
     let mut grpc = server.raw().await;
     let mut create = async |queue: &str, mode: i32| {
-        let request = absurd_proto::v1::CreateQueueRequest { queue: queue.into(), storage_mode: mode };
+        let request = absurd_proto::v1::CreateQueueRequest { queue: queue.into(), storage_mode: mode, policy: None };
         grpc.create_queue(request).await.map(drop)
     };
     create("weekly", 2).await.unwrap();
@@ -158,33 +158,45 @@ async fn colliding_names_are_refused() {
 /// Policies are read and changed over gRPC; what is not named stays, what depends on the queue is refused by name.
 #[tokio::test(flavor = "multi_thread")]
 async fn policies_are_read_and_changed() {
-    use absurd_proto::v1 as pb;
+    use absurd_client::{DetachMode, PolicyChanges, QueueOptions};
     let server = Server::start().await;
     let client = server.client();
-    let days = |days: i64| Some(prost_types::Duration { seconds: days * 86400, nanos: 0 });
+    let days = |days: u64| Duration::from_secs(days * 86400);
     let before = client.get_queue_policy().await.unwrap();
     assert_eq!((before.cleanup_ttl, before.cleanup_limit), (days(30), 1000));
-    let changes = pb::SetQueuePolicyRequest {
-        cleanup_ttl: days(7),
+    let changes = PolicyChanges {
+        cleanup_ttl: Some(days(7)),
         cleanup_limit: Some(5),
-        detach_mode: pb::DetachMode::Empty.into(),
-        ..Default::default()
+        detach_mode: Some(DetachMode::Empty),
+        ..PolicyChanges::default()
     };
-    let after = client.set_queue_policy(changes.clone()).await.unwrap();
+    let after = client.set_queue_policy(changes).await.unwrap();
     assert_eq!(client.set_queue_policy(changes).await.unwrap(), after, "said twice");
-    assert_eq!((after.cleanup_ttl, after.cleanup_limit, after.detach_mode()), (days(7), 5, pb::DetachMode::Empty));
+    assert_eq!((after.cleanup_ttl, after.cleanup_limit, after.detach_mode), (days(7), 5, DetachMode::Empty));
     assert_eq!(after.partition_lookahead, before.partition_lookahead);
     for (wrong, field) in [
-        (pb::SetQueuePolicyRequest { cleanup_limit: Some(0), ..Default::default() }, "cleanup_limit"),
-        (pb::SetQueuePolicyRequest { cleanup_ttl: days(-1), ..Default::default() }, "cleanup_ttl"),
-        (pb::SetQueuePolicyRequest { detach_mode: 9, ..Default::default() }, "detach_mode"),
-        (pb::SetQueuePolicyRequest { default_partition: 1, ..Default::default() }, "policy"),
+        (PolicyChanges { cleanup_limit: Some(0), ..PolicyChanges::default() }, "cleanup_limit"),
+        (PolicyChanges { cleanup_ttl: Some(Duration::from_millis(1)), ..PolicyChanges::default() }, "cleanup_ttl"),
+        (PolicyChanges { detach_min_age: Some(days(36_601)), ..PolicyChanges::default() }, "detach_min_age"),
+        (PolicyChanges { default_partition: Some(true), ..PolicyChanges::default() }, "policy"),
     ] {
         assert_eq!(client.set_queue_policy(wrong).await.unwrap_err().field(), Some(field));
     }
     let nowhere = client.with_queue("nowhere").get_queue_policy().await.unwrap_err();
     assert_eq!(nowhere.reason(), absurd_client::Reason::QueueNotFound);
     assert_eq!(client.get_queue_policy().await.unwrap(), after, "nothing is half-written");
+
+    // A queue is created with its policy, or not at all.
+    let kept = client.with_queue("kept");
+    let with = |policy| QueueOptions { policy, ..QueueOptions::default() };
+    let unfit =
+        with(PolicyChanges { default_partition: Some(true), cleanup_limit: Some(7), ..PolicyChanges::default() });
+    assert_eq!(kept.create_queue_with(unfit).await.unwrap_err().field(), Some("policy"));
+    assert!(client.list_queues().await.unwrap().iter().all(|queue| queue.name != "kept"));
+    let policy = PolicyChanges { cleanup_limit: Some(7), ..PolicyChanges::default() };
+    assert!(kept.create_queue_with(with(policy)).await.unwrap());
+    assert!(!kept.create_queue_with(with(policy)).await.unwrap(), "said twice");
+    assert_eq!(kept.get_queue_policy().await.unwrap().cleanup_limit, 7);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -199,11 +211,11 @@ async fn old_things_are_deleted_by_hand() {
     )
     .await
     .unwrap();
-    assert_eq!(client.cleanup_tasks(Duration::from_secs(3600), 0).await.unwrap(), 0);
-    assert_eq!(client.cleanup_tasks(Duration::ZERO, 3).await.unwrap(), 3);
-    assert_eq!(client.cleanup_tasks(Duration::ZERO, 0).await.unwrap(), 1);
-    assert_eq!(client.cleanup_events(Duration::ZERO, 0).await.unwrap(), 3);
-    assert_eq!(client.cleanup_tasks(Duration::ZERO, -1).await.unwrap_err().field(), Some("limit"));
-    let nowhere = client.with_queue("nowhere").cleanup_events(Duration::ZERO, 0).await.unwrap_err();
+    assert_eq!(client.cleanup_tasks(Duration::from_secs(3600), None).await.unwrap(), 0);
+    assert_eq!(client.cleanup_tasks(Duration::ZERO, Some(3)).await.unwrap(), 3);
+    assert_eq!(client.cleanup_tasks(Duration::ZERO, None).await.unwrap(), 1);
+    assert_eq!(client.cleanup_events(Duration::ZERO, None).await.unwrap(), 3);
+    assert_eq!(client.cleanup_tasks(Duration::ZERO, Some(-1)).await.unwrap_err().field(), Some("limit"));
+    let nowhere = client.with_queue("nowhere").cleanup_events(Duration::ZERO, None).await.unwrap_err();
     assert_eq!(nowhere.reason(), absurd_client::Reason::QueueNotFound);
 }

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use absurd_client::{AbsurdClient, Json, ListOptions, NewTask, RetryOptions, SpawnOptions, State, proto};
+use absurd_client::{
+    AbsurdClient, CancelOutcome, Emitted, Json, ListOptions, NewTask, Queue, QueueOptions, RetryOptions, SpawnOptions,
+    State, StorageMode,
+};
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -188,8 +191,7 @@ pub(super) async fn health(args: ClientArgs) -> anyhow::Result<()> {
 /// `absurd event ...`
 pub(super) async fn event(command: EventCommand) -> anyhow::Result<()> {
     let EventCommand::Emit { name, payload, client: args } = command;
-    let payload = serde_json::value::RawValue::from_string(payload).context("payload: not JSON")?;
-    let (applied, woken) = args.client()?.emit_event(&name, &payload).await?;
+    let Emitted { applied, woken } = args.client()?.emit_event_json(&name, Json::from_text(payload)).await?;
     match args.output {
         Output::Json => output::json(&json!({"applied": applied, "woken": woken})),
         Output::Table if applied => println!("emitted; {woken} runs woken"),
@@ -202,9 +204,9 @@ pub(super) async fn event(command: EventCommand) -> anyhow::Result<()> {
 pub(super) async fn queue(command: QueueCommand) -> anyhow::Result<()> {
     match command {
         QueueCommand::Create { partitioned, client: args } => {
-            let client = args.client()?;
-            let created =
-                if partitioned { client.create_partitioned_queue().await? } else { client.create_queue().await? };
+            let storage_mode = if partitioned { StorageMode::Partitioned } else { StorageMode::Unpartitioned };
+            let options = QueueOptions { storage_mode, ..QueueOptions::default() };
+            let created = args.client()?.create_queue_with(options).await?;
             match args.output {
                 Output::Table => println!("{} {}", args.queue, if created { "created" } else { "exists" }),
                 Output::Json => output::json(&json!({"queue": args.queue, "created": created})),
@@ -239,15 +241,15 @@ fn confirm(question: &str) -> anyhow::Result<bool> {
 
 async fn list_queues(args: &ClientArgs) -> anyhow::Result<()> {
     let queues = args.client()?.list_queues().await?;
-    let mode = |queue: &proto::Queue| match queue.storage_mode() {
-        proto::StorageMode::Partitioned => "partitioned",
-        _ => "unpartitioned",
+    let mode = |queue: &Queue| match queue.storage_mode {
+        StorageMode::Partitioned => "partitioned",
+        StorageMode::Unpartitioned => "unpartitioned",
     };
     match args.output {
         Output::Table => {
             let rows: Vec<Vec<String>> = queues
                 .iter()
-                .map(|queue| vec![queue.name.clone(), mode(queue).to_owned(), output::time(queue.created_at.as_ref())])
+                .map(|queue| vec![queue.name.clone(), mode(queue).to_owned(), output::time(queue.created_at)])
                 .collect();
             output::table(&["QUEUE", "STORAGE", "CREATED"], &rows);
         }
@@ -257,7 +259,7 @@ async fn list_queues(args: &ClientArgs) -> anyhow::Result<()> {
                 .map(|queue| {
                     json!({
                         "queue": queue.name, "storage_mode": mode(queue),
-                        "created_at": output::time(queue.created_at.as_ref()),
+                        "created_at": output::time(queue.created_at),
                     })
                 })
                 .collect(),
@@ -268,7 +270,7 @@ async fn list_queues(args: &ClientArgs) -> anyhow::Result<()> {
 
 async fn stats(args: &ClientArgs) -> anyhow::Result<()> {
     let stats = args.client()?.get_queue_stats().await?;
-    let age = stats.oldest_claimable_age.as_ref().map(|age| age.seconds);
+    let age = stats.oldest_claimable_age.as_ref().map(Duration::as_secs);
     let counts = [
         ("pending", stats.pending),
         ("running", stats.running),
@@ -304,7 +306,7 @@ pub(super) async fn task(command: TaskCommand) -> anyhow::Result<()> {
         TaskCommand::Get(args) => get(&args).await,
         TaskCommand::List(args) => list(&args).await,
         TaskCommand::Cancel(args) => {
-            let (cancelled, state) = args.client.client()?.cancel_task(args.task_id).await?;
+            let CancelOutcome { cancelled, state } = args.client.client()?.cancel_task_by_id(args.task_id).await?;
             match args.client.output {
                 Output::Table if cancelled => println!("cancelled"),
                 Output::Table => println!("not cancelled: the task is {state}"),
@@ -342,9 +344,10 @@ fn print_spawned(how: Output, spawned: &absurd_client::Spawned) {
 
 async fn spawn(args: SpawnArgs) -> anyhow::Result<()> {
     let client = args.client.client()?;
+    let headers = args.headers.as_deref().map(serde_json::from_str).transpose();
     let options = SpawnOptions {
         max_attempts: Some(args.max_attempts),
-        headers: args.headers.clone().map(Json::from_text),
+        headers: headers.context("--headers: not a JSON object")?.unwrap_or_default(),
         idempotency_key: args.key.clone(),
         ..SpawnOptions::default()
     };
@@ -400,28 +403,27 @@ async fn spawn_many(client: &AbsurdClient, count: u64, task: impl Fn() -> NewTas
 async fn get(args: &OneTask) -> anyhow::Result<()> {
     let task = args.client.client()?.get_task_status(args.task_id).await?;
     let task = task.with_context(|| format!("queue {:?} has no task {}", args.client.queue, args.task_id))?;
-    let state = state_name(task.state());
     match args.client.output {
         Output::Table => {
-            let text = |json: Option<&proto::Json>| json.map(|json| json.text.clone()).unwrap_or_default();
+            let text = |json: Option<&Json>| json.map(ToString::to_string).unwrap_or_default();
             output::record(&[
-                ("task_id", task.task_id.clone()),
+                ("task_id", task.task_id.to_string()),
                 ("name", task.task_name.clone()),
-                ("state", state.to_owned()),
+                ("state", task.state.to_string()),
                 ("attempts", format!("{} of {}", task.attempts, limit(task.max_attempts))),
-                ("spawned", output::time(task.enqueue_at.as_ref())),
-                ("started", output::time(task.first_started_at.as_ref())),
-                ("params", text(task.params.as_ref())),
+                ("spawned", output::time(task.enqueue_at)),
+                ("started", output::time(task.first_started_at)),
+                ("params", task.params.to_string()),
                 ("headers", text(task.headers.as_ref())),
                 ("result", text(task.completed_payload.as_ref())),
-                ("last run", task.last_attempt_run.unwrap_or_default()),
+                ("last run", task.last_attempt_run.map(|id| id.to_string()).unwrap_or_default()),
             ]);
         }
         Output::Json => output::json(&json!({
-            "task_id": task.task_id, "task_name": task.task_name, "state": state, "attempts": task.attempts,
-            "max_attempts": task.max_attempts, "enqueue_at": output::time(task.enqueue_at.as_ref()),
-            "first_started_at": output::time(task.first_started_at.as_ref()),
-            "params": output::value(task.params.as_ref()), "headers": output::value(task.headers.as_ref()),
+            "task_id": task.task_id, "task_name": task.task_name, "state": task.state.as_str(), "attempts": task.attempts,
+            "max_attempts": task.max_attempts, "enqueue_at": output::time(task.enqueue_at),
+            "first_started_at": output::time(task.first_started_at),
+            "params": output::value(Some(&task.params)), "headers": output::value(task.headers.as_ref()),
             "completed_payload": output::value(task.completed_payload.as_ref()),
             "last_attempt_run": task.last_attempt_run, "idempotency_key": task.idempotency_key,
         })),
@@ -431,18 +433,6 @@ async fn get(args: &OneTask) -> anyhow::Result<()> {
 
 fn limit(max_attempts: Option<i32>) -> String {
     max_attempts.map_or_else(|| "unlimited".into(), |limit| limit.to_string())
-}
-
-fn state_name(state: proto::State) -> &'static str {
-    match state {
-        proto::State::Unspecified => "unknown",
-        proto::State::Pending => "pending",
-        proto::State::Running => "running",
-        proto::State::Sleeping => "sleeping",
-        proto::State::Completed => "completed",
-        proto::State::Failed => "failed",
-        proto::State::Cancelled => "cancelled",
-    }
 }
 
 fn parse_state(name: &str) -> Option<State> {
@@ -463,9 +453,9 @@ async fn list(args: &ListArgs) -> anyhow::Result<()> {
             page_size,
             page_token,
         };
-        let (page, next) = client.list_tasks(options).await?;
-        tasks.extend(page);
-        page_token = next;
+        let page = client.list_tasks(options).await?;
+        tasks.extend(page.items);
+        page_token = page.next_page_token;
         if page_token.is_empty() {
             break;
         }
@@ -476,11 +466,11 @@ async fn list(args: &ListArgs) -> anyhow::Result<()> {
                 .iter()
                 .map(|task| {
                     vec![
-                        task.task_id.clone(),
+                        task.task_id.to_string(),
                         task.task_name.clone(),
-                        state_name(task.state()).to_owned(),
+                        task.state.to_string(),
                         format!("{} of {}", task.attempts, limit(task.max_attempts)),
-                        output::time(task.enqueue_at.as_ref()),
+                        output::time(task.enqueue_at),
                     ]
                 })
                 .collect();
@@ -491,9 +481,9 @@ async fn list(args: &ListArgs) -> anyhow::Result<()> {
                 .iter()
                 .map(|task| {
                     json!({
-                        "task_id": task.task_id, "task_name": task.task_name, "state": state_name(task.state()),
+                        "task_id": task.task_id, "task_name": task.task_name, "state": task.state.as_str(),
                         "attempts": task.attempts, "max_attempts": task.max_attempts,
-                        "enqueue_at": output::time(task.enqueue_at.as_ref()),
+                        "enqueue_at": output::time(task.enqueue_at),
                     })
                 })
                 .collect(),

@@ -45,15 +45,11 @@ pub(super) fn json(value: &serde_json::Value) {
 }
 
 /// A time as RFC 3339, or nothing.
-pub(super) fn time(at: Option<&prost_types::Timestamp>) -> String {
-    at.and_then(|at| std::time::SystemTime::try_from(*at).ok())
-        .map(|at| humantime::format_rfc3339_millis(at).to_string())
-        .unwrap_or_default()
+pub(super) fn time(at: Option<std::time::SystemTime>) -> String {
+    at.map(|at| humantime::format_rfc3339_millis(at).to_string()).unwrap_or_default()
 }
 
 /// A JSON text as a value, for embedding; what does not parse stays text.
-pub(super) fn value(json: Option<&absurd_client::proto::Json>) -> serde_json::Value {
-    json.map_or(serde_json::Value::Null, |json| {
-        serde_json::from_str(&json.text).unwrap_or_else(|_| json.text.clone().into())
-    })
+pub(super) fn value(json: Option<&absurd_client::Json>) -> serde_json::Value {
+    json.map_or(serde_json::Value::Null, |json| json.to().unwrap_or_else(|_| json.as_str().into()))
 }

@@ -39,6 +39,14 @@ impl JsonText {
         }
     }
 
+    /// An object, or an empty one, with a key set to a text; jsonb keeps the last of equal keys. Neither needs escaping.
+    pub fn with_text_key(object: Option<Self>, key: &str, text: &str) -> Self {
+        let object = object.map_or_else(|| "{}".to_owned(), |object| object.0);
+        let inside = object.trim_end().strip_suffix('}').unwrap_or("{").trim_end();
+        let comma = if inside.ends_with('{') { "" } else { "," };
+        Self(format!("{inside}{comma}\"{key}\":\"{text}\"}}"))
+    }
+
     /// Text that Postgres gave us, or that this program made.
     pub fn trusted(text: String) -> Self {
         Self(text)

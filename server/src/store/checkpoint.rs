@@ -3,6 +3,7 @@
 use tokio_postgres::Row;
 
 use super::statement::{CHECKPOINT_GET, CHECKPOINT_PAGE, RUN_FIND};
+use super::text::{ANSWER_BYTES_MAX, Part};
 use super::{Store, Wait};
 use crate::domain::{CheckpointName, Error, Instant, RunId, TaskId};
 use crate::scope::Scope;
@@ -33,19 +34,23 @@ impl Store {
         rows.first().map(|row| (row.get("task_id"), row.get("attempt"))).ok_or(Error::RunNotFound(run_id))
     }
 
-    /// One checkpoint of a task, if there is one.
+    /// One checkpoint of a task, if there is one, or a part of it.
     pub async fn checkpoint_get(
         &self,
         scope: &Scope,
         task_id: TaskId,
         name: &CheckpointName,
         pending: bool,
+        part: Option<Part>,
     ) -> Result<Option<Row>, Error> {
-        let rows = self.rows(&CHECKPOINT_GET, Wait::Skip, Some(scope), &[&task_id, &name.as_str(), &pending]).await;
+        let (offset, limit) = Part::params(part);
+        let params: [&(dyn postgres_types::ToSql + Sync); 6] =
+            [&task_id, &name.as_str(), &pending, &offset, &limit, &ANSWER_BYTES_MAX];
+        let rows = self.rows(&CHECKPOINT_GET, Wait::Skip, Some(scope), &params).await;
         Ok(rows.map_err(|fault| fault.into_read_error(scope))?.into_iter().next())
     }
 
-    /// A page of a task's checkpoints, oldest first.
+    /// A page of a task's checkpoints, oldest first; the last row may be the first of the next page (`beyond`).
     pub async fn checkpoint_page(
         &self,
         scope: &Scope,
@@ -58,8 +63,8 @@ impl Store {
             Seen::ByAttempt(attempt) => (Some(attempt), None),
             Seen::OwnedBy(run) => (None, Some(run)),
         };
-        let params: [&(dyn postgres_types::ToSql + Sync); 6] =
-            [&task_id, &attempt, &owner, &after.updated_at, &after.name, &limit];
+        let params: [&(dyn postgres_types::ToSql + Sync); 7] =
+            [&task_id, &attempt, &owner, &after.updated_at, &after.name, &limit, &ANSWER_BYTES_MAX];
         let rows = self.rows(&CHECKPOINT_PAGE, Wait::Skip, Some(scope), &params).await;
         rows.map_err(|fault| fault.into_read_error(scope))
     }

@@ -3,7 +3,8 @@
 use tokio_postgres::Row;
 
 use super::statement::{
-    DOORBELL_MISSING, QUEUE_COLLISION, QUEUE_CREATE, QUEUE_DOORBELL, QUEUE_DROP, QUEUE_GET, QUEUE_LIST, QUEUE_STATS,
+    DOORBELL_MISSING, QUEUE_COLLISION, QUEUE_CREATE, QUEUE_DOORBELL, QUEUE_DROP, QUEUE_GET, QUEUE_LIST,
+    QUEUE_SET_POLICY, QUEUE_STATS,
 };
 use super::{Fault, Store, Wait};
 use crate::domain::Error;
@@ -11,6 +12,8 @@ use crate::scope::Scope;
 
 /// How far counts go.
 pub const COUNT_MAX: i64 = 100_000;
+/// Longest wait for others who create queues.
+const LOCK_WAIT: std::time::Duration = std::time::Duration::from_secs(10);
 
 impl Store {
     /// Storage mode of a queue, and whether its tables exist. A queue works without a registry row.
@@ -22,8 +25,9 @@ impl Store {
         Ok(rows.first().map_or((None, false), |row| (row.get("storage_mode"), row.get("usable"))))
     }
 
-    /// Creates a queue; says whether it is new.
-    pub async fn queue_create(&self, scope: &Scope, mode: &str) -> Result<bool, Error> {
+    /// Creates a queue, and sets a policy in the same transaction; says whether it is new. `policy` is what the contract's
+    /// function takes.
+    pub async fn queue_create(&self, scope: &Scope, mode: &str, policy: Option<&str>) -> Result<bool, Error> {
         let (before, usable) = self.queue_get(scope).await?;
         if before.as_deref().is_some_and(|before| before != mode) {
             return Err(Error::QueueExists(scope.queue().as_str().to_owned()));
@@ -39,16 +43,52 @@ impl Store {
                 ));
             }
         }
-        let created = self.rows(&QUEUE_CREATE, Wait::Skip, None, &[&scope.queue().as_str(), &mode]).await;
-        match created {
-            Ok(_) => Ok(!(before.is_some() && usable)),
-            Err(Fault::Raised { code, .. }) if code == "P0001" => {
-                Err(Error::QueueExists(scope.queue().as_str().to_owned()))
-            }
+        let fresh = !(before.is_some() && usable);
+        match self.queue_create_with(scope, mode, policy).await {
+            Ok(created) => created.map(|()| fresh),
             // Two creators at once: the other one made it.
-            Err(Fault::Duplicate) => Ok(false),
+            Err(Fault::Duplicate) => match self.queue_create_with(scope, mode, policy).await {
+                Ok(created) => created.map(|()| false),
+                Err(fault) => Err(fault.into_error(scope)),
+            },
             Err(fault) => Err(fault.into_error(scope)),
         }
+    }
+
+    /// The transaction of it; inside, what the two functions refuse by their own rules.
+    async fn queue_create_with(
+        &self,
+        scope: &Scope,
+        mode: &str,
+        policy: Option<&str>,
+    ) -> Result<Result<(), Error>, Fault> {
+        let queue = scope.queue().as_str();
+        let tx = self.begin(LOCK_WAIT).await?;
+        let mut refused = None;
+        match tx.rows(&QUEUE_CREATE, Wait::Skip, None, &[&queue, &mode]).await {
+            Ok(_) => {}
+            Err(Fault::Raised { .. }) => refused = Some(Error::QueueExists(queue.to_owned())),
+            Err(fault) => {
+                tx.rollback().await;
+                return Err(fault);
+            }
+        }
+        if let Some(policy) = policy.filter(|_| refused.is_none()) {
+            match tx.rows(&QUEUE_SET_POLICY, Wait::Skip, None, &[&queue, &policy]).await {
+                Ok(_) => {}
+                // What was in order at the edge may still not fit the queue.
+                Err(Fault::Raised { message, .. }) => refused = Some(Error::invalid("policy", message)),
+                Err(fault) => {
+                    tx.rollback().await;
+                    return Err(fault);
+                }
+            }
+        }
+        if let Some(error) = refused {
+            tx.rollback().await;
+            return Ok(Err(error));
+        }
+        tx.commit().await.map(Ok)
     }
 
     /// Those of these queues on which no doorbell hangs.

@@ -7,6 +7,7 @@ use super::statement::{
     CHECKPOINT_LIST, RELEASE_COUNT, RELEASE_FORGET, RUN_CHECK, RUN_CLAIM, RUN_CLAIM_NAMED, RUN_CUT_LEASE, RUN_GET,
     RUN_LIST_CLAIMED, RUN_LIST_EXPIRED,
 };
+use super::text::FIELD_BYTES_MAX;
 use super::{Fault, Store, Wait};
 use crate::domain::claim::{Checkpoint, Secret};
 use crate::domain::{Claim, ClaimToken, Digest, Error, Instant, JsonText, RunId, State, WorkerId};
@@ -211,7 +212,7 @@ impl Store {
     /// Reads a run.
     pub async fn run_get(&self, scope: &Scope, run_id: RunId) -> Result<RunRecord, Error> {
         let rows = self
-            .rows(&RUN_GET, Wait::Skip, Some(scope), &[&run_id])
+            .rows(&RUN_GET, Wait::Skip, Some(scope), &[&run_id, &FIELD_BYTES_MAX])
             .await
             .map_err(|fault| fault.into_read_error(scope))?;
         rows.into_iter().next().map(|row| RunRecord { row }).ok_or(Error::RunNotFound(run_id))

@@ -9,6 +9,7 @@ use super::statement::{
     KEY_RESERVE, QUEUE_GET, RUN_LOCK, TASK_CANCEL, TASK_CANCELLED, TASK_ENDED, TASK_FIND, TASK_FIND_KEYED, TASK_GET,
     TASK_LIST, TASK_LIST_CANCELLABLE, TASK_LIST_EDGE, TASK_RESPAWN, TASK_RESULT, TASK_RETRY, TASK_SPAWN,
 };
+use super::text::{ANSWER_BYTES_MAX, FIELD_BYTES_MAX, Part};
 use super::{Fault, Store, Tx, Wait};
 use crate::domain::{Error, JsonText, QueueName, RunId, State, TaskId, TaskName};
 use crate::scope::Scope;
@@ -58,10 +59,10 @@ pub struct TaskEnd {
     pub task_id: TaskId,
     /// None: there is no such task.
     pub state: Option<State>,
-    /// When completed.
-    pub result: Option<JsonText>,
-    /// When failed.
-    pub failure_reason: Option<JsonText>,
+    /// Result when completed, reason when failed; None also where it is too long.
+    pub text: Option<String>,
+    /// Its length in code points.
+    pub length: i64,
 }
 
 impl Store {
@@ -165,10 +166,18 @@ impl Store {
         }
     }
 
-    /// Reads a task, with all or a part of its params.
-    pub async fn task_get(&self, scope: &Scope, task_id: TaskId, range: Option<(i32, i32)>) -> Result<Row, Error> {
-        let (offset, limit) = range.unzip();
-        self.rows(&TASK_GET, Wait::Skip, Some(scope), &[&task_id, &offset, &limit])
+    /// Reads a task, with parts of its params and its result where those are asked for.
+    pub async fn task_get(
+        &self,
+        scope: &Scope,
+        task_id: TaskId,
+        params: Option<Part>,
+        result: Option<Part>,
+    ) -> Result<Row, Error> {
+        let (params, result) = (Part::params(params), Part::params(result));
+        let values: [&(dyn postgres_types::ToSql + Sync); 6] =
+            [&task_id, &params.0, &params.1, &result.0, &result.1, &FIELD_BYTES_MAX];
+        self.rows(&TASK_GET, Wait::Skip, Some(scope), &values)
             .await
             .map_err(|fault| fault.into_read_error(scope))?
             .into_iter()
@@ -176,13 +185,19 @@ impl Store {
             .ok_or(Error::TaskNotFound(task_id))
     }
 
-    /// Reads state and result of a task.
-    pub async fn task_result(&self, scope: &Scope, task_id: TaskId) -> Result<TaskEnd, Error> {
-        self.rows(&TASK_RESULT, Wait::Skip, Some(scope), &[&task_id])
-            .await
-            .map_err(|fault| fault.into_read_error(scope))?
-            .first()
-            .map(end)
+    /// Reads state and result of a task, or a part of the result.
+    pub async fn task_result(&self, scope: &Scope, task_id: TaskId, part: Option<Part>) -> Result<TaskEnd, Error> {
+        let (offset, limit) = Part::params(part);
+        let rows =
+            self.rows(&TASK_RESULT, Wait::Skip, Some(scope), &[&task_id, &offset, &limit, &ANSWER_BYTES_MAX]).await;
+        let rows = rows.map_err(|fault| fault.into_read_error(scope))?;
+        rows.first()
+            .map(|row| TaskEnd {
+                task_id,
+                state: State::from_stored(row.get("state")),
+                text: row.get("text"),
+                length: row.get("length"),
+            })
             .ok_or(Error::TaskNotFound(task_id))
     }
 
@@ -356,11 +371,13 @@ impl Store {
 }
 
 fn end(row: &Row) -> TaskEnd {
+    let text =
+        row.get::<_, Option<JsonText>>("result").or_else(|| row.get("failure_reason")).map(JsonText::into_string);
     TaskEnd {
         task_id: row.get("task_id"),
         state: State::from_stored(row.get("state")),
-        result: row.get("result"),
-        failure_reason: row.get("failure_reason"),
+        length: text.as_ref().map_or(0, |text| i64::try_from(text.chars().count()).unwrap_or(i64::MAX)),
+        text: text.filter(|text| i32::try_from(text.len()).is_ok_and(|length| length <= ANSWER_BYTES_MAX)),
     }
 }
 

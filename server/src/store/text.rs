@@ -8,6 +8,26 @@ use crate::domain::{Instant, JsonText};
 
 /// Microseconds between Postgres' epoch (2000) and 1970.
 const EPOCH: i64 = 946_684_800_000_000;
+/// Bytes of JSON that an answer holds at most; gRPC clients take 4 MiB without being told.
+pub const ANSWER_BYTES_MAX: i32 = 3 * 1024 * 1024;
+/// Bytes of each of up to three JSON fields of an answer.
+pub const FIELD_BYTES_MAX: i32 = 1_310_720;
+
+/// Part of a long text, in code points.
+#[derive(Debug, Clone, Copy)]
+pub struct Part {
+    /// First one, from 0.
+    pub offset: i32,
+    /// How many at most.
+    pub limit: i32,
+}
+
+impl Part {
+    /// The two parameters of a statement.
+    pub(super) fn params(part: Option<Self>) -> (Option<i32>, Option<i32>) {
+        part.map(|part| (part.offset, part.limit)).unzip()
+    }
+}
 
 impl ToSql for JsonText {
     fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn StdError + Sync + Send>> {

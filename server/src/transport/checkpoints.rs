@@ -9,13 +9,10 @@ use tokio_postgres::Row;
 use super::convert::{self, run_ref, scope};
 use super::service::{Service, page_size};
 use crate::domain::id::parse_uuid;
-use crate::domain::{CheckpointName, Error, Instant, JsonText, RunId, TaskId};
+use crate::domain::{CheckpointName, Error, Instant, RunId, TaskId};
 use crate::scope::Scope;
 use crate::store::batch::Write;
 use crate::store::checkpoint::{After, Seen};
-
-/// Bytes of a page; what gRPC clients take without being told is 4 MiB.
-const PAGE_BYTES_MAX: usize = 3 * 1024 * 1024;
 
 impl Service {
     pub(super) async fn put_checkpoint(
@@ -38,7 +35,7 @@ impl Service {
     }
 
     /// Upstream's function takes any task's id, and leaves a row behind that no cleanup finds (contract 12, B10).
-    async fn same_task(&self, scope: &Scope, run_id: RunId, task_id: &str) -> Result<(), Error> {
+    pub(super) async fn same_task(&self, scope: &Scope, run_id: RunId, task_id: &str) -> Result<(), Error> {
         if task_id.is_empty() {
             return Ok(());
         }
@@ -54,7 +51,8 @@ impl Service {
         let scope = scope(&request.queue)?;
         let task_id = parse_uuid("task_id", &request.task_id)?;
         let name = CheckpointName::parse("checkpoint_name", &request.checkpoint_name)?;
-        let row = self.engine.store.checkpoint_get(&scope, task_id, &name, request.include_pending).await?;
+        let part = convert::part("state_range", request.state_range)?;
+        let row = self.engine.store.checkpoint_get(&scope, task_id, &name, request.include_pending, part).await?;
         Ok(pb::GetCheckpointResponse { checkpoint: row.as_ref().map(stored) })
     }
 
@@ -65,8 +63,9 @@ impl Service {
         let scope = scope(&request.queue)?;
         let run_id = parse_uuid("run_id", &request.run_id)?;
         let name = CheckpointName::parse("checkpoint_name", &request.checkpoint_name)?;
+        let part = convert::part("state_range", request.state_range)?;
         let (task_id, _) = self.engine.store.run_find(&scope, run_id).await?;
-        let row = self.engine.store.checkpoint_get(&scope, task_id, &name, false).await?;
+        let row = self.engine.store.checkpoint_get(&scope, task_id, &name, false, part).await?;
         let own = row.filter(|row| row.get::<_, Option<RunId>>("owner_run_id") == Some(run_id));
         Ok(pb::GetRunCheckpointResponse { checkpoint: own.as_ref().map(stored) })
     }
@@ -110,31 +109,23 @@ impl Service {
     ) -> Result<(Vec<pb::StoredCheckpoint>, String), Error> {
         let limit = page_size(size)?;
         let rows = self.engine.store.checkpoint_page(scope, task_id, seen, &parse_token(token)?, limit).await?;
-        let mut page = Vec::new();
-        let mut bytes = 0;
-        let mut last = None;
-        for row in &rows {
-            let checkpoint = stored(row);
-            bytes +=
-                checkpoint.checkpoint_name.len() + checkpoint.state.as_ref().map_or(0, |json| json.text.len()) + 100;
-            if bytes > PAGE_BYTES_MAX && !page.is_empty() {
-                break;
-            }
-            last = Some(row);
-            page.push(checkpoint);
-        }
-        let full = page.len() < rows.len() || i64::try_from(rows.len()).is_ok_and(|count| count == limit);
-        Ok((page, last.filter(|_| full).map(token_of).unwrap_or_default()))
+        let beyond = rows.len() > 1 && rows.last().is_some_and(|row| row.get("beyond"));
+        let page = &rows[..rows.len() - usize::from(beyond)];
+        let full = beyond || i64::try_from(rows.len()).is_ok_and(|count| count == limit);
+        let next = page.last().filter(|_| full).map(token_of).unwrap_or_default();
+        Ok((page.iter().map(stored).collect(), next))
     }
 }
 
 fn stored(row: &Row) -> pb::StoredCheckpoint {
     pb::StoredCheckpoint {
         checkpoint_name: row.get("checkpoint_name"),
-        state: row.get::<_, Option<JsonText>>("state").map(|json| pb::Json { text: json.into_string() }),
+        state: row.get::<_, Option<String>>("state").map(|text| pb::Json { text }),
         status: row.get("status"),
         owner_run_id: row.get::<_, Option<RunId>>("owner_run_id").map(|id| id.to_string()),
         updated_at: convert::timestamp(row.get("updated_at")),
+        state_omitted: row.get("omitted"),
+        state_length: row.get("length"),
     }
 }
 

@@ -17,6 +17,7 @@ use crate::scope::{Caller, Scope};
 use crate::store::Store;
 use crate::store::batch::{RunRef, Write};
 use crate::store::task::{NewTask, Spawned, TaskEnd};
+use crate::store::text::Part;
 use crate::transport::service::Limits;
 use crate::transport::status;
 
@@ -106,6 +107,16 @@ pub fn instant(field: &str, value: &Timestamp) -> Result<Instant, Error> {
 /// Checked JSON.
 pub fn json(field: &str, value: Option<pb::Json>, limit: usize) -> Result<Option<JsonText>, Error> {
     value.map(|json| JsonText::parse(field, json.text, limit)).transpose()
+}
+
+/// Part of a long text.
+pub fn part(field: &str, range: Option<pb::TextRange>) -> Result<Option<Part>, Error> {
+    match range {
+        Some(range) if range.offset < 0 || !(1..=1_000_000).contains(&range.limit) => {
+            Err(Error::invalid(field, "offset must be 0 or more, limit must be 1 to 1,000,000"))
+        }
+        range => Ok(range.map(|range| Part { offset: range.offset, limit: range.limit })),
+    }
 }
 
 /// Names a run by token or id.
@@ -222,6 +233,11 @@ pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<New
     }
     let headers =
         task.headers.map(|json| JsonText::parse_object("headers", json.text, limits.headers_bytes_max)).transpose()?;
+    let workflow_run_id = task.workflow_run_id.map(|id| parse_uuid("workflow_run_id", &id)).transpose()?;
+    let headers = match workflow_run_id {
+        Some(id) => Some(JsonText::with_text_key(headers, "workflow_run_id", &id.to_string())),
+        None => headers,
+    };
     Ok(NewTask {
         task_id: match &task.task_id {
             Some(id) => chosen_id("task_id", id, store)?,
@@ -341,12 +357,13 @@ fn pb_checkpoint(checkpoint: Checkpoint) -> pb::Checkpoint {
 }
 
 /// Ids of a spawned task.
-pub fn pb_spawned(spawned: &Spawned) -> pb::SpawnedTask {
+pub fn pb_spawned(spawned: &Spawned, workflow_run_id: Option<&str>) -> pb::SpawnedTask {
     pb::SpawnedTask {
         task_id: spawned.task_id.to_string(),
         run_id: spawned.run_id.to_string(),
         attempt: spawned.attempt,
         created: spawned.created,
+        workflow_run_id: workflow_run_id.map_or_else(|| spawned.run_id.to_string(), str::to_owned),
     }
 }
 
@@ -384,11 +401,16 @@ pub fn pb_settle_result(outcome: &Result<Settled, Error>) -> pb::SettleResult {
 
 /// State and result.
 pub fn pb_task_end(end: TaskEnd) -> pb::TaskResult {
+    let omitted = end.text.is_none() && end.length > 0;
+    let json = end.text.map(|text| pb::Json { text });
+    let (result, failure_reason) = if end.state == Some(State::Failed) { (None, json) } else { (json, None) };
     pb::TaskResult {
         task_id: end.task_id.to_string(),
         state: end.state.map_or(0, pb_state),
-        result: end.result.map(pb_json),
-        failure_reason: end.failure_reason.map(pb_json),
+        result,
+        failure_reason,
+        omitted,
+        length: end.length,
     }
 }
 
@@ -406,12 +428,22 @@ pub fn stored_json(row: &Row, column: &str) -> Option<pb::Json> {
     row.get::<_, Option<JsonText>>(column).map(pb_json)
 }
 
+/// JSON, read as text.
+fn text_json(row: &Row, column: &str) -> Option<pb::Json> {
+    row.get::<_, Option<String>>(column).map(|text| pb::Json { text })
+}
+
+/// Whether a text is longer than the answer may hold.
+fn omitted(row: &Row, column: &str, length: &str) -> bool {
+    row.get::<_, Option<&str>>(column).is_none() && row.get::<_, i64>(length) > 0
+}
+
 /// A task.
 pub fn pb_task(row: &Row) -> pb::Task {
     pb::Task {
         task_id: row.get::<_, Uuid>("task_id").to_string(),
         task_name: row.get("task_name"),
-        params: Some(pb::Json { text: row.get("params") }),
+        params: text_json(row, "params"),
         headers: pb_object(row.get("headers")),
         retry_strategy: stored_json(row, "retry_strategy"),
         max_attempts: row.get("max_attempts"),
@@ -421,10 +453,12 @@ pub fn pb_task(row: &Row) -> pb::Task {
         state: stored_state(row),
         attempts: row.get("attempts"),
         last_attempt_run: row.get::<_, Option<Uuid>>("last_attempt_run").map(|id| id.to_string()),
-        completed_payload: stored_json(row, "completed_payload"),
+        completed_payload: text_json(row, "completed_payload"),
         cancelled_at: at(row, "cancelled_at"),
         idempotency_key: row.get("idempotency_key"),
         tenant_id: None,
+        params_omitted: omitted(row, "params", "params_length"),
+        completed_payload_omitted: omitted(row, "completed_payload", "result_length"),
     }
 }
 
@@ -454,14 +488,16 @@ pub fn pb_run(row: &Row) -> pb::Run {
         available_at: timestamp(available_at),
         available_never: available_at.is_never(),
         wake_event: row.get("wake_event"),
-        event_payload: stored_json(row, "event_payload"),
+        event_payload: text_json(row, "event_payload"),
         started_at: at(row, "started_at"),
         completed_at: at(row, "completed_at"),
         failed_at: at(row, "failed_at"),
-        result: stored_json(row, "result"),
-        failure_reason: stored_json(row, "failure_reason"),
+        result: text_json(row, "result"),
+        failure_reason: text_json(row, "failure_reason"),
         created_at: at(row, "created_at"),
         tenant_id: None,
+        last_heartbeat: at(row, "last_heartbeat"),
+        payloads_omitted: row.get::<_, Option<bool>>("omitted").unwrap_or(false),
     }
 }
 

@@ -90,6 +90,24 @@ fn changes(request: &pb::SetQueuePolicyRequest) -> Result<Map<String, Value>, Er
     Ok(policy)
 }
 
+/// The policy that a queue is created with.
+pub(super) fn policy_of(policy: pb::QueuePolicy) -> Result<String, Error> {
+    if policy.storage_mode != 0 {
+        return Err(Error::invalid("policy.storage_mode", "must not be set; the request has it"));
+    }
+    let request = pb::SetQueuePolicyRequest {
+        queue: String::new(),
+        default_partition: policy.default_partition,
+        partition_lookahead: policy.partition_lookahead,
+        partition_lookback: policy.partition_lookback,
+        cleanup_ttl: policy.cleanup_ttl,
+        cleanup_limit: (policy.cleanup_limit != 0).then_some(policy.cleanup_limit),
+        detach_mode: policy.detach_mode,
+        detach_min_age: policy.detach_min_age,
+    };
+    Ok(Value::Object(changes(&request).map_err(|error| error.within("policy"))?).to_string())
+}
+
 fn pb_policy(row: &Row) -> pb::QueuePolicy {
     let span = |column: &str| {
         let seconds: f64 = row.get(column);

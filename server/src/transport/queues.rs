@@ -5,6 +5,7 @@ use std::time::Duration;
 use absurd_proto::v1 as pb;
 
 use super::convert::{self, scope};
+use super::policies;
 use super::service::{Service, page_size};
 use crate::domain::Error;
 use crate::store::queue::COUNT_MAX;
@@ -57,7 +58,8 @@ impl Service {
             Ok(pb::StorageMode::Partitioned) => "partitioned",
             Err(_) => return Err(Error::invalid("storage_mode", "is not a known mode")),
         };
-        let created = self.engine.store.queue_create(&scope, mode).await?;
+        let policy = request.policy.map(policies::policy_of).transpose()?;
+        let created = self.engine.store.queue_create(&scope, mode, policy.as_deref()).await?;
         self.engine.hang_doorbells(&[scope.queue().as_str()]).await;
         Ok(pb::CreateQueueResponse { created })
     }

@@ -151,9 +151,10 @@ impl AbsurdService for Service {
         let work = async {
             let scope = scope(&request.queue)?;
             let task = request.task.ok_or_else(|| Error::invalid("task", "must be set"))?;
+            let workflow = task.workflow_run_id.clone();
             let task = new_task(task, &self.limits, &self.engine.store).map_err(|error| error.within("task"))?;
             let spawned = self.engine.spawn(&scope, task, deadline).await?;
-            Ok(pb::SpawnTaskResponse { task: Some(pb_spawned(&spawned)) })
+            Ok(pb::SpawnTaskResponse { task: Some(pb_spawned(&spawned, workflow.as_deref())) })
         };
         reply(work.await)
     }
@@ -164,13 +165,15 @@ impl AbsurdService for Service {
         let work = async {
             let scope = scope(&request.queue)?;
             batch_size("tasks", request.tasks.len())?;
+            let workflows: Vec<_> = request.tasks.iter().map(|task| task.workflow_run_id.clone()).collect();
             let mut tasks = Vec::with_capacity(request.tasks.len());
             for (index, task) in request.tasks.into_iter().enumerate() {
                 let task = new_task(task, &self.limits, &self.engine.store);
                 tasks.push(task.map_err(|error| error.within(&format!("tasks[{index}]")))?);
             }
             let spawned = self.engine.spawn_all(&scope, tasks, deadline).await?;
-            Ok(pb::SpawnTasksResponse { tasks: spawned.iter().map(pb_spawned).collect() })
+            let ids = spawned.iter().zip(&workflows).map(|(ids, workflow)| pb_spawned(ids, workflow.as_deref()));
+            Ok(pb::SpawnTasksResponse { tasks: ids.collect() })
         };
         reply(work.await)
     }
@@ -409,6 +412,7 @@ impl AbsurdService for Service {
             step_name: request.step_name,
             event_name: request.event_name,
             timeout: request.timeout,
+            task_id: request.task_id,
         };
         let waited = in_time(deadline, self.await_one(wait, deadline)).await;
         reply(waited.map(|waited| pb::WaitForEventResponse {
@@ -416,6 +420,7 @@ impl AbsurdService for Service {
                 Outcome::Payload(json) => Waited::Payload(json),
                 Outcome::Suspended(suspended) => Waited::Suspended(suspended),
                 Outcome::TimedOut(timed_out) => Waited::TimedOut(timed_out),
+                Outcome::PayloadOmitted(omitted) => Waited::PayloadOmitted(omitted),
             }),
         }))
     }
@@ -470,7 +475,8 @@ impl AbsurdService for Service {
         let work = async {
             let scope = scope(&request.queue)?;
             let task_id = parse_uuid("task_id", &request.task_id)?;
-            let end = self.engine.store.task_result(&scope, task_id).await?;
+            let part = convert::part("result_range", request.result_range)?;
+            let end = self.engine.store.task_result(&scope, task_id, part).await?;
             Ok(pb::GetTaskResultResponse { result: Some(convert::pb_task_end(end)) })
         };
         reply(in_time(deadline, work).await)

@@ -52,7 +52,7 @@ impl Service {
         if spawned.fresh {
             self.engine.new_work(&scope);
         }
-        Ok(pb::RetryTaskResponse { task: Some(pb_spawned(&spawned)) })
+        Ok(pb::RetryTaskResponse { task: Some(pb_spawned(&spawned, None)) })
     }
 
     pub(super) async fn await_result(
@@ -63,7 +63,7 @@ impl Service {
         let scope = scope(&request.queue)?;
         let task_id = parse_uuid("task_id", &request.task_id)?;
         let timeout = duration_between("timeout", request.timeout, Duration::ZERO, AWAIT_MAX)?.unwrap_or(DEADLINE);
-        let now = self.engine.store.task_result(&scope, task_id).await?;
+        let now = self.engine.store.task_result(&scope, task_id, None).await?;
         if now.state.is_some_and(crate::domain::State::is_terminal) || timeout.is_zero() {
             let done = now.state.is_some_and(crate::domain::State::is_terminal);
             return Ok(pb::AwaitTaskResultResponse { done, result: Some(convert::pb_task_end(now)) });
@@ -75,7 +75,7 @@ impl Service {
             }
             Some(_) => Err(Error::TaskNotFound(task_id)),
             None => {
-                let end = self.engine.store.task_result(&scope, task_id).await?;
+                let end = self.engine.store.task_result(&scope, task_id, None).await?;
                 let done = end.state.is_some_and(crate::domain::State::is_terminal);
                 Ok(pb::AwaitTaskResultResponse { done, result: Some(convert::pb_task_end(end)) })
             }
@@ -102,17 +102,13 @@ impl Service {
     ) -> Result<pb::GetTaskStatusResponse, Error> {
         let scope = scope(&request.queue)?;
         let task_id = parse_uuid("task_id", &request.task_id)?;
-        let range = match request.params_range {
-            None => None,
-            Some(range) if range.offset < 0 || !(1..=1_000_000).contains(&range.limit) => {
-                return Err(Error::invalid(
-                    "params_range",
-                    "offset must not be negative, limit must be 1 to 1,000,000",
-                ));
-            }
-            Some(range) => Some((range.offset, range.limit)),
-        };
-        let row = self.engine.store.task_get(&scope, task_id, range).await?;
-        Ok(pb::GetTaskStatusResponse { task: Some(convert::pb_task(&row)), params_length: row.get("params_length") })
+        let params = convert::part("params_range", request.params_range)?;
+        let result = convert::part("result_range", request.result_range)?;
+        let row = self.engine.store.task_get(&scope, task_id, params, result).await?;
+        Ok(pb::GetTaskStatusResponse {
+            task: Some(convert::pb_task(&row)),
+            params_length: row.get("params_length"),
+            result_length: row.get("result_length"),
+        })
     }
 }

@@ -9,6 +9,7 @@ use super::convert::{self, duration, duration_between, run_ref, scope, timestamp
 use super::service::{Service, left};
 use crate::domain::{CheckpointName, Error, EventName};
 use crate::store::event::Awaited;
+use crate::store::text::ANSWER_BYTES_MAX;
 use crate::store::time::When;
 
 /// Longest wait, sleep and delay.
@@ -26,7 +27,12 @@ impl Service {
         let step = CheckpointName::parse("step_name", &request.step_name)?;
         let event = EventName::parse("event_name", &request.event_name)?;
         let timeout = duration_between("timeout", request.timeout, Duration::ZERO, SPAN_MAX)?;
+        self.same_task(&scope, run.run_id, &request.task_id).await?;
         let outcome = match self.engine.await_event(&scope, &run, &step, &event, timeout, left(deadline)).await? {
+            Awaited::Payload(json) if json.len() > ANSWER_BYTES_MAX.unsigned_abs() as usize => {
+                let length = i64::try_from(json.as_str().chars().count()).unwrap_or(i64::MAX);
+                Outcome::PayloadOmitted(pb::PayloadOmitted { length })
+            }
             Awaited::Payload(json) => Outcome::Payload(pb::Json { text: json.into_string() }),
             Awaited::Suspended(wake_at) => Outcome::Suspended(pb::Suspended { wake_at: wake_at.and_then(timestamp) }),
             Awaited::TimedOut => Outcome::TimedOut(pb::TimedOut {}),

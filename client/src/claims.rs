@@ -1,0 +1,209 @@
+//! Claiming tasks, and what is said about a claim by the id of its run.
+
+use std::time::{Duration, SystemTime};
+
+use absurd_proto::v1 as pb;
+use absurd_proto::v1::settle_item::Action;
+use serde::Serialize;
+use serde_json::Value;
+use tonic::Request;
+use uuid::Uuid;
+
+use crate::connect::MESSAGE_BYTES_MAX;
+use crate::stream::{ClaimStream, StreamOptions};
+use crate::{AbsurdClient, ClaimedTask, Error, Json, State, wire};
+
+/// How to claim once.
+#[derive(Debug, Clone)]
+pub struct ClaimOptions {
+    /// Who claims; None: the client's worker id.
+    pub worker_id: Option<String>,
+    /// Lease; zero never ends.
+    pub claim_timeout: Duration,
+    /// Tasks at most, 1 to 1,000.
+    pub qty: i32,
+    /// Wait this long for a first task.
+    pub wait: Duration,
+    /// Only tasks of these names; empty: all.
+    pub task_names: Vec<String>,
+}
+
+impl Default for ClaimOptions {
+    fn default() -> Self {
+        Self {
+            worker_id: None,
+            claim_timeout: Duration::from_secs(30),
+            qty: 1,
+            wait: Duration::ZERO,
+            task_names: Vec::new(),
+        }
+    }
+}
+
+impl ClaimOptions {
+    /// With this lease.
+    #[must_use]
+    pub fn claim_timeout(mut self, lease: Duration) -> Self {
+        self.claim_timeout = lease;
+        self
+    }
+
+    /// So many tasks at most.
+    #[must_use]
+    pub fn qty(mut self, qty: i32) -> Self {
+        self.qty = qty;
+        self
+    }
+
+    /// Wait this long for a first task.
+    #[must_use]
+    pub fn wait(mut self, wait: Duration) -> Self {
+        self.wait = wait;
+        self
+    }
+}
+
+/// What follows a failure.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FailOutcome {
+    /// State of the task now.
+    pub task_state: Option<State>,
+    /// The next attempt, when there is one.
+    pub next: Option<NextAttempt>,
+}
+
+/// The attempt that follows a failed one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NextAttempt {
+    /// Its run.
+    pub run_id: Uuid,
+    /// Its number.
+    pub attempt: i32,
+    /// When it can be claimed.
+    pub available_at: Option<SystemTime>,
+}
+
+impl FailOutcome {
+    pub(crate) fn from_wire(outcome: Option<pb::FailOutcome>) -> Result<Self, Error> {
+        let outcome = outcome.unwrap_or_default();
+        let next = match (outcome.next_run_id, outcome.next_attempt) {
+            (Some(run), Some(attempt)) => Some(NextAttempt {
+                run_id: wire::id(&run)?,
+                attempt,
+                available_at: wire::time(outcome.next_available_at),
+            }),
+            _ => None,
+        };
+        Ok(Self { task_state: State::from_wire(outcome.task_state), next })
+    }
+}
+
+/// A reason that is a text becomes the object that the original client makes of it (contract 1.11).
+pub(crate) fn reason<R: Serialize + ?Sized>(reason: &R) -> Result<pb::Json, Error> {
+    let json = Json::of(reason)?;
+    let Ok(Value::String(message)) = json.to() else { return Ok(json.into_wire()) };
+    let now = humantime::format_rfc3339_micros(SystemTime::now()).to_string();
+    let object = serde_json::json!({ "name": "TaskExecutionError", "message": message, "timestamp": now });
+    Ok(Json::from(object).into_wire())
+}
+
+impl AbsurdClient {
+    /// Claims once. The caller keeps the leases ([`AbsurdClient::extend_claim`]). Not repeated on failure: a claim whose
+    /// answer was lost comes back when its lease ends.
+    pub async fn claim_task(&self, options: ClaimOptions) -> Result<Vec<ClaimedTask>, Error> {
+        let mut request = Request::new(pb::ClaimTaskRequest {
+            queue: self.queue(),
+            worker_id: options.worker_id.unwrap_or_else(|| self.worker_id().to_owned()),
+            qty: options.qty,
+            claim_timeout: Some(wire::duration(options.claim_timeout)),
+            wait: Some(wire::duration(options.wait)),
+            start_deadline: None,
+            task_names: options.task_names,
+            max_message_bytes: i32::try_from(MESSAGE_BYTES_MAX).unwrap_or(i32::MAX),
+            accepts_omitted_params: false,
+        });
+        request.set_timeout(options.wait + self.limit());
+        let asked = self.shared.replicas.ask();
+        let response = asked.grpc().claim_task(request).await.map_err(|status| {
+            let error = Error::from(status);
+            asked.failed(&error);
+            error
+        })?;
+        let response = response.into_inner();
+        response.tasks.into_iter().map(|task| ClaimedTask::new(self, task, None)).collect()
+    }
+
+    /// Opens a stream on which tasks arrive. Waits for the first answer of the server, whose refusals (a wrong option, an
+    /// unknown queue) are errors; afterwards the stream reconnects by itself until it is closed.
+    pub async fn claim_stream(&self, options: StreamOptions) -> Result<ClaimStream, Error> {
+        ClaimStream::open(self, options).await
+    }
+
+    pub(crate) async fn settle(
+        &self,
+        run_id: Uuid,
+        token: Option<String>,
+        action: Action,
+    ) -> Result<pb::SettleResult, Error> {
+        let ends = matches!(action, Action::Complete(_) | Action::Fail(_) | Action::Release(_));
+        let token = token.or_else(|| self.shared.registry.token(run_id));
+        let item = pb::SettleItem { run_id: run_id.to_string(), claim_token: token.clone(), action: Some(action) };
+        let outcome = self.shared.settler.submit(self.queue_name(), item, self.deadline()).await;
+        let over = match &outcome {
+            Ok(_) => ends,
+            Err(error) => error.is_claim_over(),
+        };
+        if over {
+            self.shared.registry.remove(run_id, token.as_deref());
+        }
+        outcome
+    }
+
+    /// Completes a run. Repeating it is harmless. JSON null, as of `&()`, means no result and is stored as `{}`, as the
+    /// original client does; [`ClaimedTask::complete`] stores what it gets.
+    pub async fn complete_task<T: Serialize + ?Sized>(&self, run_id: Uuid, result: &T) -> Result<(), Error> {
+        let result = Some(Json::of(result)?.or_object().into_wire());
+        self.settle(run_id, None, Action::Complete(pb::CompleteAction { result })).await.map(drop)
+    }
+
+    /// Fails a run: the task is retried as its strategy says, or at `retry_at`. `reason` is a text, or an object, by
+    /// convention with `name`, `message` and `traceback`.
+    pub async fn fail_task<R: Serialize + ?Sized>(
+        &self,
+        run_id: Uuid,
+        reason: &R,
+        retry_at: Option<SystemTime>,
+    ) -> Result<FailOutcome, Error> {
+        let reason = Some(self::reason(reason)?);
+        let action = Action::Fail(pb::FailAction { reason, retry_at: retry_at.map(Into::into) });
+        FailOutcome::from_wire(self.settle(run_id, None, action).await?.fail)
+    }
+
+    /// Moves the end of a lease to now + `extend_by` (whole seconds, at most a day); returns that end, None: never.
+    pub async fn extend_claim(&self, run_id: Uuid, extend_by: Duration) -> Result<Option<SystemTime>, Error> {
+        let extend_by = Some(wire::duration(extend_by));
+        let settled = self.settle(run_id, None, Action::Extend(pb::ExtendAction { extend_by })).await?;
+        Ok(wire::time(settled.claim_expires_at))
+    }
+
+    /// Gives a claim back without using up an attempt; the run is offered again after `delay`, at most an hour.
+    pub async fn release_claim(&self, run_id: Uuid, delay: Duration) -> Result<(), Error> {
+        let delay = Some(wire::duration(delay));
+        self.settle(run_id, None, Action::Release(pb::ReleaseAction { delay })).await.map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_becomes_a_reason_and_an_object_stays() {
+        let made: Value = serde_json::from_str(&reason("boom").expect("JSON").text).expect("JSON");
+        assert_eq!((&made["name"], &made["message"]), (&"TaskExecutionError".into(), &"boom".into()));
+        let stamp = made["timestamp"].as_str().expect("a time");
+        assert!(stamp.ends_with('Z') && humantime::parse_rfc3339(stamp).is_ok(), "{stamp}");
+        let object = serde_json::json!({ "name": "Mine", "is_retryable": false });
+        assert_eq!(reason(&object).expect("JSON").text, object.to_string());
+    }
+}

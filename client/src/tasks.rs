@@ -1,0 +1,377 @@
+//! Tasks and runs that exist: read them, wait for their end, list, cancel and retry them.
+
+use std::time::{Duration, SystemTime};
+
+use absurd_proto::v1 as pb;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::client::{Grpc, rpc};
+use crate::wire::{Page, Parts};
+use crate::{AbsurdClient, Error, Json, Reason, Spawned, State, wire};
+
+/// Longest wait that one `AwaitTaskResult` call asks for.
+const AWAIT_SLICE: Duration = Duration::from_secs(60);
+
+/// A task, as stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Task {
+    /// Id.
+    pub task_id: Uuid,
+    /// Name of the handler.
+    pub task_name: String,
+    /// Input.
+    pub params: Json,
+    /// Headers; None: none.
+    pub headers: Option<Json>,
+    /// As stored: `kind`, `base_seconds`, `factor`, `max_seconds`.
+    pub retry_strategy: Option<Json>,
+    /// None: no limit.
+    pub max_attempts: Option<i32>,
+    /// As stored: `max_delay`, `max_duration`, in seconds.
+    pub cancellation: Option<Json>,
+    /// When it was spawned.
+    pub enqueue_at: Option<SystemTime>,
+    /// When it was first claimed.
+    pub first_started_at: Option<SystemTime>,
+    /// State.
+    pub state: State,
+    /// Highest attempt number that exists.
+    pub attempts: i32,
+    /// Newest run.
+    pub last_attempt_run: Option<Uuid>,
+    /// Result.
+    pub completed_payload: Option<Json>,
+    /// When it was cancelled.
+    pub cancelled_at: Option<SystemTime>,
+    /// Business key.
+    pub idempotency_key: Option<String>,
+    /// Tenant; None for the default one.
+    pub tenant_id: Option<String>,
+}
+
+impl Task {
+    fn from_wire(task: pb::Task) -> Result<Self, Error> {
+        Ok(Self {
+            task_id: wire::id(&task.task_id)?,
+            state: State::from_wire(task.state).ok_or_else(wire::unclear)?,
+            task_name: task.task_name,
+            params: Json::from_wire(task.params).ok_or_else(wire::unclear)?,
+            headers: Json::from_wire(task.headers),
+            retry_strategy: Json::from_wire(task.retry_strategy),
+            max_attempts: task.max_attempts,
+            cancellation: Json::from_wire(task.cancellation),
+            enqueue_at: wire::time(task.enqueue_at),
+            first_started_at: wire::time(task.first_started_at),
+            attempts: task.attempts,
+            last_attempt_run: wire::maybe_id(task.last_attempt_run)?,
+            completed_payload: Json::from_wire(task.completed_payload),
+            cancelled_at: wire::time(task.cancelled_at),
+            idempotency_key: task.idempotency_key,
+            tenant_id: task.tenant_id,
+        })
+    }
+}
+
+/// When a run can be claimed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Available {
+    /// From this time on.
+    At(SystemTime),
+    /// It waits for an event without a timeout.
+    Never,
+}
+
+/// A run, as stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Run {
+    /// Id.
+    pub run_id: Uuid,
+    /// Its task.
+    pub task_id: Uuid,
+    /// 1 for the first.
+    pub attempt: i32,
+    /// State.
+    pub state: State,
+    /// Id of the worker that holds or held it.
+    pub claimed_by: Option<String>,
+    /// End of the lease; None while running means that it never ends.
+    pub claim_expires_at: Option<SystemTime>,
+    /// Earliest claim.
+    pub available_at: Available,
+    /// Event that it waits or waited for.
+    pub wake_event: Option<String>,
+    /// Payload that woke it; left out over 1.25 MiB.
+    pub event_payload: Option<Json>,
+    /// Last claim.
+    pub started_at: Option<SystemTime>,
+    /// Completion.
+    pub completed_at: Option<SystemTime>,
+    /// Failure.
+    pub failed_at: Option<SystemTime>,
+    /// Result; left out over 1.25 MiB ([`AbsurdClient::get_task_result`] has it).
+    pub result: Option<Json>,
+    /// Why it failed; left out over 1.25 MiB.
+    pub failure_reason: Option<Json>,
+    /// Creation.
+    pub created_at: Option<SystemTime>,
+    /// Newest of its claim and the checkpoints that it wrote.
+    pub last_heartbeat: Option<SystemTime>,
+    /// Tenant; None for the default one.
+    pub tenant_id: Option<String>,
+    /// Whether something was left out.
+    pub payloads_omitted: bool,
+}
+
+impl Run {
+    fn from_wire(run: pb::Run) -> Result<Self, Error> {
+        Ok(Self {
+            run_id: wire::id(&run.run_id)?,
+            task_id: wire::id(&run.task_id)?,
+            state: State::from_wire(run.state).ok_or_else(wire::unclear)?,
+            attempt: run.attempt,
+            claimed_by: run.claimed_by,
+            claim_expires_at: wire::time(run.claim_expires_at),
+            available_at: match run.available_never {
+                true => Available::Never,
+                false => wire::time(run.available_at).map(Available::At).ok_or_else(wire::unclear)?,
+            },
+            wake_event: run.wake_event,
+            event_payload: Json::from_wire(run.event_payload),
+            started_at: wire::time(run.started_at),
+            completed_at: wire::time(run.completed_at),
+            failed_at: wire::time(run.failed_at),
+            result: Json::from_wire(run.result),
+            failure_reason: Json::from_wire(run.failure_reason),
+            created_at: wire::time(run.created_at),
+            last_heartbeat: wire::time(run.last_heartbeat),
+            tenant_id: run.tenant_id,
+            payloads_omitted: run.payloads_omitted,
+        })
+    }
+}
+
+/// A task in a list: without its payloads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskSummary {
+    /// Id.
+    pub task_id: Uuid,
+    /// Name of the handler.
+    pub task_name: String,
+    /// State.
+    pub state: State,
+    /// Highest attempt number that exists.
+    pub attempts: i32,
+    /// None: no limit.
+    pub max_attempts: Option<i32>,
+    /// When it was spawned.
+    pub enqueue_at: Option<SystemTime>,
+    /// When it was first claimed.
+    pub first_started_at: Option<SystemTime>,
+}
+
+impl TaskSummary {
+    fn from_wire(task: pb::TaskSummary) -> Result<Self, Error> {
+        Ok(Self {
+            task_id: wire::id(&task.task_id)?,
+            state: State::from_wire(task.state).ok_or_else(wire::unclear)?,
+            task_name: task.task_name,
+            attempts: task.attempts,
+            max_attempts: task.max_attempts,
+            enqueue_at: wire::time(task.enqueue_at),
+            first_started_at: wire::time(task.first_started_at),
+        })
+    }
+}
+
+/// Where a task stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskResult {
+    /// The task.
+    pub task_id: Uuid,
+    /// Its state.
+    pub state: State,
+    /// Only when completed.
+    pub result: Option<Json>,
+    /// Only when failed: that of the last attempt.
+    pub failure: Option<Json>,
+}
+
+impl TaskResult {
+    fn from_wire(result: pb::TaskResult) -> Result<Self, Error> {
+        Ok(Self {
+            task_id: wire::id(&result.task_id)?,
+            state: State::from_wire(result.state).ok_or_else(wire::unclear)?,
+            result: Json::from_wire(result.result),
+            failure: Json::from_wire(result.failure_reason),
+        })
+    }
+}
+
+/// How to retry a failed task.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RetryOptions {
+    /// Spawn a copy instead of giving the task another attempt.
+    pub spawn_new: bool,
+    /// New limit; None: one more than now.
+    pub max_attempts: Option<i32>,
+}
+
+/// Which tasks to list.
+#[derive(Debug, Clone, Default)]
+pub struct ListOptions {
+    /// Only in this state.
+    pub state: Option<State>,
+    /// Only of this name.
+    pub task_name: Option<String>,
+    /// At most this many in the page, 1 to 1,000; 0: 100.
+    pub page_size: i32,
+    /// Token of the page before.
+    pub page_token: String,
+}
+
+/// What became of a cancellation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CancelOutcome {
+    /// Whether this call cancelled the task.
+    pub cancelled: bool,
+    /// State of the task after it.
+    pub state: State,
+}
+
+impl AbsurdClient {
+    /// Cancels the task of a run, only while that run is pending or sleeping.
+    pub async fn cancel_task(&self, run_id: Uuid) -> Result<CancelOutcome, Error> {
+        self.cancel(pb::cancel_task_request::Target::RunId(run_id.to_string())).await
+    }
+
+    /// Cancels a task that has not ended, also while a worker runs it.
+    pub async fn cancel_task_by_id(&self, task_id: Uuid) -> Result<CancelOutcome, Error> {
+        self.cancel(pb::cancel_task_request::Target::TaskId(task_id.to_string())).await
+    }
+
+    async fn cancel(&self, target: pb::cancel_task_request::Target) -> Result<CancelOutcome, Error> {
+        let request = pb::CancelTaskRequest { queue: self.queue(), target: Some(target) };
+        let response = rpc!(self.cancel_task(request))?;
+        let state = State::from_wire(response.state).ok_or_else(wire::unclear)?;
+        Ok(CancelOutcome { cancelled: response.cancelled, state })
+    }
+
+    /// Gives a failed task another attempt, or spawns a copy of it.
+    pub async fn retry_task(&self, task_id: Uuid, options: RetryOptions) -> Result<Spawned, Error> {
+        let request = pb::RetryTaskRequest {
+            queue: self.queue(),
+            task_id: task_id.to_string(),
+            spawn_new: options.spawn_new,
+            max_attempts: options.max_attempts,
+            request_id: Some(Uuid::now_v7().to_string()),
+        };
+        Spawned::from_wire(rpc!(self.retry_task(request))?.task)
+    }
+
+    /// The task, as stored, however large; None: there is none.
+    pub async fn get_task_status(&self, task_id: Uuid) -> Result<Option<Task>, Error> {
+        let ask = |params_range, result_range| pb::GetTaskStatusRequest {
+            queue: self.queue(),
+            task_id: task_id.to_string(),
+            params_range,
+            result_range,
+        };
+        let request = ask(None, None);
+        let response = match rpc!(self.get_task_status(request)) {
+            Ok(response) => response,
+            Err(error) if error.reason() == Reason::TaskNotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let mut task = response.task.ok_or_else(wire::unclear)?;
+        if task.params_omitted {
+            let mut parts = Parts::of(response.params_length);
+            while let Some(range) = parts.wanted() {
+                let request = ask(Some(range), None);
+                parts.push(rpc!(self.get_task_status(request))?.task.and_then(|task| task.params))?;
+            }
+            task.params = Some(parts.whole().into_wire());
+        }
+        if task.completed_payload_omitted {
+            let mut parts = Parts::of(response.result_length);
+            while let Some(range) = parts.wanted() {
+                let request = ask(None, Some(range));
+                parts.push(rpc!(self.get_task_status(request))?.task.and_then(|task| task.completed_payload))?;
+            }
+            task.completed_payload = Some(parts.whole().into_wire());
+        }
+        Task::from_wire(task).map(Some)
+    }
+
+    /// The run, as stored; None: there is none.
+    pub async fn get_run_status(&self, run_id: Uuid) -> Result<Option<Run>, Error> {
+        let request = pb::GetRunStatusRequest { queue: self.queue(), run_id: run_id.to_string() };
+        match rpc!(self.get_run_status(request)) {
+            Ok(response) => response.run.map(Run::from_wire).transpose(),
+            Err(error) if error.reason() == Reason::RunNotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// State and result of a task, as of now.
+    pub async fn get_task_result(&self, task_id: Uuid) -> Result<TaskResult, Error> {
+        let ask =
+            |result_range| pb::GetTaskResultRequest { queue: self.queue(), task_id: task_id.to_string(), result_range };
+        let request = ask(None);
+        let mut now = rpc!(self.get_task_result(request))?.result.unwrap_or_default();
+        if now.omitted {
+            let mut parts = Parts::of(now.length);
+            while let Some(range) = parts.wanted() {
+                let request = ask(Some(range));
+                let part = rpc!(self.get_task_result(request))?.result.unwrap_or_default();
+                parts.push(part.result.or(part.failure_reason))?;
+            }
+            let whole = Some(parts.whole().into_wire());
+            match State::from_wire(now.state) {
+                Some(State::Failed) => now.failure_reason = whole,
+                _ => now.result = whole,
+            }
+        }
+        TaskResult::from_wire(now)
+    }
+
+    /// Waits until a task has ended, for ever when `timeout` is None. `DeadlineExceeded` when the time is up.
+    pub async fn await_task_result(&self, task_id: Uuid, timeout: Option<Duration>) -> Result<TaskResult, Error> {
+        let until = timeout.map(|timeout| Instant::now() + timeout);
+        loop {
+            let slice =
+                until.map_or(AWAIT_SLICE, |until| until.saturating_duration_since(Instant::now()).min(AWAIT_SLICE));
+            let request = pb::AwaitTaskResultRequest {
+                queue: self.queue(),
+                task_id: task_id.to_string(),
+                timeout: Some(wire::duration(slice)),
+            };
+            let limit = slice + self.limit();
+            let send = |mut grpc: Grpc, request| async move { grpc.await_task_result(request).await };
+            let response = self.call(request, limit, send).await?;
+            if response.done {
+                let end = response.result.unwrap_or_default();
+                return if end.omitted { self.get_task_result(task_id).await } else { TaskResult::from_wire(end) };
+            }
+            if until.is_some_and(|until| Instant::now() >= until) {
+                return Err(Error::deadline());
+            }
+        }
+    }
+
+    /// A page of tasks, newest first.
+    pub async fn list_tasks(&self, options: ListOptions) -> Result<Page<TaskSummary>, Error> {
+        let request = pb::ListTasksRequest {
+            queue: self.queue(),
+            page_size: options.page_size,
+            page_token: options.page_token,
+            state: options.state.map_or(pb::State::Unspecified, State::to_wire).into(),
+            task_name: options.task_name,
+        };
+        let response = rpc!(self.list_tasks(request))?;
+        Ok(Page {
+            items: response.tasks.into_iter().map(TaskSummary::from_wire).collect::<Result<_, _>>()?,
+            next_page_token: response.next_page_token,
+        })
+    }
+}

@@ -1,0 +1,249 @@
+//! Events and time: a run waits for an event, sleeps, or is moved; events are emitted.
+
+use std::fmt;
+use std::time::{Duration, SystemTime};
+
+use absurd_proto::v1 as pb;
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::client::rpc;
+use crate::{AbsurdClient, Error, Json, wire};
+
+/// How a wait for an event stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Awaited {
+    /// The event was emitted: its payload.
+    Payload(Json),
+    /// The run sleeps and the claim is over.
+    Suspended {
+        /// When it wakes by itself; None: only the event wakes it.
+        wake_at: Option<SystemTime>,
+    },
+    /// The time was over before the event came; every later call of this step says the same.
+    TimedOut,
+}
+
+/// How a sleep stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Slept {
+    /// The time is over.
+    Elapsed,
+    /// The run sleeps and the claim is over.
+    Suspended {
+        /// When it can be claimed again.
+        wake_at: SystemTime,
+    },
+}
+
+/// What an emission did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Emitted {
+    /// False when the event had been emitted before: the first payload stays.
+    pub applied: bool,
+    /// Runs that this call woke.
+    pub woken: i64,
+}
+
+/// The run sleeps and its claim is over: free the worker, neither complete nor fail the run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AbsurdSleepError {
+    /// The run.
+    pub run_id: Option<Uuid>,
+    /// What it waits for.
+    pub event_name: Option<String>,
+    /// When it wakes by itself; None: only the event wakes it.
+    pub wake_at: Option<SystemTime>,
+}
+
+impl fmt::Display for AbsurdSleepError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the run sleeps")?;
+        if let Some(event) = &self.event_name {
+            write!(f, " until event {event:?} comes")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for AbsurdSleepError {}
+
+/// Why a wait has brought no payload.
+#[derive(Debug, thiserror::Error)]
+pub enum WaitError {
+    /// The run sleeps now.
+    #[error(transparent)]
+    Sleep(#[from] AbsurdSleepError),
+    /// The time was over before the event came; every later call of this step says the same.
+    #[error("the event did not come in time")]
+    Timeout,
+    /// The call failed.
+    #[error(transparent)]
+    Call(#[from] Error),
+}
+
+impl AbsurdClient {
+    /// Waits for an event, as a step with the name `step_name`. When the run is put to sleep its claim is over.
+    pub async fn await_event(
+        &self,
+        task_id: Option<Uuid>,
+        run_id: Uuid,
+        step_name: &str,
+        event_name: &str,
+        timeout: Option<Duration>,
+    ) -> Result<Awaited, Error> {
+        let token = self.shared.registry.token(run_id);
+        self.await_for(task_id, run_id, token, step_name, event_name, timeout).await
+    }
+
+    pub(crate) async fn await_for(
+        &self,
+        task_id: Option<Uuid>,
+        run_id: Uuid,
+        claim_token: Option<String>,
+        step_name: &str,
+        event_name: &str,
+        timeout: Option<Duration>,
+    ) -> Result<Awaited, Error> {
+        use pb::await_event_response::Outcome;
+        let request = pb::AwaitEventRequest {
+            queue: self.queue(),
+            run_id: run_id.to_string(),
+            claim_token: claim_token.clone(),
+            step_name: step_name.to_owned(),
+            event_name: event_name.to_owned(),
+            timeout: timeout.map(wire::duration),
+            task_id: task_id.map(|id| id.to_string()).unwrap_or_default(),
+        };
+        let outcome = rpc!(self.await_event(request));
+        self.over_when(run_id, claim_token.as_deref(), &outcome, |response| {
+            matches!(response.outcome, Some(Outcome::Suspended(_)))
+        });
+        match outcome?.outcome.ok_or_else(wire::unclear)? {
+            Outcome::Payload(json) => Ok(Awaited::Payload(Json::from_text(json.text))),
+            Outcome::Suspended(suspended) => Ok(Awaited::Suspended { wake_at: wire::time(suspended.wake_at) }),
+            Outcome::TimedOut(_) => Ok(Awaited::TimedOut),
+            Outcome::PayloadOmitted(_) => {
+                let task_id = match task_id {
+                    Some(task_id) => task_id,
+                    None => self.get_run_status(run_id).await?.ok_or_else(wire::unclear)?.task_id,
+                };
+                let step = self.get_checkpoint(task_id, step_name, false).await?;
+                step.and_then(|step| step.state).map(Awaited::Payload).ok_or_else(wire::unclear)
+            }
+        }
+    }
+
+    /// Waits for an event, as a step with the name `step_name`: its payload, or the reason why there is none (yet). The
+    /// run sleeps already when this says so; [`AbsurdClient::set_run_sleeping`] is not needed, and does no harm.
+    pub async fn wait_for_event(
+        &self,
+        run_id: Uuid,
+        event_name: &str,
+        timeout: Duration,
+        task_id: Option<Uuid>,
+        step_name: &str,
+    ) -> Result<Json, WaitError> {
+        match self.await_event(task_id, run_id, step_name, event_name, Some(timeout)).await? {
+            Awaited::Payload(payload) => Ok(payload),
+            Awaited::Suspended { wake_at } => {
+                Err(AbsurdSleepError { run_id: Some(run_id), event_name: Some(event_name.to_owned()), wake_at }.into())
+            }
+            Awaited::TimedOut => Err(WaitError::Timeout),
+        }
+    }
+
+    /// Sleeps, as a step with the name `step_name` (None: `sleep_` and the seconds; two sleeps of one length need two
+    /// names). The first call puts the run to sleep; the call of whoever claims it afterwards says that the time is over.
+    pub async fn sleep(&self, run_id: Uuid, duration: Duration, step_name: Option<&str>) -> Result<Slept, Error> {
+        let token = self.shared.registry.token(run_id);
+        self.sleep_for(run_id, token, duration, step_name).await
+    }
+
+    pub(crate) async fn sleep_for(
+        &self,
+        run_id: Uuid,
+        claim_token: Option<String>,
+        duration: Duration,
+        step_name: Option<&str>,
+    ) -> Result<Slept, Error> {
+        use pb::sleep_response::Outcome;
+        let request = pb::SleepRequest {
+            queue: self.queue(),
+            run_id: run_id.to_string(),
+            claim_token: claim_token.clone(),
+            step_name: step_name.unwrap_or_default().to_owned(),
+            duration: Some(wire::duration(duration)),
+        };
+        let outcome = rpc!(self.sleep(request));
+        self.over_when(run_id, claim_token.as_deref(), &outcome, |response| {
+            matches!(response.outcome, Some(Outcome::Suspended(_)))
+        });
+        match outcome?.outcome.ok_or_else(wire::unclear)? {
+            Outcome::Suspended(suspended) => {
+                Ok(Slept::Suspended { wake_at: wire::time(suspended.wake_at).ok_or_else(wire::unclear)? })
+            }
+            Outcome::Elapsed(_) => Ok(Slept::Elapsed),
+        }
+    }
+
+    /// Moves a run to a time: one that this process holds (its claim is over then), one that is pending, or one that sleeps
+    /// until a time.
+    pub async fn schedule_task(&self, run_id: Uuid, wake_at: SystemTime) -> Result<(), Error> {
+        self.schedule(run_id, pb::schedule_task_request::When::WakeAt(wake_at.into())).await
+    }
+
+    /// The same, so long after now by the database's clock.
+    pub async fn schedule_task_after(&self, run_id: Uuid, delay: Duration) -> Result<(), Error> {
+        self.schedule(run_id, pb::schedule_task_request::When::Delay(wire::duration(delay))).await
+    }
+
+    async fn schedule(&self, run_id: Uuid, when: pb::schedule_task_request::When) -> Result<(), Error> {
+        let claim_token = self.shared.registry.token(run_id);
+        let request = pb::ScheduleTaskRequest {
+            queue: self.queue(),
+            run_id: run_id.to_string(),
+            claim_token: claim_token.clone(),
+            when: Some(when),
+        };
+        let outcome = rpc!(self.schedule_task(request));
+        self.over_when(run_id, claim_token.as_deref(), &outcome, |_| true);
+        outcome.map(drop)
+    }
+
+    /// Puts a run to sleep until an event, when its wait is registered already; returns when it wakes all the same (None:
+    /// only the event wakes it). Harmless when it sleeps already.
+    pub async fn set_run_sleeping(&self, run_id: Uuid, event_name: &str) -> Result<Option<SystemTime>, Error> {
+        let claim_token = self.shared.registry.token(run_id);
+        let request = pb::SetRunSleepingRequest {
+            queue: self.queue(),
+            run_id: run_id.to_string(),
+            claim_token: claim_token.clone(),
+            event_name: event_name.to_owned(),
+        };
+        let outcome = rpc!(self.set_run_sleeping(request));
+        self.over_when(run_id, claim_token.as_deref(), &outcome, |_| true);
+        Ok(wire::time(outcome?.wake_at))
+    }
+
+    /// Forgets a claim that a call has ended, or that the server says is over.
+    fn over_when<R>(&self, run_id: Uuid, token: Option<&str>, outcome: &Result<R, Error>, ends: impl Fn(&R) -> bool) {
+        if outcome.as_ref().map_or_else(Error::is_claim_over, ends) {
+            self.shared.registry.remove(run_id, token);
+        }
+    }
+
+    /// Emits an event and wakes those who wait for it; the first emission of a name wins. JSON null, as of `&()`, means no
+    /// payload and is stored as `{}`, as the original client does; [`AbsurdClient::emit_event_json`] stores what it gets.
+    pub async fn emit_event<P: Serialize + ?Sized>(&self, event_name: &str, payload: &P) -> Result<Emitted, Error> {
+        self.emit_event_json(event_name, Json::of(payload)?.or_object()).await
+    }
+
+    /// Emits an event with a payload that is JSON already.
+    pub async fn emit_event_json(&self, event_name: &str, payload: Json) -> Result<Emitted, Error> {
+        let payload = Some(payload.into_wire());
+        let request = pb::EmitEventRequest { queue: self.queue(), event_name: event_name.to_owned(), payload };
+        let response = rpc!(self.emit_event(request))?;
+        Ok(Emitted { applied: response.applied, woken: response.woken })
+    }
+}

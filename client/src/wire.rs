@@ -1,0 +1,163 @@
+//! Ids, times and long texts, from the wire and to it.
+
+use std::time::{Duration, SystemTime};
+
+use absurd_proto::v1 as pb;
+use uuid::Uuid;
+
+use crate::{Error, Json, Reason};
+
+/// Code points of one part of a long text.
+const PART: i32 = 1_000_000;
+
+pub(crate) fn id(text: &str) -> Result<Uuid, Error> {
+    Uuid::try_parse(text).map_err(|_| unclear())
+}
+
+pub(crate) fn maybe_id(text: Option<String>) -> Result<Option<Uuid>, Error> {
+    text.map(|text| id(&text)).transpose()
+}
+
+pub(crate) fn unclear() -> Error {
+    Error::new(Reason::Other, tonic::Code::Internal, "the server's answer lacks a field that it must have")
+}
+
+pub(crate) fn duration(duration: Duration) -> prost_types::Duration {
+    prost_types::Duration {
+        seconds: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
+        nanos: i32::try_from(duration.subsec_nanos()).unwrap_or(0),
+    }
+}
+
+pub(crate) fn span(duration: Option<&prost_types::Duration>) -> Option<Duration> {
+    let duration = duration?;
+    Some(Duration::new(u64::try_from(duration.seconds).ok()?, u32::try_from(duration.nanos).ok()?))
+}
+
+pub(crate) fn time(at: Option<prost_types::Timestamp>) -> Option<SystemTime> {
+    at?.try_into().ok()
+}
+
+/// A text that did not fit into one answer and is read part by part.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    length: i64,
+    text: String,
+    read: i64,
+}
+
+impl Parts {
+    pub(crate) fn of(length: i64) -> Self {
+        Self { length, text: String::new(), read: 0 }
+    }
+
+    /// What to ask for next; None: the text is whole.
+    pub(crate) fn wanted(&self) -> Option<pb::TextRange> {
+        let offset = i32::try_from(self.read).ok().filter(|_| self.read < self.length)?;
+        Some(pb::TextRange { offset, limit: PART })
+    }
+
+    /// Takes a part in.
+    pub(crate) fn push(&mut self, part: Option<pb::Json>) -> Result<(), Error> {
+        let part = part.filter(|part| !part.text.is_empty()).ok_or_else(unclear)?;
+        self.read += i64::try_from(part.text.chars().count()).unwrap_or(i64::MAX);
+        self.text.push_str(&part.text);
+        Ok(())
+    }
+
+    pub(crate) fn whole(self) -> Json {
+        Json::from_text(self.text)
+    }
+}
+
+/// One page of a list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Page<T> {
+    /// What is on it.
+    pub items: Vec<T>,
+    /// Asks for the next page; empty on the last.
+    pub next_page_token: String,
+}
+
+/// State of a task or run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum State {
+    /// Waits to be claimed.
+    Pending,
+    /// Held by a worker.
+    Running,
+    /// Waits for a time or an event.
+    Sleeping,
+    /// Ended well.
+    Completed,
+    /// Ended badly: the attempts are used up.
+    Failed,
+    /// Was cancelled.
+    Cancelled,
+}
+
+impl State {
+    /// Whether nothing follows.
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+    }
+
+    /// As stored.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Running => "running",
+            Self::Sleeping => "sleeping",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
+    pub(crate) fn from_wire(state: i32) -> Option<Self> {
+        match pb::State::try_from(state).ok()? {
+            pb::State::Unspecified => None,
+            pb::State::Pending => Some(Self::Pending),
+            pb::State::Running => Some(Self::Running),
+            pb::State::Sleeping => Some(Self::Sleeping),
+            pb::State::Completed => Some(Self::Completed),
+            pb::State::Failed => Some(Self::Failed),
+            pb::State::Cancelled => Some(Self::Cancelled),
+        }
+    }
+
+    pub(crate) fn to_wire(self) -> pb::State {
+        match self {
+            Self::Pending => pb::State::Pending,
+            Self::Running => pb::State::Running,
+            Self::Sleeping => pb::State::Sleeping,
+            Self::Completed => pb::State::Completed,
+            Self::Failed => pb::State::Failed,
+            Self::Cancelled => pb::State::Cancelled,
+        }
+    }
+}
+
+impl std::fmt::Display for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_text_is_asked_for_until_it_is_whole() {
+        let part = |text: &str| Some(pb::Json { text: text.into() });
+        let mut parts = Parts::of(4);
+        assert_eq!(parts.wanted().map(|range| range.offset), Some(0));
+        parts.push(part("[\u{e9}")).expect("a part");
+        assert_eq!(parts.wanted().map(|range| range.offset), Some(2), "code points are counted, not bytes");
+        parts.push(part("1]")).expect("a part");
+        assert_eq!(parts.wanted(), None);
+        assert_eq!(parts.whole().as_str(), "[\u{e9}1]");
+        assert!(Parts::of(3).push(part("")).is_err(), "an empty part would be asked for for ever");
+    }
+}
