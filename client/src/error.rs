@@ -122,8 +122,13 @@ impl Error {
         Self::new(Reason::DeadlineExceeded, Code::DeadlineExceeded, "the deadline has passed")
     }
 
-    pub(crate) fn from_wire(code: i32, reason: &str, message: &str) -> Self {
-        Self::new(Reason::from_wire(reason), Code::from_i32(code), message)
+    /// The refusal of one item; its caller knows nothing of the others that went along.
+    pub(crate) fn of_item(refusal: &absurd_proto::v1::SettleError) -> Self {
+        let mut error =
+            Self::new(Reason::from_wire(&refusal.reason), Code::from_i32(refusal.code), refusal.message.clone());
+        let field = refusal.field.split_once("].").map_or(refusal.field.as_str(), |(_, field)| field);
+        error.0.field = Some(field.to_owned()).filter(|field| !field.is_empty());
+        error
     }
 
     /// Why.

@@ -155,7 +155,7 @@ fn answer(batch: Vec<Entry>, results: Vec<pb::SettleResult>) -> Vec<Entry> {
         let outcome = match results.next() {
             None => Err(crate::wire::unclear()),
             Some(result) => match &result.error {
-                Some(error) => Err(Error::from_wire(error.code, &error.reason, &error.message)),
+                Some(error) => Err(Error::of_item(error)),
                 None => Ok(result),
             },
         };

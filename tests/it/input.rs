@@ -289,6 +289,9 @@ async fn bad_settlements_are_refused_each_on_its_own() {
         reasons,
         ["CLAIM_TOKEN_INVALID", "JSON_INVALID", "INVALID_ARGUMENT", "INVALID_ARGUMENT", "", "INVALID_ARGUMENT"]
     );
+    let fields: Vec<&str> =
+        results.iter().map(|result| result.error.as_ref().map_or("", |error| error.field.as_str())).collect();
+    assert_eq!(fields, ["claim_token", "items[1].result", "items[2].action", "items[3].run_id", "", "items[5].run_id"]);
     assert_eq!(client.get_task_result(claims[1].task_id).await.unwrap().result.unwrap().as_str(), "\"fine\"");
     for size in [0, 1001] {
         let items = vec![pb::SettleItem::default(); size];

@@ -15,6 +15,7 @@ mod migrations;
 mod mixed;
 mod plans;
 mod readme;
+mod repairs;
 mod replicas;
 mod sdk;
 mod service;

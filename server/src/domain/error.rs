@@ -147,6 +147,15 @@ impl Error {
         }
     }
 
+    /// Path of the wrong field, where one is wrong.
+    pub fn field(&self) -> Option<&str> {
+        match self {
+            Self::Invalid { field, .. } | Self::Json { field, .. } | Self::TooLarge { field, .. } => Some(field),
+            Self::TokenInvalid | Self::TokenRequired => Some("claim_token"),
+            _ => None,
+        }
+    }
+
     /// The same error about a field of an enclosing message: `params` becomes `tasks[3].params`.
     #[must_use]
     pub fn within(self, prefix: &str) -> Self {

@@ -393,6 +393,7 @@ pub fn pb_settle_result(outcome: &Result<Settled, Error>) -> pb::SettleResult {
                 code: status::code(error).into(),
                 reason: error.reason().to_owned(),
                 message: status::status(error).message().to_owned(),
+                field: error.field().unwrap_or_default().to_owned(),
             }),
             ..pb::SettleResult::default()
         },
