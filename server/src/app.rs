@@ -22,7 +22,7 @@ use crate::engine::Engine;
 use crate::maintenance;
 use crate::store::migrate::{self, Origin, Report};
 use crate::store::{Store, StoreOptions};
-use crate::transport::{Limits, Service};
+use crate::transport::{Limits, Service, refusal};
 use crate::upkeep;
 
 /// Name of the service in health checks.
@@ -31,8 +31,6 @@ const SERVICE: &str = "absurd.v1.AbsurdService";
 const DATABASE_SILENCE: Duration = Duration::from_secs(6);
 /// Between rounds of upkeep.
 const UPKEEP_EVERY: Duration = Duration::from_secs(3600);
-/// Largest request that is decoded.
-const REQUEST_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// Everything that a server needs to know.
 #[derive(Debug, Clone)]
@@ -112,12 +110,13 @@ impl App {
         set_health(&health, true).await;
         let (stop, stopped) = oneshot::channel();
         let router = server(options.tls.as_ref())?
+            .layer(refusal::RefusalLayer)
             .add_service(health_service)
             .add_service(reflection().build_v1()?)
             .add_service(reflection().build_v1alpha()?)
             .add_service(
                 AbsurdServiceServer::new(Service::new(Arc::clone(&engine), options.limits))
-                    .max_decoding_message_size(REQUEST_BYTES_MAX)
+                    .max_decoding_message_size(refusal::REQUEST_BYTES_MAX)
                     .max_encoding_message_size(usize::MAX),
             );
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));

@@ -6,6 +6,7 @@ mod claims;
 pub mod convert;
 mod policies;
 mod queues;
+pub mod refusal;
 pub mod service;
 mod settling;
 pub mod status;

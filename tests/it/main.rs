@@ -17,6 +17,7 @@ mod plans;
 mod readme;
 mod repairs;
 mod replicas;
+mod rpcs;
 mod sdk;
 mod service;
 mod statements;

@@ -1,0 +1,67 @@
+//! What the transport refuses before a request is read, put into our own words: an error with a reason, as all others.
+
+use std::task::{Context, Poll};
+
+use tonic::body::Body;
+use tonic::codegen::http::{Request, Response};
+use tonic::{Code, Status};
+use tower::{Layer, Service};
+
+use super::status::status;
+use crate::domain::Error;
+
+/// Bytes of a request at most.
+pub const REQUEST_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// Wraps services; see the module.
+#[derive(Debug, Clone, Copy)]
+pub struct RefusalLayer;
+
+impl<S> Layer<S> for RefusalLayer {
+    type Service = Refusal<S>;
+
+    fn layer(&self, inner: S) -> Refusal<S> {
+        Refusal { inner }
+    }
+}
+
+/// A service whose transport errors have reasons.
+#[derive(Debug, Clone)]
+pub struct Refusal<S> {
+    inner: S,
+}
+
+impl<S> Service<Request<Body>> for Refusal<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>>,
+    S::Future: Send + 'static,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = std::pin::Pin<Box<dyn Future<Output = Result<Response<Body>, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let answer = self.inner.call(request);
+        Box::pin(async move { answer.await.map(|response| reasoned(&response).unwrap_or(response)) })
+    }
+}
+
+/// The answer in place of one that the transport gave by itself; None: let it be.
+fn reasoned(response: &Response<Body>) -> Option<Response<Body>> {
+    let given = Status::from_header_map(response.headers()).filter(|given| given.details().is_empty())?;
+    let error = match given.code() {
+        // tonic's words for a message over the limit, and for one that is not protobuf.
+        Code::OutOfRange => Error::TooLarge {
+            field: "request".into(),
+            size: given.message().split(' ').find_map(|word| word.parse().ok()).unwrap_or(REQUEST_BYTES_MAX + 1),
+            limit: REQUEST_BYTES_MAX,
+        },
+        Code::Internal => Error::invalid("request", format!("is not a message of this RPC: {}", given.message())),
+        _ => return None,
+    };
+    Some(status(&error).into_http())
+}
