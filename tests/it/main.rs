@@ -9,6 +9,7 @@ mod cli;
 mod contract;
 mod doorbell;
 mod events;
+mod examples;
 mod faults;
 mod input;
 mod migrations;

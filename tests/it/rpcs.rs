@@ -640,7 +640,9 @@ fn mutations(message: &DynamicMessage) -> Vec<(String, DynamicMessage)> {
                 kind => {
                     for value in corpus(&kind) {
                         with(format!("{name}[0]={}", short(&value)), Value::List(vec![value.clone()]));
-                        with(format!("{name}[0]={}*10001", short(&value)), Value::List(vec![value; 10_001]));
+                        if value.as_str().is_none_or(|text| text.len() < 100) {
+                            with(format!("{name}[0]={}*10001", short(&value)), Value::List(vec![value; 10_001]));
+                        }
                     }
                 }
             }
