@@ -67,13 +67,9 @@ impl AbsurdClient {
     /// ([`Reason::InvalidArgument`] else). [`AbsurdClient::connect`] and [`AbsurdClient::with_queue`] take every name that
     /// the storage contract allows.
     pub fn new(queue_name: Option<&str>, worker_id: Option<&str>) -> Result<Self, Error> {
-        let choose = |argument: Option<&str>, variable: &str, default: &str| match argument {
-            Some(argument) if !argument.is_empty() => argument.to_owned(),
-            _ => std::env::var(variable).unwrap_or_else(|_| default.to_owned()),
-        };
-        let queue = choose(queue_name, "ABSURD_DEFAULT_QUEUE", "absurd_default");
+        let queue = choose(queue_name, std::env::var("ABSURD_DEFAULT_QUEUE").ok(), "absurd_default");
         check_identifier("queue_name", &queue)?;
-        let worker_id = choose(worker_id, "ABSURD_WORKER_ID", "absurd_worker_1");
+        let worker_id = choose(worker_id, std::env::var("ABSURD_WORKER_ID").ok(), "absurd_worker_1");
         Ok(Self::connect(&ConnectOptions::from_env())?.with_queue(queue).with_worker_id(worker_id))
     }
 
@@ -183,6 +179,12 @@ pub fn get_absurd_client(queue_name: Option<&str>, worker_id: Option<&str>) -> R
     Ok(SHARED.get_or_init(|| client))
 }
 
+/// The argument unless it is empty, else the variable as it is, else the default.
+fn choose(argument: Option<&str>, variable: Option<String>, default: &str) -> String {
+    let argument = argument.filter(|argument| !argument.is_empty()).map(str::to_owned);
+    argument.or(variable).unwrap_or_else(|| default.to_owned())
+}
+
 /// The original client's rule for names of queues, which is stricter than the storage contract's.
 fn check_identifier(field: &str, name: &str) -> Result<(), Error> {
     let mut bytes = name.bytes();
@@ -211,6 +213,23 @@ mod tests {
             assert_eq!((error.reason(), error.field()), (Reason::InvalidArgument, Some("queue_name")));
             assert!(error.message().contains(&format!("{name:?}")), "{error}");
         }
+    }
+
+    #[test]
+    fn an_argument_comes_before_the_variable_and_that_before_the_default() {
+        let variable = || Some("from_env".to_owned());
+        assert_eq!(choose(Some("mine"), variable(), "default"), "mine");
+        assert_eq!(choose(Some(""), variable(), "default"), "from_env");
+        assert_eq!(choose(None, None, "default"), "default");
+        assert_eq!(choose(None, Some(String::new()), "default"), "", "taken as it is");
+    }
+
+    #[tokio::test]
+    async fn the_process_shares_the_client_of_the_first_call() {
+        let first = get_absurd_client(Some("shared_queue"), Some("me")).expect("a client");
+        let second = get_absurd_client(Some("another"), None).expect("a client");
+        assert!(std::ptr::eq(first, second));
+        assert_eq!((second.queue_name(), second.worker_id()), ("shared_queue", "me"));
     }
 
     #[test]

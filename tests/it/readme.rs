@@ -33,6 +33,9 @@ fn shrunk(line: &str) -> Option<String> {
     if line.starts_with("absurd bench latency") {
         return Some(format!("{line} --samples 5 --warm-up 0"));
     }
+    if line.starts_with("absurd bench rpcs") {
+        return Some(format!("{line} --samples 2 --warm-up 0"));
+    }
     let line = line.strip_prefix("absurd bench idle")?;
     Some(format!("absurd bench idle{} --time 1s", line.replace("000", "0")))
 }

@@ -2,18 +2,21 @@
 
 mod idle;
 mod latency;
+mod rpcs;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::Value;
 
 use super::dev::create_database;
-use super::output::Output;
+use super::output::{self, Output};
 use super::runtime;
 use crate::postgres::{Cluster, ClusterOptions, DATABASE};
 use crate::settings::{Secret, parse_database};
@@ -25,11 +28,17 @@ pub(super) enum BenchCommand {
     #[command(after_help = "Examples:\n  absurd bench latency\n  absurd bench latency --samples 2000 -o json\n  \
         absurd bench latency --url http://127.0.0.1:50051 --database-url postgresql://app@db/app")]
     Latency(latency::LatencyArgs),
+    /// How long each RPC takes on an idle server, beside a round trip to Postgres and a bare durable commit
+    #[command(after_help = "Examples:\n  absurd bench rpcs\n  absurd bench rpcs --samples 1000 -o json")]
+    Rpcs(rpcs::RpcsArgs),
     /// What streams cost that have nothing to do: memory of the server, transactions of the database
     #[command(after_help = "Examples:\n  absurd bench idle\n  absurd bench idle --streams 10000\n  \
         absurd bench idle --streams 1000 --queues 1000")]
     Idle(idle::IdleArgs),
 }
+
+/// The smallest write that Postgres must flush: it needs no table, only a transaction.
+const BARE_COMMIT: &str = "select pg_logical_emit_message(true, 'absurd', 'bench')";
 
 /// Flags of every measurement.
 #[derive(Debug, Args)]
@@ -64,6 +73,7 @@ struct Stage {
 pub(super) fn run(command: BenchCommand) -> anyhow::Result<()> {
     match command {
         BenchCommand::Latency(args) => on_stage(&args.stage, async |stage| latency::run(&args, stage).await),
+        BenchCommand::Rpcs(args) => on_stage(&args.stage, async |stage| rpcs::run(&args, stage).await),
         BenchCommand::Idle(args) => on_stage(&args.stage, async |stage| idle::run(&args, stage).await),
     }
 }
@@ -125,7 +135,7 @@ impl OwnServer {
         let mut said = Vec::new();
         for line in lines.by_ref() {
             let line = line?;
-            let entry: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+            let entry: Value = serde_json::from_str(&line).unwrap_or_default();
             if let Some(listen) = entry["fields"]["listen"].as_str() {
                 let url = format!("http://{listen}");
                 // The server must never wait for a reader of its log; its warnings belong to the measurement.
@@ -164,4 +174,26 @@ async fn connect(database: &tokio_postgres::Config) -> anyhow::Result<tokio_post
 fn progress(what: &'static str, length: usize) -> anyhow::Result<ProgressBar> {
     let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}")?;
     Ok(ProgressBar::new(length as u64).with_style(style).with_message(what))
+}
+
+/// Prints what took how long.
+fn quantiles(how: Output, measured: impl IntoIterator<Item = (&'static str, Vec<Duration>)>) {
+    let mut rows = Vec::new();
+    let mut values = serde_json::Map::new();
+    for (what, mut times) in measured {
+        times.sort_unstable();
+        let at = |per_mille: usize| times[(times.len() * per_mille / 1000).min(times.len() - 1)].as_secs_f64() * 1e3;
+        let figures = [at(500), at(900), at(990), at(1000)];
+        let names = ["p50", "p90", "p99", "max"];
+        let cells = figures.iter().map(|figure| format!("{figure:.2}"));
+        rows.push([what.to_owned()].into_iter().chain(cells).chain([times.len().to_string()]).collect());
+        let mut object: serde_json::Map<String, Value> =
+            names.iter().zip(figures).map(|(name, figure)| (format!("{name}_ms"), figure.into())).collect();
+        object.insert("samples".into(), times.len().into());
+        values.insert(what.to_owned(), object.into());
+    }
+    match how {
+        Output::Table => output::table(&["", "p50 ms", "p90 ms", "p99 ms", "max ms", "samples"], &rows),
+        Output::Json => output::json(&values.into()),
+    }
 }

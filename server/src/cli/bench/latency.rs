@@ -8,16 +8,13 @@ use std::time::{Duration, Instant};
 use absurd_client::{AbsurdClient, ClaimStream, ConnectOptions, SpawnOptions, StreamOptions};
 use anyhow::Context as _;
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::{Stage, StageArgs, connect, progress};
-use crate::cli::output::{self, Output};
+use super::{BARE_COMMIT, Stage, StageArgs, connect, progress, quantiles};
 
 const QUEUE: &str = "absurd-bench";
 /// Longest wait for one delivery.
 const DELIVERY_MAX: Duration = Duration::from_secs(30);
-/// The smallest write that Postgres must flush: it needs no table, only a transaction.
-const BARE_COMMIT: &str = "select pg_logical_emit_message(true, 'absurd', 'bench')";
 const SQL_SPAWN: &str = "select task_id from absurd.spawn_task($1, 'bench', '{}'::jsonb, '{}'::jsonb)";
 
 /// Flags of the measurement.
@@ -47,7 +44,7 @@ pub(super) async fn run(args: &LatencyArgs, stage: &Stage) -> anyhow::Result<()>
     );
     let outcome = measure(args, stage, &spawner, &worker).await;
     spawner.drop_queue().await?;
-    report(args.stage.output, outcome?);
+    quantiles(args.stage.output, outcome?);
     Ok(())
 }
 
@@ -116,25 +113,4 @@ async fn delivered(
         .with_context(|| format!("no task came within {} s", DELIVERY_MAX.as_secs()))??;
     task.complete(&json!(null)).await?;
     Ok(took)
-}
-
-fn report(how: Output, measured: [(&'static str, Vec<Duration>); 3]) {
-    let mut rows = Vec::new();
-    let mut values = serde_json::Map::new();
-    for (what, mut times) in measured {
-        times.sort_unstable();
-        let at = |per_mille: usize| times[(times.len() * per_mille / 1000).min(times.len() - 1)].as_secs_f64() * 1e3;
-        let figures = [at(500), at(900), at(990), at(1000)];
-        let names = ["p50", "p90", "p99", "max"];
-        let cells = figures.iter().map(|figure| format!("{figure:.2}"));
-        rows.push([what.to_owned()].into_iter().chain(cells).chain([times.len().to_string()]).collect());
-        let mut object: serde_json::Map<String, Value> =
-            names.iter().zip(figures).map(|(name, figure)| (format!("{name}_ms"), figure.into())).collect();
-        object.insert("samples".into(), times.len().into());
-        values.insert(what.to_owned(), object.into());
-    }
-    match how {
-        Output::Table => output::table(&["", "p50 ms", "p90 ms", "p99 ms", "max ms", "samples"], &rows),
-        Output::Json => output::json(&values.into()),
-    }
 }
