@@ -3,9 +3,11 @@
 //! values that do not belong there.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
+use absurd_server::postgres::{Cluster, ClusterOptions};
 use absurd_server::settings::Settings;
-use absurd_tests::{Database, Server, ServerOptions, in_time, root};
+use absurd_tests::{Database, Server, ServerOptions, eventually, in_time, root};
 use futures_util::StreamExt as _;
 use prost::Message as _;
 use prost_reflect::{
@@ -77,26 +79,35 @@ struct World {
     sql: Sql,
     channel: Channel,
     methods: BTreeMap<String, MethodDescriptor>,
+    /// Longest time of a call.
+    limit: Duration,
 }
 
 impl World {
     async fn new() -> Self {
-        let server = Server::start().await;
+        Self::on(Server::start().await).await
+    }
+
+    async fn on(server: Server) -> Self {
         let sql = server.database().connect().await;
         let channel = Endpoint::from_shared(server.url()).unwrap().connect().await.unwrap();
         let pool = DescriptorPool::decode(absurd_proto::FILE_DESCRIPTOR_SET).unwrap();
         let service = pool.get_service_by_name("absurd.v1.AbsurdService").unwrap();
         let methods = service.methods().map(|method| (method.name().to_owned(), method)).collect();
-        Self { server, sql, channel, methods }
+        Self { server, sql, channel, methods, limit: Duration::from_secs(20) }
     }
 
     async fn call(&self, rpc: &str, request: &DynamicMessage) -> Result<Json, Status> {
+        self.send(rpc, request.encode_to_vec()).await
+    }
+
+    async fn send(&self, rpc: &str, request: Vec<u8>) -> Result<Json, Status> {
         let method = &self.methods[rpc];
         let mut grpc = tonic::client::Grpc::new(self.channel.clone()).max_decoding_message_size(64 * 1024 * 1024);
         grpc.ready().await.map_err(|error| Status::unknown(error.to_string()))?;
         let path: PathAndQuery = format!("/absurd.v1.AbsurdService/{rpc}").parse().unwrap();
-        let mut sent = Request::new(request.encode_to_vec());
-        sent.set_timeout(std::time::Duration::from_secs(20));
+        let mut sent = Request::new(request);
+        sent.set_timeout(self.limit);
         let answer = if method.is_server_streaming() {
             let mut stream = grpc.server_streaming(sent, path, Bytes).await?.into_inner();
             stream.message().await?.expect("a first message")
@@ -558,6 +569,100 @@ async fn a_full_server_refuses_streams() {
     assert_eq!((refused.code(), reason(&refused).as_str()), (Code::ResourceExhausted, "STREAM_LIMIT"));
     assert!(refused.get_error_details().retry_info().is_some());
     drop(first);
+}
+
+/// Bytes that are no message, and messages that are too large, are refused in our words too.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_request_is_refused_with_a_reason() {
+    let world = World::new().await;
+    for rpc in world.methods.keys() {
+        let garbage = world.send(rpc, vec![0xff; 10]).await.unwrap_err();
+        assert_eq!((garbage.code(), reason(&garbage).as_str()), (Code::InvalidArgument, "INVALID_ARGUMENT"), "{rpc}");
+        let field = garbage.get_error_details().bad_request().unwrap().field_violations[0].field.clone();
+        assert_eq!(field, "request", "{rpc}");
+    }
+    let large = world.send("SpawnTask", vec![0; 17 * 1024 * 1024]).await.unwrap_err();
+    assert_eq!((large.code(), reason(&large).as_str()), (Code::InvalidArgument, "PAYLOAD_TOO_LARGE"));
+    let details = large.get_error_details();
+    assert_eq!(details.error_info().unwrap().metadata["limit"], (16 * 1024 * 1024).to_string());
+    assert_eq!(details.error_info().unwrap().metadata["size"], (17 * 1024 * 1024).to_string());
+}
+
+/// Whatever is asked while Postgres is away: an answer that says so, soon, and that it passes; and it does.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_its_database_every_rpc_says_so() {
+    let home = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(home.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let options = ClusterOptions {
+        home: home.path().join("pg"),
+        bin: absurd_tests::pg_bin(),
+        durable: false,
+        settings: Vec::new(),
+    };
+    let start = || {
+        let options = options.clone();
+        tokio::task::spawn_blocking(move || Cluster::start(&options).unwrap())
+    };
+    let mut cluster = start().await.unwrap();
+    let server = Server::start_on(&Database::on(&cluster).await).await;
+    let mut world = World::on(server).await;
+    let mut seen = BTreeSet::new();
+    let mut requests = Vec::new();
+    for (index, case) in cases().into_iter().enumerate() {
+        if matches!(case.expected, Expected::Done(_)) && seen.insert(case.rpc) {
+            let queue = format!("c{index}");
+            let made = world.make(&queue, case.kind).await;
+            let request = filled(&case.request, &queue, &made);
+            requests.push((case.rpc, DynamicMessage::deserialize(world.methods[case.rpc].input(), request).unwrap()));
+        }
+    }
+    cluster.stop();
+    // Writes that are committed in groups wait for Postgres to come back, as long as their callers do.
+    world.limit = Duration::from_secs(2);
+    let asked = requests.iter().map(async |(rpc, request)| (*rpc, world.call(rpc, request).await));
+    let answers = in_time("all answers", futures_util::future::join_all(asked)).await;
+    for (rpc, answer) in answers {
+        match answer {
+            // Each item is answered on its own; and one call speaks to no database.
+            Ok(answer) => match rpc {
+                "SettleTasks" => assert_eq!(answer["results"][0]["error"]["reason"], "UNAVAILABLE"),
+                "ExtendClaims" | "ReleaseClaims" => assert_eq!(answer["verdicts"][0]["verdict"], "VERDICT_BUSY"),
+                _ => assert_eq!(rpc, "DrainWorker"),
+            },
+            Err(status) => {
+                assert_eq!((status.code(), reason(&status).as_str()), (Code::Unavailable, "UNAVAILABLE"), "{rpc}");
+                assert!(status.get_error_details().retry_info().is_some(), "{rpc}");
+            }
+        }
+    }
+    drop(cluster);
+    let mut cluster = start().await.unwrap();
+    let client = world.server.client();
+    eventually("it has passed", || async { client.get_queue_stats().await.ok() }).await;
+    world.server.stop().await;
+    cluster.stop();
+}
+
+/// A call that waits when its replica leaves is told to go to another one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_leaves_says_so() {
+    let server = Server::start().await;
+    let mut waiting = server.raw().await;
+    let claim = tokio::spawn(async move {
+        let wait = Some(prost_types::Duration { seconds: 60, nanos: 0 });
+        let request = absurd_proto::v1::ClaimTaskRequest { queue: "q".into(), wait, ..Default::default() };
+        waiting.claim_task(request).await
+    });
+    let sql = server.database().connect().await;
+    eventually("the call waits: the idle server has armed the doorbell", || async {
+        let armed = "select count(*) > 0 from absurd_server.armed where queue_name = 'q'";
+        sql.query_one(armed, &[]).await.unwrap().get::<_, bool>(0).then_some(())
+    })
+    .await;
+    in_time("it stops", server.stop()).await;
+    let told = in_time("an answer", claim).await.unwrap().unwrap_err();
+    assert_eq!((told.code(), reason(&told).as_str()), (Code::Unavailable, "SHUTTING_DOWN"));
+    assert!(told.get_error_details().retry_info().is_some());
 }
 
 /// Values that do not belong there, or just about do.
