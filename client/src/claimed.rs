@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 use uuid::Uuid;
 
+use crate::durable::Until;
 use crate::registry::Revoked;
 use crate::{AbsurdClient, Awaited, Error, FailOutcome, Json, Slept, claims, wire};
 
@@ -39,6 +40,8 @@ pub struct ClaimedTask {
     pub wake_event: Option<String>,
     /// Payload of that event.
     pub event_payload: Option<Json>,
+    /// End of the lease, as of the claim; None: never.
+    pub claim_expires_at: Option<std::time::SystemTime>,
     /// Steps done earlier: name and value, oldest first.
     pub checkpoints: Vec<(String, Option<Json>)>,
     /// False: there are more checkpoints than came along.
@@ -63,6 +66,7 @@ impl ClaimedTask {
             headers: Json::from_wire(task.headers),
             wake_event: task.wake_event,
             event_payload: Json::from_wire(task.event_payload),
+            claim_expires_at: wire::time(task.claim_expires_at),
             checkpoints: task
                 .checkpoints
                 .into_iter()
@@ -116,7 +120,7 @@ impl ClaimedTask {
     /// Sleeps, as a step with the name `step`. The first call puts the run to sleep and the claim is over: stop working on
     /// it; whoever claims it next calls this again and hears that the time is over.
     pub async fn sleep(&self, step: &str, duration: Duration) -> Result<Slept, Error> {
-        self.client.sleep_for(self.run_id, Some(self.token.clone()), duration, Some(step)).await
+        self.client.sleep_until(self.run_id, Some(self.token.clone()), Until::After(duration), step).await
     }
 
     async fn settle(&self, action: Action) -> Result<pb::SettleResult, Error> {
@@ -136,7 +140,12 @@ impl ClaimedTask {
 
     /// Fails the run; see [`AbsurdClient::fail_task`].
     pub async fn fail<T: Serialize + ?Sized>(&self, reason: &T) -> Result<FailOutcome, Error> {
-        let reason = Some(claims::reason(reason)?);
+        self.fail_json(Json::from_text(claims::reason(reason)?.text)).await
+    }
+
+    /// Fails the run with a reason that is JSON already.
+    pub async fn fail_json(&self, reason: Json) -> Result<FailOutcome, Error> {
+        let reason = Some(reason.into_wire());
         FailOutcome::from_wire(self.settle(Action::Fail(pb::FailAction { reason, retry_at: None })).await?.fail)
     }
 

@@ -159,6 +159,27 @@ impl AbsurdClient {
         outcome
     }
 
+    pub(crate) async fn checkpoint_of(
+        &self,
+        run_id: Uuid,
+        token: &str,
+        name: String,
+        state: Json,
+        extend_by: Duration,
+    ) -> Result<(), Error> {
+        let action = Action::Checkpoint(pb::CheckpointAction {
+            checkpoint_name: name,
+            state: Some(state.into_wire()),
+            extend_by: Some(wire::duration(extend_by)),
+        });
+        self.settle(run_id, Some(token.to_owned()), action).await.map(drop)
+    }
+
+    pub(crate) async fn extend_held(&self, run_id: Uuid, token: String, extend_by: Duration) -> Result<(), Error> {
+        let extend_by = Some(wire::duration(extend_by));
+        self.settle(run_id, Some(token), Action::Extend(pb::ExtendAction { extend_by })).await.map(drop)
+    }
+
     /// Completes a run. Repeating it is harmless. JSON null, as of `&()`, means no result and is stored as `{}`, as the
     /// original client does; [`ClaimedTask::complete`] stores what it gets.
     pub async fn complete_task<T: Serialize + ?Sized>(&self, run_id: Uuid, result: &T) -> Result<(), Error> {

@@ -34,6 +34,7 @@ mod claimed;
 mod claims;
 mod client;
 mod connect;
+pub mod durable;
 mod error;
 mod json;
 mod queues;

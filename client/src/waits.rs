@@ -8,6 +8,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::client::rpc;
+use crate::durable::{AwaitedTask, Snapshot, TaskWait, Until};
 use crate::{AbsurdClient, Error, Json, wire};
 
 /// How a wait for an event stands.
@@ -157,23 +158,27 @@ impl AbsurdClient {
     /// names). The first call puts the run to sleep; the call of whoever claims it afterwards says that the time is over.
     pub async fn sleep(&self, run_id: Uuid, duration: Duration, step_name: Option<&str>) -> Result<Slept, Error> {
         let token = self.shared.registry.token(run_id);
-        self.sleep_for(run_id, token, duration, step_name).await
+        self.sleep_until(run_id, token, Until::After(duration), step_name.unwrap_or_default()).await
     }
 
-    pub(crate) async fn sleep_for(
+    pub(crate) async fn sleep_until(
         &self,
         run_id: Uuid,
         claim_token: Option<String>,
-        duration: Duration,
-        step_name: Option<&str>,
+        until: Until,
+        step_name: &str,
     ) -> Result<Slept, Error> {
+        use pb::sleep_request::Until as Wire;
         use pb::sleep_response::Outcome;
         let request = pb::SleepRequest {
             queue: self.queue(),
             run_id: run_id.to_string(),
             claim_token: claim_token.clone(),
-            step_name: step_name.unwrap_or_default().to_owned(),
-            duration: Some(wire::duration(duration)),
+            step_name: step_name.to_owned(),
+            until: Some(match until {
+                Until::After(duration) => Wire::Duration(wire::duration(duration)),
+                Until::At(at) => Wire::WakeAt(at.into()),
+            }),
         };
         let outcome = rpc!(self.sleep(request));
         self.over_when(run_id, claim_token.as_deref(), &outcome, |response| {
@@ -224,6 +229,44 @@ impl AbsurdClient {
         let outcome = rpc!(self.set_run_sleeping(request));
         self.over_when(run_id, claim_token.as_deref(), &outcome, |_| true);
         Ok(wire::time(outcome?.wake_at))
+    }
+
+    /// Waits for the end of a task, as a step.
+    pub(crate) async fn await_task_as_step(
+        &self,
+        run_id: Uuid,
+        claim_token: String,
+        wait: TaskWait,
+    ) -> Result<AwaitedTask, Error> {
+        use pb::await_task_response::Outcome;
+        let token = Some(claim_token);
+        let request = pb::AwaitTaskRequest {
+            queue: self.queue(),
+            run_id: run_id.to_string(),
+            claim_token: token.clone(),
+            step_name: wait.step.clone(),
+            awaited_queue: wait.queue,
+            awaited_task_id: wait.task_id.to_string(),
+            timeout: wait.timeout.map(wire::duration),
+        };
+        let outcome = rpc!(self.await_task(request));
+        self.over_when(run_id, token.as_deref(), &outcome, |response| {
+            matches!(response.outcome, Some(Outcome::Suspended(_)))
+        });
+        let snapshot = match outcome?.outcome.ok_or_else(wire::unclear)? {
+            Outcome::Snapshot(json) => Json::from_text(json.text),
+            Outcome::Suspended(suspended) => {
+                return Ok(AwaitedTask::Suspended { wake_at: wire::time(suspended.wake_at) });
+            }
+            Outcome::TimedOut(_) => return Ok(AwaitedTask::TimedOut),
+            Outcome::SnapshotOmitted(_) => {
+                let task_id = self.get_run_status(run_id).await?.ok_or_else(wire::unclear)?.task_id;
+                let step = self.get_checkpoint(task_id, &wait.step, false).await?;
+                step.and_then(|step| step.state).ok_or_else(wire::unclear)?
+            }
+        };
+        let snapshot: Snapshot = snapshot.to().map_err(|_| wire::unclear())?;
+        snapshot.into_result(wait.task_id).map(AwaitedTask::Ended).ok_or_else(wire::unclear)
     }
 
     /// Forgets a claim that a call has ended, or that the server says is over.

@@ -16,6 +16,7 @@ use tonic::transport::{Identity, Server, ServerTlsConfig};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
+use crate::awaited;
 use crate::dispatch::DispatchOptions;
 use crate::doorbell::{self, Hints};
 use crate::engine::Engine;
@@ -184,6 +185,8 @@ fn start_loops(loops: &mut JoinSet<()>, engine: &Arc<Engine>, listen_database: C
     loops.spawn(async move { maintenance::tick(&parts).await });
     let parts = Arc::clone(engine);
     loops.spawn(async move { parts.waits.run(&parts.store).await });
+    let parts = Arc::clone(engine);
+    loops.spawn(async move { awaited::run(&parts).await });
     let parts = Arc::clone(engine);
     loops.spawn(async move { watch_database(&parts.store, &health).await });
 }

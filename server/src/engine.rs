@@ -7,6 +7,7 @@ use tokio::time::Instant as Deadline;
 use uuid::Uuid;
 
 use crate::activity::{Activity, Feed, What};
+use crate::awaited::AwaitedTasks;
 use crate::commit::{self, Committer, Settles, Spawns};
 use crate::dispatch::{DispatchOptions, Dispatcher};
 use crate::domain::{CheckpointName, Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};
@@ -27,6 +28,8 @@ pub struct Engine {
     pub dispatcher: Dispatcher,
     /// Waiters for results.
     pub waits: Waits,
+    /// Runs that wait for tasks.
+    pub awaited: AwaitedTasks,
     /// Other replicas.
     pub hints: Arc<Hints>,
     /// The live lines of `dev`.
@@ -43,6 +46,7 @@ impl Engine {
         Self {
             dispatcher: Dispatcher::new(store.clone(), settles.clone(), Arc::clone(&hints), feed.clone(), options),
             waits: Waits::default(),
+            awaited: AwaitedTasks::default(),
             spawns: Committer::new(Spawns { store: store.clone() }),
             settles,
             hints,
@@ -223,6 +227,7 @@ impl Engine {
     fn ended(&self, scope: &Scope, task_id: TaskId, state: State) {
         if state.is_terminal() {
             self.waits.ended(scope.queue(), task_id);
+            self.awaited.ended(scope.queue(), task_id);
         }
         self.feed.tell(|| Activity::ended(scope, task_id, state));
     }
@@ -241,6 +246,31 @@ impl Engine {
         let outcome = self.store.event_await(scope, run, step, event, timeout, lock_wait).await;
         match &outcome {
             Ok(Awaited::Suspended(wake_at)) => self.sleeps(scope, run.run_id, *wake_at),
+            Err(Error::TaskCancelled(_) | Error::ClaimExpired(_)) => self.dispatcher.left(scope.queue(), run.run_id),
+            Ok(Awaited::Payload(_) | Awaited::TimedOut) | Err(_) => {}
+        }
+        outcome
+    }
+
+    /// Waits for the end of a task as a step of a run.
+    pub async fn await_task(
+        &self,
+        scope: &Scope,
+        run: &RunRef,
+        step: &CheckpointName,
+        awaited: (&QueueName, TaskId),
+        timeout: Option<Duration>,
+        lock_wait: Duration,
+    ) -> Result<Awaited, Error> {
+        self.dispatcher.alive(scope.queue(), run.run_id, None);
+        let outcome = self.store.task_await(scope, run, step, awaited, timeout, lock_wait).await;
+        match &outcome {
+            Ok(Awaited::Suspended(wake_at)) => {
+                self.sleeps(scope, run.run_id, *wake_at);
+                self.awaited.begun();
+                // It may have ended between the look at it and now.
+                self.awaited.ended(awaited.0, awaited.1);
+            }
             Err(Error::TaskCancelled(_) | Error::ClaimExpired(_)) => self.dispatcher.left(scope.queue(), run.run_id),
             Ok(Awaited::Payload(_) | Awaited::TimedOut) | Err(_) => {}
         }

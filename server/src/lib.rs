@@ -5,6 +5,7 @@
 
 pub mod activity;
 pub mod app;
+pub mod awaited;
 pub mod cli;
 pub mod commit;
 pub mod dispatch;

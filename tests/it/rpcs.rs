@@ -72,6 +72,8 @@ struct Made {
     task: String,
     run: String,
     token: String,
+    /// A pending task of queue `q`.
+    elsewhere: String,
 }
 
 struct World {
@@ -81,6 +83,8 @@ struct World {
     methods: BTreeMap<String, MethodDescriptor>,
     /// Longest time of a call.
     limit: Duration,
+    /// A pending task of queue `q`.
+    elsewhere: String,
 }
 
 impl World {
@@ -94,7 +98,10 @@ impl World {
         let pool = DescriptorPool::decode(absurd_proto::FILE_DESCRIPTOR_SET).unwrap();
         let service = pool.get_service_by_name("absurd.v1.AbsurdService").unwrap();
         let methods = service.methods().map(|method| (method.name().to_owned(), method)).collect();
-        Self { server, sql, channel, methods, limit: Duration::from_secs(20) }
+        let elsewhere = String::new();
+        let world = Self { server, sql, channel, methods, limit: Duration::from_secs(20), elsewhere };
+        let elsewhere = world.make_in("q", "pending").await.task;
+        Self { elsewhere, ..world }
     }
 
     async fn call(&self, rpc: &str, request: &DynamicMessage) -> Result<Json, Status> {
@@ -126,12 +133,16 @@ impl World {
 
     /// Brings a task into a state.
     async fn make(&self, queue: &str, kind: &str) -> Made {
+        Made { elsewhere: self.elsewhere.clone(), ..self.make_in(queue, kind).await }
+    }
+
+    async fn make_in(&self, queue: &str, kind: &str) -> Made {
         self.ask("CreateQueue", j!({"queue": queue})).await;
         let text = |value: &Json| value.as_str().unwrap_or_default().to_owned();
         let spawn = async || {
             let task = j!({"task_name": "n", "max_attempts": 1});
             let answer = self.ask("SpawnTask", j!({"queue": queue, "task": task})).await;
-            Made { task: text(&answer["task"]["task_id"]), run: text(&answer["task"]["run_id"]), token: String::new() }
+            Made { task: text(&answer["task"]["task_id"]), run: text(&answer["task"]["run_id"]), ..Made::default() }
         };
         let claim = async || {
             let answer = self.ask("ClaimTask", j!({"queue": queue, "claim_timeout": "60s"})).await;
@@ -140,6 +151,7 @@ impl World {
                 task: text(&claimed["task_id"]),
                 run: text(&claimed["run_id"]),
                 token: text(&claimed["claim_token"]),
+                ..Made::default()
             }
         };
         let made = match kind {
@@ -224,6 +236,7 @@ fn held() -> Vec<(&'static str, Json, Again)> {
         ("SaveCheckpointForRun", j!({"checkpoint_name": "s", "data": {"text": "1"}}), Again::Same),
         ("AwaitEvent", slept(), Again::Same),
         ("WaitForEvent", slept(), Again::Same),
+        ("AwaitTask", j!({"step_name": "s", "awaited_queue": "q", "awaited_task_id": "$elsewhere"}), Again::Same),
         ("SetRunSleeping", j!({"event_name": "e"}), Again::Same),
         ("Sleep", j!({"step_name": "s", "duration": "3600s"}), Again::Same),
         ("ScheduleTask", j!({"wake_at": "2100-01-01T00:00:00Z"}), Again::Same),
@@ -436,6 +449,8 @@ fn refusals(cases: &mut Vec<Case>) {
         no(rpc, "", needs, missing);
     }
     no("CancelTask", "", j!({"run_id": "$new"}), "RUN_NOT_FOUND");
+    let nobody = j!({"claim_token": "$token", "step_name": "s", "awaited_task_id": "$new"});
+    no("AwaitTask", "running", nobody, "TASK_NOT_FOUND");
     no("RetryTask", "completed", j!({"task_id": "$task"}), "TASK_NOT_FAILED");
     no("RetryTask", "failed", j!({"task_id": "$task", "max_attempts": 1}), "MAX_ATTEMPTS_TOO_LOW");
     no("CreateQueue", "", j!({"storage_mode": "STORAGE_MODE_PARTITIONED"}), "QUEUE_EXISTS");
@@ -461,6 +476,7 @@ fn filled(request: &Json, queue: &str, made: &Made) -> Json {
     let text = request.to_string();
     let (new, v4) = (Uuid::now_v7().to_string(), Uuid::new_v4().to_string());
     let text = text.replace("$queue", queue).replace("$task", &made.task).replace("$run", &made.run);
+    let text = text.replace("$elsewhere", &made.elsewhere);
     text.replace("$token", &made.token).replace("$new", &new).replace("$v4", &v4).parse().unwrap()
 }
 

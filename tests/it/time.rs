@@ -66,7 +66,7 @@ async fn a_sleep_survives_and_does_not_begin_anew() {
         run_id: String::new(),
         claim_token: Some(early.claim_token().to_owned()),
         step_name: "long".into(),
-        duration: Some(prost_types::Duration { seconds: 3600, nanos: 0 }),
+        until: Some(pb::sleep_request::Until::Duration(prost_types::Duration { seconds: 3600, nanos: 0 })),
     };
     let answer = grpc.sleep(again).await.unwrap().into_inner().outcome.unwrap();
     assert!(matches!(answer, pb::sleep_response::Outcome::Suspended(at) if at.wake_at == Some(deadline.into())));
@@ -133,7 +133,8 @@ async fn wrong_times_are_refused() {
     let run = spawn(&server).await.to_string();
     let span = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
     for duration in [None, span(-1), span(400_000_000)] {
-        let request = pb::SleepRequest { queue: "q".into(), run_id: run.clone(), duration, ..Default::default() };
+        let until = duration.map(pb::sleep_request::Until::Duration);
+        let request = pb::SleepRequest { queue: "q".into(), run_id: run.clone(), until, ..Default::default() };
         let status = grpc.sleep(request).await.unwrap_err();
         assert_eq!(status.code(), tonic::Code::InvalidArgument, "{status}");
     }

@@ -61,6 +61,7 @@ const MIGRATIONS: &[Migration] = &[
     Migration { version: 3, name: "events", min_server: 1, sql: &[include_str!("../../sql/side/04_events.sql")] },
     Migration { version: 4, name: "time", min_server: 1, sql: &[include_str!("../../sql/side/05_time.sql")] },
     Migration { version: 5, name: "workflows", min_server: 1, sql: &[include_str!("../../sql/side/06_workflows.sql")] },
+    Migration { version: 6, name: "awaited", min_server: 1, sql: &[include_str!("../../sql/side/07_awaited.sql")] },
 ];
 
 /// Where the storage contract in a database comes from.

@@ -107,6 +107,7 @@ statements! {
     RUN_SCHEDULE = "run_schedule";
     RUN_SET_SLEEPING = "run_set_sleeping";
     RUN_SLEEP = "run_sleep";
+    TASK_AWAIT = "task_await";
     TASK_CANCEL = "task_cancel";
     TASK_CANCELLED = "task_cancelled";
     TASK_CLEANUP = "task_cleanup";
@@ -115,11 +116,13 @@ statements! {
     TASK_FIND_KEYED = "task_find_keyed";
     TASK_GET = "task_get";
     TASK_LIST = "task_list";
+    TASK_LIST_AWAITED = "task_list_awaited";
     TASK_LIST_CANCELLABLE = "task_list_cancellable";
     TASK_LIST_EDGE = "task_list_edge";
     TASK_RESPAWN = "task_respawn";
     TASK_RESULT = "task_result";
     TASK_RETRY = "task_retry";
+    TASK_SETTLE_AWAITED = "task_settle_awaited";
     TASK_SPAWN = "task_spawn";
     TICK = "tick";
     UPKEEP_NOTE = "upkeep_note";

@@ -20,6 +20,16 @@ pub enum When {
     After(Duration),
 }
 
+impl When {
+    /// The time, or the milliseconds.
+    fn params(self) -> (Option<Instant>, Option<i64>) {
+        match self {
+            Self::At(at) => (Some(at), None),
+            Self::After(delay) => (None, Some(i64::try_from(delay.as_millis()).unwrap_or(i64::MAX))),
+        }
+    }
+}
+
 impl Store {
     /// Moves a run to a time; returns it.
     pub async fn run_schedule(
@@ -29,10 +39,7 @@ impl Store {
         when: When,
         lock_wait: Duration,
     ) -> Result<Option<Instant>, Error> {
-        let (at, after) = match when {
-            When::At(at) => (Some(at), None),
-            When::After(delay) => (None, Some(millis(delay))),
-        };
+        let (at, after) = when.params();
         self.let_sleep(scope, run, &RUN_SCHEDULE, &[&at, &after], lock_wait).await
     }
 
@@ -42,10 +49,11 @@ impl Store {
         scope: &Scope,
         run: &RunRef,
         step: &CheckpointName,
-        duration: Duration,
+        when: When,
         lock_wait: Duration,
     ) -> Result<Option<Instant>, Error> {
-        self.let_sleep(scope, run, &RUN_SLEEP, &[&step.as_str(), &millis(duration)], lock_wait).await
+        let (at, after) = when.params();
+        self.let_sleep(scope, run, &RUN_SLEEP, &[&step.as_str(), &after, &at], lock_wait).await
     }
 
     /// Puts a run to sleep until an event; returns when it wakes all the same.
@@ -86,10 +94,6 @@ impl Store {
         }
         outcome
     }
-}
-
-fn millis(duration: Duration) -> i64 {
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
 fn slept(run: &RunRef, row: &Row) -> Result<Option<Instant>, Error> {

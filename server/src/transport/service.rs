@@ -425,6 +425,11 @@ impl AbsurdService for Service {
         }))
     }
 
+    async fn await_task(&self, request: Request<pb::AwaitTaskRequest>) -> Reply<pb::AwaitTaskResponse> {
+        let deadline = deadline(&request);
+        reply(in_time(deadline, self.await_end(request.into_inner(), deadline)).await)
+    }
+
     async fn schedule_task(&self, request: Request<pb::ScheduleTaskRequest>) -> Reply<pb::ScheduleTaskResponse> {
         let deadline = deadline(&request);
         reply(in_time(deadline, self.schedule(request.into_inner(), deadline)).await)

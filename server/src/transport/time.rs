@@ -7,13 +7,21 @@ use tokio::time::Instant as Deadline;
 
 use super::convert::{self, duration, duration_between, run_ref, scope, timestamp};
 use super::service::{Service, left};
-use crate::domain::{CheckpointName, Error, EventName};
+use crate::domain::id::parse_uuid;
+use crate::domain::{CheckpointName, Error, EventName, JsonText, QueueName};
 use crate::store::event::Awaited;
 use crate::store::text::ANSWER_BYTES_MAX;
 use crate::store::time::When;
 
 /// Longest wait, sleep and delay.
 const SPAN_MAX: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
+
+/// What stands in for a payload that is too large for an answer.
+fn omitted(json: &JsonText) -> Option<pb::PayloadOmitted> {
+    let large = json.len() > ANSWER_BYTES_MAX.unsigned_abs() as usize;
+    let length = || i64::try_from(json.as_str().chars().count()).unwrap_or(i64::MAX);
+    large.then(|| pb::PayloadOmitted { length: length() })
+}
 
 impl Service {
     pub(super) async fn await_one(
@@ -29,15 +37,44 @@ impl Service {
         let timeout = duration_between("timeout", request.timeout, Duration::ZERO, SPAN_MAX)?;
         self.same_task(&scope, run.run_id, &request.task_id).await?;
         let outcome = match self.engine.await_event(&scope, &run, &step, &event, timeout, left(deadline)).await? {
-            Awaited::Payload(json) if json.len() > ANSWER_BYTES_MAX.unsigned_abs() as usize => {
-                let length = i64::try_from(json.as_str().chars().count()).unwrap_or(i64::MAX);
-                Outcome::PayloadOmitted(pb::PayloadOmitted { length })
-            }
-            Awaited::Payload(json) => Outcome::Payload(pb::Json { text: json.into_string() }),
+            Awaited::Payload(json) => match omitted(&json) {
+                Some(omitted) => Outcome::PayloadOmitted(omitted),
+                None => Outcome::Payload(pb::Json { text: json.into_string() }),
+            },
             Awaited::Suspended(wake_at) => Outcome::Suspended(pb::Suspended { wake_at: wake_at.and_then(timestamp) }),
             Awaited::TimedOut => Outcome::TimedOut(pb::TimedOut {}),
         };
         Ok(pb::AwaitEventResponse { outcome: Some(outcome) })
+    }
+
+    pub(super) async fn await_end(
+        &self,
+        request: pb::AwaitTaskRequest,
+        deadline: Deadline,
+    ) -> Result<pb::AwaitTaskResponse, Error> {
+        use pb::await_task_response::Outcome;
+        let scope = scope(&request.queue)?;
+        let (run, _) = run_ref(&request.run_id, request.claim_token.as_deref(), &self.limits)?;
+        let step = CheckpointName::parse("step_name", &request.step_name)?;
+        let awaited_id = parse_uuid("awaited_task_id", &request.awaited_task_id)?;
+        let timeout = duration_between("timeout", request.timeout, Duration::ZERO, SPAN_MAX)?;
+        let awaited_queue = match request.awaited_queue.as_str() {
+            "" => scope.queue().clone(),
+            other => {
+                QueueName::parse("awaited_queue", other)?;
+                self.existing(other).await?.queue().clone()
+            }
+        };
+        let awaited = (&awaited_queue, awaited_id);
+        let outcome = match self.engine.await_task(&scope, &run, &step, awaited, timeout, left(deadline)).await? {
+            Awaited::Payload(json) => match omitted(&json) {
+                Some(omitted) => Outcome::SnapshotOmitted(omitted),
+                None => Outcome::Snapshot(pb::Json { text: json.into_string() }),
+            },
+            Awaited::Suspended(wake_at) => Outcome::Suspended(pb::Suspended { wake_at: wake_at.and_then(timestamp) }),
+            Awaited::TimedOut => Outcome::TimedOut(pb::TimedOut {}),
+        };
+        Ok(pb::AwaitTaskResponse { outcome: Some(outcome) })
     }
 
     pub(super) async fn emit(
@@ -75,17 +112,21 @@ impl Service {
         request: pb::SleepRequest,
         deadline: Deadline,
     ) -> Result<pb::SleepResponse, Error> {
+        use pb::sleep_request::Until;
         use pb::sleep_response::Outcome;
         let scope = scope(&request.queue)?;
         let (run, _) = run_ref(&request.run_id, request.claim_token.as_deref(), &self.limits)?;
-        let Some(span) = request.duration else { return Err(Error::invalid("duration", "must be set")) };
-        let span = duration("duration", span, SPAN_MAX)?;
-        let step = if request.step_name.is_empty() {
-            CheckpointName::parse("step_name", &format!("sleep_{}", span.as_secs()))?
-        } else {
-            CheckpointName::parse("step_name", &request.step_name)?
+        let (when, default_name) = match request.until {
+            Some(Until::Duration(span)) => {
+                let span = duration("duration", span, SPAN_MAX)?;
+                (When::After(span), format!("sleep_{}", span.as_secs()))
+            }
+            Some(Until::WakeAt(at)) => (When::At(convert::instant("wake_at", &at)?), String::new()),
+            None => return Err(Error::invalid("duration", "duration or wake_at must be set")),
         };
-        let slept = self.engine.store.run_sleep(&scope, &run, &step, span, left(deadline)).await;
+        let name = if request.step_name.is_empty() { &default_name } else { &request.step_name };
+        let step = CheckpointName::parse("step_name", name)?;
+        let slept = self.engine.store.run_sleep(&scope, &run, &step, when, left(deadline)).await;
         let outcome = match self.engine.slept(&scope, run.run_id, slept)? {
             Some(wake_at) => Outcome::Suspended(pb::Suspended { wake_at: timestamp(wake_at) }),
             None => Outcome::Elapsed(pb::Elapsed {}),

@@ -257,7 +257,7 @@ impl Round<'_> {
         let sleep = pb::SleepRequest {
             queue: queue(),
             claim_token: sleeping.token.clone(),
-            duration: seconds(36_000),
+            until: seconds(36_000).map(pb::sleep_request::Until::Duration),
             ..Default::default()
         };
         self.times.of("Sleep", self.grpc.sleep(sleep)).await?;

@@ -1,0 +1,645 @@
+//! The context of one execution: steps, sleeps, waits, spawns.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::future::{Future, IntoFuture};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
+use serde_json::{Map, Value};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::app::{Absurd, SpawnDraft};
+use super::backend::{self, AwaitedTask, Backend, BoxFuture, TaskWait, Until};
+use super::error::{BoxError, Signal, TaskError};
+use super::task::TaskType;
+use crate::{Awaited, Emitted, Json, NewTask, Slept, Spawned, State, TaskResult};
+
+tokio::task_local! {
+    static CURRENT: Context;
+}
+
+/// Facts about an execution.
+#[derive(Debug, Clone)]
+pub(crate) struct Facts {
+    pub(crate) task_id: Uuid,
+    pub(crate) run_id: Uuid,
+    pub(crate) attempt: i32,
+    pub(crate) task_name: String,
+    pub(crate) queue: String,
+    pub(crate) params: Json,
+    pub(crate) headers: Map<String, Value>,
+    pub(crate) max_attempts: Option<i32>,
+    /// When the claim was made, by the database's clock.
+    pub(crate) claimed_at: Option<SystemTime>,
+    /// When this process gives the execution up.
+    pub(crate) deadline: Option<Instant>,
+    pub(crate) lease: Duration,
+}
+
+#[derive(Debug)]
+struct Inside {
+    facts: Facts,
+    absurd: Absurd,
+    backend: Arc<dyn Backend>,
+    /// Stored values by checkpoint name.
+    stored: Mutex<HashMap<String, Json>>,
+    /// Uses of each name so far.
+    uses: Mutex<HashMap<String, u32>>,
+    signal: watch::Sender<Option<Signal>>,
+}
+
+/// One execution of a task, in the hands of its handler. Cheap to clone; all clones are the same execution.
+///
+/// The handler runs from its beginning each time: after a crash, after a failure, after a sleep. What a step has stored is not
+/// done again; whatever stands outside of steps is. So everything that has an effect, or that comes out differently the next
+/// time (the clock, random numbers, other services), belongs into a step. Steps are told apart by name, and the n-th use of a
+/// name is `name#n`: keep names, and the order of equal names, as they are while tasks are under way.
+#[derive(Debug, Clone)]
+pub struct Context {
+    inside: Arc<Inside>,
+}
+
+/// A step that was begun: either done already, or to be completed.
+#[derive(Debug, Clone)]
+pub struct Step {
+    /// Its name.
+    pub name: String,
+    /// Name of its checkpoint: the name, or `name#n`.
+    pub checkpoint_name: String,
+    /// The stored value; None: the step is to be done.
+    pub state: Option<Json>,
+}
+
+impl Step {
+    /// Whether it is done already.
+    pub fn is_done(&self) -> bool {
+        self.state.is_some()
+    }
+}
+
+impl Context {
+    pub(crate) fn new(
+        facts: Facts,
+        absurd: Absurd,
+        backend: Arc<dyn Backend>,
+        stored: impl IntoIterator<Item = (String, Json)>,
+    ) -> Self {
+        let inside = Inside {
+            facts,
+            absurd,
+            backend,
+            stored: Mutex::new(stored.into_iter().collect()),
+            uses: Mutex::new(HashMap::new()),
+            signal: watch::Sender::new(None),
+        };
+        Self { inside: Arc::new(inside) }
+    }
+
+    /// The context of the handler that is running in this Tokio task; None outside of handlers, and in tasks that a handler
+    /// spawned by itself.
+    pub fn current() -> Option<Self> {
+        CURRENT.try_with(Clone::clone).ok()
+    }
+
+    pub(crate) async fn scope<T>(self, work: impl Future<Output = T>) -> T {
+        CURRENT.scope(self, work).await
+    }
+
+    fn facts(&self) -> &Facts {
+        &self.inside.facts
+    }
+
+    /// The task.
+    pub fn task_id(&self) -> Uuid {
+        self.facts().task_id
+    }
+
+    /// The run: one attempt.
+    pub fn run_id(&self) -> Uuid {
+        self.facts().run_id
+    }
+
+    /// 1 for the first.
+    pub fn attempt(&self) -> i32 {
+        self.facts().attempt
+    }
+
+    /// None: no limit.
+    pub fn max_attempts(&self) -> Option<i32> {
+        self.facts().max_attempts
+    }
+
+    /// Name of the task.
+    pub fn task_name(&self) -> &str {
+        &self.facts().task_name
+    }
+
+    /// Its queue.
+    pub fn queue_name(&self) -> &str {
+        &self.facts().queue
+    }
+
+    /// Its headers; none is an empty map.
+    pub fn headers(&self) -> &Map<String, Value> {
+        &self.facts().headers
+    }
+
+    /// When this process gives the execution up; None: never.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.facts().deadline
+    }
+
+    /// Input as a type.
+    pub fn params<P: DeserializeOwned>(&self) -> Result<P, TaskError> {
+        self.facts().params.to().map_err(|error| TaskError::json("the task's params", error))
+    }
+
+    /// Input as text.
+    pub fn params_json(&self) -> &Json {
+        &self.facts().params
+    }
+
+    /// The signal, when the execution is over.
+    pub fn signal(&self) -> Option<Signal> {
+        *self.inside.signal.borrow()
+    }
+
+    /// Waits until the execution is over from outside.
+    pub(crate) async fn signalled(&self) -> Signal {
+        let mut signals = self.inside.signal.subscribe();
+        loop {
+            if let Some(signal) = *signals.borrow_and_update() {
+                return signal;
+            }
+            if signals.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// The execution is over; the first signal stays.
+    pub(crate) fn end(&self, signal: Signal) -> TaskError {
+        self.inside.signal.send_if_modified(|known| {
+            let first = known.is_none();
+            *known = known.or(Some(signal));
+            first
+        });
+        TaskError::Signal(self.signal().unwrap_or(signal))
+    }
+
+    fn check(&self) -> Result<(), TaskError> {
+        self.signal().map_or(Ok(()), |signal| Err(TaskError::Signal(signal)))
+    }
+
+    /// A failed call: a signal ends the execution.
+    fn failed(&self, error: crate::Error) -> TaskError {
+        match backend::failed(error) {
+            TaskError::Signal(signal) => self.end(signal),
+            other => other,
+        }
+    }
+
+    fn stored(&self, checkpoint: &str) -> Option<Json> {
+        self.inside.stored.lock().unwrap_or_else(PoisonError::into_inner).get(checkpoint).cloned()
+    }
+
+    fn remember(&self, checkpoint: String, value: Json) {
+        self.inside.stored.lock().unwrap_or_else(PoisonError::into_inner).insert(checkpoint, value);
+    }
+
+    /// The next checkpoint of a name: `name`, `name#2`, `name#3`, ...
+    fn next_name(&self, name: &str) -> Result<String, TaskError> {
+        if name.trim().is_empty() {
+            return Err(TaskError::failure("InvalidStepName", "a step's name must not be blank"));
+        }
+        let mut uses = self.inside.uses.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = uses.entry(name.to_owned()).or_insert(0);
+        *count += 1;
+        Ok(if *count == 1 { name.to_owned() } else { format!("{name}#{count}") })
+    }
+
+    /// Does something once: the first time its value is stored under the step's name, later the stored value comes back and
+    /// `action` is not called. When it fails nothing is stored, and the next attempt does it again. An action that had its
+    /// effect and crashed before its value was stored is done again too: give the other side a key to know it by, such as
+    /// the task's id and the step's name.
+    pub async fn step<T, E, F, Fut>(&self, name: &str, action: F) -> Result<T, TaskError>
+    where
+        T: Serialize + DeserializeOwned,
+        E: Into<BoxError>,
+        F: FnOnce() -> Fut,
+        Fut: Future<Output = Result<T, E>>,
+    {
+        let step = self.begin_step(name)?;
+        if let Some(value) = &step.state {
+            return value.to().map_err(|error| TaskError::json(&step.checkpoint_name, error));
+        }
+        let span = tracing::info_span!("absurd.step", step.name = step.checkpoint_name);
+        let value = {
+            use tracing::Instrument as _;
+            action().instrument(span).await.map_err(|error| TaskError::of_step(error.into()))?
+        };
+        self.complete_step(step, &value).await?;
+        Ok(value)
+    }
+
+    /// Begins a step whose two halves stand apart: see [`Context::complete_step`].
+    pub fn begin_step(&self, name: &str) -> Result<Step, TaskError> {
+        self.check()?;
+        let checkpoint_name = self.next_name(name)?;
+        let state = self.stored(&checkpoint_name);
+        Ok(Step { name: name.to_owned(), checkpoint_name, state })
+    }
+
+    /// Stores the value of a begun step, and extends the lease; one that was done already is left alone. Returns what is
+    /// stored.
+    pub async fn complete_step<T: Serialize + ?Sized>(&self, step: Step, value: &T) -> Result<Json, TaskError> {
+        self.check()?;
+        if let Some(state) = step.state {
+            return Ok(state);
+        }
+        let text = serde_json::to_string(value).map_err(|error| TaskError::json(&step.checkpoint_name, error))?;
+        let state = Json::from_text(text);
+        let stored = self.inside.backend.set_checkpoint(step.checkpoint_name.clone(), state.clone()).await;
+        stored.map_err(|error| self.failed(error))?;
+        self.remember(step.checkpoint_name, state.clone());
+        Ok(state)
+    }
+
+    /// Sleeps, as a step. The time is counted from the first call, by the database's clock; the run holds no slot meanwhile.
+    pub async fn sleep_for(&self, name: &str, duration: Duration) -> Result<(), TaskError> {
+        self.sleep(name, Until::After(duration)).await
+    }
+
+    /// Sleeps until a time, as a step.
+    pub async fn sleep_until(&self, name: &str, at: SystemTime) -> Result<(), TaskError> {
+        self.sleep(name, Until::At(at)).await
+    }
+
+    async fn sleep(&self, name: &str, until: Until) -> Result<(), TaskError> {
+        self.check()?;
+        let checkpoint = self.next_name(name)?;
+        if let Some(stored) = self.stored(&checkpoint) {
+            // What was over when the run was claimed is over.
+            let wake_at = stored.to::<String>().ok().and_then(|text| parse_time(&text));
+            if let (Some(wake_at), Some(claimed_at)) = (wake_at, self.facts().claimed_at)
+                && wake_at <= claimed_at
+            {
+                return Ok(());
+            }
+        }
+        match self.inside.backend.sleep(checkpoint, until).await {
+            Ok(Slept::Elapsed) => Ok(()),
+            Ok(Slept::Suspended { .. }) => Err(self.end(Signal::Suspended)),
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+
+    /// Waits for an event, as a step: `ctx.await_event::<Shipment>("shipment.packed:42").timeout(day).await?`. The run holds
+    /// no slot meanwhile. A timeout is remembered.
+    pub fn await_event<T: DeserializeOwned>(&self, event: &str) -> EventWait<T> {
+        let step = format!("$awaitEvent:{event}");
+        EventWait {
+            context: self.clone(),
+            event: event.to_owned(),
+            step,
+            timeout: None,
+            payload: std::marker::PhantomData,
+        }
+    }
+
+    /// Waits for the end of a task, as a step: `ctx.await_task_result(&CHILD, id).await?`. The run holds no slot meanwhile,
+    /// so that it may wait for tasks of its own queue. A task that did not complete is a failure named `TaskFailed` or
+    /// `TaskCancelled`.
+    pub fn await_task_result<P, R: DeserializeOwned>(&self, task: &TaskType<P, R>, task_id: Uuid) -> ResultWait<R> {
+        let queue = task.queue().map_or_else(|| self.inside.absurd.queue_of(task.name()), str::to_owned);
+        let step = format!("$awaitTaskResult:{task_id}");
+        ResultWait { context: self.clone(), task_id, queue, step, timeout: None, result: std::marker::PhantomData }
+    }
+
+    /// Emits an event on the task's queue. Not a step: the first emission of a name wins, so that repeating it is harmless.
+    pub async fn emit_event<T: Serialize + ?Sized>(&self, event: &str, payload: &T) -> Result<Emitted, TaskError> {
+        self.check()?;
+        let payload = serde_json::to_string(payload).map_err(|error| TaskError::json(event, error))?;
+        let emitted = self.inside.backend.emit_event(event.to_owned(), Json::from_text(payload)).await;
+        emitted.map_err(TaskError::Call)
+    }
+
+    /// Extends the lease to the worker's full claim timeout from now on. Needed by no handler: the worker does so by itself;
+    /// it finds out whether the run is still ours.
+    pub async fn heartbeat(&self) -> Result<(), TaskError> {
+        self.heartbeat_for(self.facts().lease).await
+    }
+
+    /// Extends the lease to so long from now on, whole seconds.
+    pub async fn heartbeat_for(&self, extend_by: Duration) -> Result<(), TaskError> {
+        self.check()?;
+        self.inside.backend.heartbeat(extend_by).await.map_err(|error| self.failed(error))
+    }
+
+    /// Spawns a task from inside this one, once: spawned again by a replay, it is the same task.
+    pub fn spawn<'a, P: Serialize, R>(&'a self, task: &TaskType<P, R>, params: &'a P) -> ChildSpawn<'a, P> {
+        ChildSpawn { context: self, draft: SpawnDraft::of(task), params }
+    }
+
+    /// Spawns many tasks of a kind, all or none, once.
+    pub async fn spawn_all<P: Serialize, R>(
+        &self,
+        task: &TaskType<P, R>,
+        params: impl IntoIterator<Item = P>,
+    ) -> Result<Vec<Uuid>, TaskError> {
+        let step = self.begin_step(&format!("$spawn:{}", task.name()))?;
+        if let Some(done) = &step.state {
+            return done.to().map_err(|error| TaskError::json(&step.checkpoint_name, error));
+        }
+        let mut tasks = Vec::new();
+        let mut queue = self.facts().queue.clone();
+        for (index, params) in params.into_iter().enumerate() {
+            let json = Json::of(&params).map_err(TaskError::Call)?;
+            let draft = SpawnDraft::of(task).params(json).key(self.key(&format!("{}:{index}", step.checkpoint_name)));
+            let (on, new) = self.resolve(draft).await?;
+            queue = on;
+            tasks.push(new);
+        }
+        let mut ids = Vec::with_capacity(tasks.len());
+        for part in tasks.chunks(1000) {
+            let spawned = self.inside.backend.spawn(queue.clone(), part.to_vec()).await.map_err(TaskError::Call)?;
+            ids.extend(spawned.into_iter().map(|spawned| spawned.task_id));
+        }
+        self.complete_step(step, &ids).await?;
+        Ok(ids)
+    }
+
+    fn key(&self, checkpoint: &str) -> String {
+        format!("{}:{checkpoint}", self.facts().task_id)
+    }
+
+    async fn resolve(&self, draft: SpawnDraft) -> Result<(String, NewTask), TaskError> {
+        let draft = draft.or_queue(&self.facts().queue);
+        self.inside.absurd.resolve(draft).await.map_err(TaskError::Call)
+    }
+}
+
+/// A spawn from inside a task; see [`Context::spawn`].
+#[must_use = "nothing is spawned before it is awaited"]
+pub struct ChildSpawn<'a, P> {
+    context: &'a Context,
+    draft: SpawnDraft,
+    params: &'a P,
+}
+
+impl<P> fmt::Debug for ChildSpawn<'_, P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ChildSpawn").field("draft", &self.draft).finish_non_exhaustive()
+    }
+}
+
+impl<P> ChildSpawn<'_, P> {
+    /// With these options; what they leave out comes from the registration.
+    pub fn options(mut self, options: impl FnOnce(SpawnDraft) -> SpawnDraft) -> Self {
+        self.draft = options(self.draft);
+        self
+    }
+}
+
+impl<'a, P: Serialize + Sync> IntoFuture for ChildSpawn<'a, P> {
+    type Output = Result<Spawned, TaskError>;
+    type IntoFuture = BoxFuture<'a, Self::Output>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(async move {
+            let context = self.context;
+            let step = context.begin_step(&format!("$spawn:{}", self.draft.task_name()))?;
+            if let Some(done) = &step.state {
+                let known: Known = done.to().map_err(|error| TaskError::json(&step.checkpoint_name, error))?;
+                return Ok(known.spawned());
+            }
+            let mut draft = self.draft.params(Json::of(self.params).map_err(TaskError::Call)?);
+            if !draft.has_key() {
+                draft = draft.key(context.key(&step.checkpoint_name));
+            }
+            let (queue, task) = context.resolve(draft).await?;
+            let spawned = context.inside.backend.spawn(queue, vec![task]).await.map_err(TaskError::Call)?;
+            let spawned = spawned.into_iter().next().ok_or_else(|| TaskError::Call(crate::wire::unclear()))?;
+            context.complete_step(step, &Known::of(&spawned)).await?;
+            Ok(spawned)
+        })
+    }
+}
+
+/// What a spawn's checkpoint holds.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+struct Known {
+    task_id: Uuid,
+    run_id: Uuid,
+    attempt: i32,
+    created: bool,
+}
+
+impl Known {
+    fn of(spawned: &Spawned) -> Self {
+        let Spawned { task_id, run_id, attempt, created, .. } = *spawned;
+        Self { task_id, run_id, attempt, created }
+    }
+
+    fn spawned(self) -> Spawned {
+        let Self { task_id, run_id, attempt, created } = self;
+        Spawned { task_id, run_id, workflow_run_id: run_id, attempt, created }
+    }
+}
+
+/// A wait for an event; see [`Context::await_event`].
+#[derive(Debug)]
+#[must_use = "nothing is waited for before it is awaited"]
+pub struct EventWait<T> {
+    context: Context,
+    event: String,
+    step: String,
+    timeout: Option<Duration>,
+    payload: std::marker::PhantomData<fn() -> T>,
+}
+
+impl<T> EventWait<T> {
+    /// At most this long, counted from the first call.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
+        self
+    }
+
+    /// As a step of this name; the default is `$awaitEvent:` and the event's name.
+    pub fn step_name(mut self, name: &str) -> Self {
+        if !name.trim().is_empty() {
+            name.clone_into(&mut self.step);
+        }
+        self
+    }
+}
+
+impl<T: DeserializeOwned + 'static> IntoFuture for EventWait<T> {
+    type Output = Result<T, TaskError>;
+    type IntoFuture = BoxFuture<'static, Self::Output>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(async move {
+            let context = &self.context;
+            context.check()?;
+            let checkpoint = context.next_name(&self.step)?;
+            let read = |value: &Json| value.to().map_err(|error| TaskError::json(&self.event, error));
+            if let Some(value) = context.stored(&checkpoint) {
+                return read(&value);
+            }
+            let wait = context.inside.backend.await_event(checkpoint.clone(), self.event.clone(), self.timeout);
+            match wait.await {
+                Ok(Awaited::Payload(value)) => {
+                    let payload = read(&value);
+                    context.remember(checkpoint, value);
+                    payload
+                }
+                Ok(Awaited::Suspended { .. }) => Err(context.end(Signal::Suspended)),
+                Ok(Awaited::TimedOut) => Err(TaskError::Timeout { what: format!("event {:?}", self.event) }),
+                Err(error) => Err(context.failed(error)),
+            }
+        })
+    }
+}
+
+/// A wait for a task; see [`Context::await_task_result`].
+#[derive(Debug)]
+#[must_use = "nothing is waited for before it is awaited"]
+pub struct ResultWait<R> {
+    context: Context,
+    task_id: Uuid,
+    queue: String,
+    step: String,
+    timeout: Option<Duration>,
+    result: std::marker::PhantomData<fn() -> R>,
+}
+
+impl<R> ResultWait<R> {
+    /// At most this long, counted from the first call.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
+        self
+    }
+
+    /// The task is on this queue.
+    pub fn queue(mut self, queue: impl Into<String>) -> Self {
+        self.queue = queue.into();
+        self
+    }
+
+    /// As a step of this name; the default is `$awaitTaskResult:` and the task's id.
+    pub fn step_name(mut self, name: &str) -> Self {
+        if !name.trim().is_empty() {
+            name.clone_into(&mut self.step);
+        }
+        self
+    }
+
+    /// Waits, and returns how the task has ended, whichever way.
+    pub async fn outcome(self) -> Result<TaskResult, TaskError> {
+        let context = &self.context;
+        context.check()?;
+        let checkpoint = context.next_name(&self.step)?;
+        if let Some(stored) = context.stored(&checkpoint) {
+            let snapshot: Snapshot = stored.to().map_err(|error| TaskError::json(&checkpoint, error))?;
+            return snapshot.into_result(self.task_id).ok_or_else(|| {
+                TaskError::failure("InvalidCheckpoint", format!("{checkpoint} holds no result of a task"))
+            });
+        }
+        let wait = TaskWait {
+            step: checkpoint.clone(),
+            queue: self.queue.clone(),
+            task_id: self.task_id,
+            timeout: self.timeout,
+        };
+        match context.inside.backend.await_task(wait).await {
+            Ok(AwaitedTask::Ended(result)) => Ok(result),
+            Ok(AwaitedTask::Suspended { .. }) => Err(context.end(Signal::Suspended)),
+            Ok(AwaitedTask::TimedOut) => Err(TaskError::Timeout { what: format!("the end of task {}", self.task_id) }),
+            Err(error) => Err(context.failed(error)),
+        }
+    }
+}
+
+impl<R: DeserializeOwned + 'static> IntoFuture for ResultWait<R> {
+    type Output = Result<R, TaskError>;
+    type IntoFuture = BoxFuture<'static, Self::Output>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(async move {
+            let task_id = self.task_id;
+            let end = self.outcome().await?;
+            let text = |json: Option<Json>| json.map(|json| json.to_string()).unwrap_or_default();
+            match end.state {
+                State::Completed => {
+                    let result = end.result.unwrap_or_else(Json::null);
+                    result.to().map_err(|error| TaskError::json(&format!("the result of task {task_id}"), error))
+                }
+                State::Cancelled => Err(TaskError::failure("TaskCancelled", format!("task {task_id} was cancelled"))),
+                _ => Err(TaskError::failure("TaskFailed", format!("task {task_id} failed: {}", text(end.failure)))),
+            }
+        })
+    }
+}
+
+/// How the end of a task is stored: `{state, result?|failure?}`, as all SDKs do.
+#[derive(Debug, serde::Deserialize)]
+pub(crate) struct Snapshot {
+    state: String,
+    result: Option<Box<RawValue>>,
+    failure: Option<Box<RawValue>>,
+}
+
+impl Snapshot {
+    pub(crate) fn into_result(self, task_id: Uuid) -> Option<TaskResult> {
+        let state = match self.state.as_str() {
+            "completed" => State::Completed,
+            "failed" => State::Failed,
+            "cancelled" => State::Cancelled,
+            _ => return None,
+        };
+        // What completed without a value has stored null.
+        let json = |raw: Box<RawValue>| Json::from_text(raw.get());
+        let result = (state == State::Completed).then(|| self.result.map_or_else(Json::null, json));
+        Some(TaskResult { task_id, state, result, failure: self.failure.map(json) })
+    }
+}
+
+/// RFC 3339 with `Z` or an offset of zero, with or without a fraction, as the SDKs store it.
+fn parse_time(text: &str) -> Option<SystemTime> {
+    let text = text.strip_suffix("+00:00").map_or_else(|| text.to_owned(), |time| format!("{time}Z"));
+    humantime::parse_rfc3339_weak(&text).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stored_times_are_read_in_every_spelling() {
+        let expected = humantime::parse_rfc3339("2026-11-26T04:00:00Z").expect("a time");
+        for text in ["2026-11-26T04:00:00Z", "2026-11-26T04:00:00+00:00", "2026-11-26T04:00:00.000Z"] {
+            assert_eq!(parse_time(text), Some(expected), "{text}");
+        }
+        let fraction = parse_time("2026-11-26T04:00:00.250000+00:00");
+        assert_eq!(fraction, Some(expected + Duration::from_millis(250)));
+        assert_eq!(parse_time("tomorrow"), None);
+    }
+
+    #[test]
+    fn a_snapshot_of_any_sdk_is_read() {
+        let id = Uuid::now_v7();
+        let read = |text: &str| serde_json::from_str::<Snapshot>(text).expect("JSON").into_result(id);
+        let completed = read(r#"{"state": "completed", "result": {"x": 1}}"#).expect("an end");
+        assert_eq!(completed.result.map(|json| json.to_string()), Some(r#"{"x":1}"#.to_owned()));
+        assert_eq!(read(r#"{"state": "completed"}"#).and_then(|end| end.result), Some(Json::null()));
+        assert_eq!(read(r#"{"state": "failed", "failure": 1}"#).map(|end| end.state), Some(State::Failed));
+        assert_eq!(read(r#"{"state": "running"}"#), None);
+    }
+}

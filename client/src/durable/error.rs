@@ -1,0 +1,165 @@
+//! What context calls can answer in place of a value.
+
+use std::fmt;
+
+use crate::Error;
+
+/// Any error: what handlers and steps may return. `anyhow::Error`, every `std::error::Error`, `String` and `&str` become one.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why an execution of a task is over although its handler has not ended. Once there is a signal, every further call of the
+/// context answers with it, the handler is dropped at its next await, and what it returns counts for nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Signal {
+    /// The run sleeps until a time, an event or the end of a task. The handler starts again when it wakes.
+    Suspended,
+    /// The task was cancelled.
+    Cancelled,
+    /// The lease ran out and the attempt was failed; another one may be under way.
+    Failed,
+    /// Another claim owns the run.
+    Lost,
+}
+
+impl fmt::Display for Signal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Suspended => "the run is suspended",
+            Self::Cancelled => "the task was cancelled",
+            Self::Failed => "the run has failed already: its lease ran out",
+            Self::Lost => "another claim owns the run",
+        })
+    }
+}
+
+/// Why a context call has no value. Return it with `?`: a signal ends the execution, everything else fails the attempt.
+#[derive(Debug)]
+pub enum TaskError {
+    /// The execution is over.
+    Signal(Signal),
+    /// What was waited for did not come in time. It is remembered: this wait says the same from now on.
+    Timeout {
+        /// The event, or the task.
+        what: String,
+    },
+    /// A step, or the handler, has failed by itself.
+    Failure {
+        /// A name for machines, such as `PaymentDeclined`.
+        name: String,
+        /// A text for people.
+        message: String,
+        /// What lies behind it.
+        source: Option<BoxError>,
+    },
+    /// A value could not be written as JSON, or a stored one not be read as the type that is asked for.
+    Json {
+        /// Where: the step, the event.
+        what: String,
+        /// What serde says.
+        source: serde_json::Error,
+    },
+    /// A call of the service failed.
+    Call(Error),
+}
+
+impl TaskError {
+    /// A failure with a name of its own; the name and the message are recorded.
+    pub fn failure(name: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Failure { name: name.into(), message: message.into(), source: None }
+    }
+
+    /// The signal, where it is one.
+    pub fn signal(&self) -> Option<Signal> {
+        match self {
+            Self::Signal(signal) => Some(*signal),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn json(what: &str, source: serde_json::Error) -> Self {
+        Self::Json { what: what.to_owned(), source }
+    }
+
+    /// The error of a step's action; what is a context's error already stays what it is.
+    pub(crate) fn of_step(error: BoxError) -> Self {
+        match error.downcast::<Self>() {
+            Ok(own) => *own,
+            Err(other) => Self::Failure { name: "StepError".into(), message: other.to_string(), source: Some(other) },
+        }
+    }
+}
+
+impl fmt::Display for TaskError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Signal(signal) => signal.fmt(f),
+            Self::Timeout { what } => write!(f, "{what} did not come in time"),
+            Self::Failure { message, .. } => f.write_str(message),
+            Self::Json { what, source } => write!(f, "{what}: {source}"),
+            Self::Call(error) => error.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for TaskError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Failure { source, .. } => source.as_deref().and_then(|source| source.source()),
+            Self::Json { source, .. } => Some(source),
+            Self::Signal(_) | Self::Timeout { .. } | Self::Call(_) => None,
+        }
+    }
+}
+
+/// Bytes of a recorded text.
+const TEXT_MAX: usize = 16 * 1024;
+
+/// What is recorded of a failure: `name`, `message`, `traceback` (contract/sdk.md 1.11).
+pub(crate) fn recorded(error: &BoxError) -> crate::Json {
+    let name = match error.downcast_ref::<TaskError>() {
+        Some(TaskError::Failure { name, .. }) => name.as_str(),
+        Some(TaskError::Timeout { .. }) => "TimeoutError",
+        Some(TaskError::Json { .. }) => "JsonError",
+        Some(TaskError::Call(_)) => "CallError",
+        Some(TaskError::Signal(_)) | None => "Error",
+    };
+    let mut chain = Vec::new();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        chain.push(format!("caused by: {error}"));
+        cause = error.source();
+    }
+    reason(name, &error.to_string(), (!chain.is_empty()).then(|| chain.join("\n")))
+}
+
+/// A failure's record. JSON in Postgres holds no U+0000, and a record has its bounds.
+pub(crate) fn reason(name: &str, message: &str, traceback: Option<String>) -> crate::Json {
+    let clean = |text: &str| text.replace('\0', "\u{fffd}").chars().take(TEXT_MAX).collect::<String>();
+    let traceback = traceback.map(|text| clean(&text));
+    serde_json::json!({ "name": clean(name), "message": clean(message), "traceback": traceback }).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_keeps_its_name_and_its_causes() {
+        let io = std::io::Error::other("disk\0full");
+        let step = TaskError::of_step(Box::new(io));
+        let error: BoxError = Box::new(step);
+        let stored: serde_json::Value = recorded(&error).to().expect("JSON");
+        assert_eq!((&stored["name"], &stored["message"]), (&"StepError".into(), &"disk\u{fffd}full".into()));
+        let named: BoxError = Box::new(TaskError::failure("PaymentDeclined", "no money"));
+        let stored: serde_json::Value = recorded(&named).to().expect("JSON");
+        assert_eq!(stored, serde_json::json!({"name": "PaymentDeclined", "message": "no money", "traceback": null}));
+        let text: BoxError = "plain".into();
+        assert_eq!(recorded(&text).to::<serde_json::Value>().expect("JSON")["message"], "plain");
+    }
+
+    #[test]
+    fn a_context_error_that_a_step_passes_on_stays_itself() {
+        let signal: BoxError = Box::new(TaskError::Signal(Signal::Lost));
+        assert_eq!(TaskError::of_step(signal).signal(), Some(Signal::Lost));
+    }
+}

@@ -1,0 +1,127 @@
+//! Kinds of tasks: a name with the types of its params and its result, and what is registered under it.
+
+use std::fmt;
+use std::future::Future;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::backend::BoxFuture;
+use super::context::Context;
+use super::error::{BoxError, TaskError};
+use crate::{CancellationRules, Json};
+
+/// A kind of task: its name, with the types of its params and of its result. Spawners and workers share it.
+///
+/// ```
+/// use absurd_client::durable::TaskType;
+/// # #[derive(serde::Serialize, serde::Deserialize)] struct Order;
+/// # #[derive(serde::Serialize, serde::Deserialize)] struct Receipt;
+/// const FULFIL: TaskType<Order, Receipt> = TaskType::new("order-fulfillment");
+/// # assert_eq!(FULFIL.name(), "order-fulfillment");
+/// ```
+pub struct TaskType<P, R> {
+    name: &'static str,
+    queue: Option<&'static str>,
+    types: PhantomData<fn(P) -> R>,
+}
+
+impl<P, R> TaskType<P, R> {
+    /// Tasks of this name.
+    pub const fn new(name: &'static str) -> Self {
+        Self { name, queue: None, types: PhantomData }
+    }
+
+    /// They belong to this queue, whoever spawns or registers them.
+    #[must_use]
+    pub const fn on_queue(self, queue: &'static str) -> Self {
+        Self { queue: Some(queue), ..self }
+    }
+
+    /// The name.
+    pub const fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// The queue, when it says one.
+    pub const fn queue(&self) -> Option<&'static str> {
+        self.queue
+    }
+}
+
+impl<P, R> Clone for TaskType<P, R> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<P, R> Copy for TaskType<P, R> {}
+
+impl<P, R> fmt::Debug for TaskType<P, R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TaskType").field("name", &self.name).field("queue", &self.queue).finish()
+    }
+}
+
+impl<P, R> From<&'static str> for TaskType<P, R> {
+    fn from(name: &'static str) -> Self {
+        Self::new(name)
+    }
+}
+
+/// What a registration says besides the handler.
+#[derive(Debug, Clone, Default)]
+pub struct TaskOptions {
+    /// Queue of these tasks; None: that of the [`TaskType`], else the client's.
+    pub queue: Option<String>,
+    /// Attempts of a spawn that names none; None: the client's default.
+    pub default_max_attempts: Option<i32>,
+    /// Rules of a spawn that names none.
+    pub default_cancellation: Option<CancellationRules>,
+    /// Longest time of one execution in this process; when it is over the attempt fails. None: no limit.
+    pub timeout: Option<Duration>,
+}
+
+/// A handler without its types.
+pub(crate) type Handler = Arc<dyn Fn(Context) -> BoxFuture<'static, Result<Json, BoxError>> + Send + Sync>;
+
+/// A registered task.
+#[derive(Clone)]
+pub(crate) struct Registered {
+    pub(crate) queue: String,
+    pub(crate) default_max_attempts: Option<i32>,
+    pub(crate) default_cancellation: Option<CancellationRules>,
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) handler: Handler,
+}
+
+impl fmt::Debug for Registered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Registered").field("queue", &self.queue).finish_non_exhaustive()
+    }
+}
+
+/// Takes the types off a handler: params are read before it, its result is written after it.
+pub(crate) fn erased<P, R, E, F, Fut>(handler: F) -> Handler
+where
+    P: DeserializeOwned + Send + 'static,
+    R: Serialize + Send + 'static,
+    E: Into<BoxError> + 'static,
+    F: Fn(Context, P) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = Result<R, E>> + Send + 'static,
+{
+    let handler = Arc::new(handler);
+    Arc::new(move |context| {
+        let handler = Arc::clone(&handler);
+        Box::pin(async move {
+            let params = context.params::<P>()?;
+            let result = handler(context, params).await.map_err(Into::into)?;
+            serde_json::to_string(&result)
+                .map(Json::from_text)
+                .map_err(|error| TaskError::json("the task's result", error).into())
+        })
+    })
+}

@@ -1,0 +1,407 @@
+//! Workers: tasks of a queue are carried out by the handlers that are registered for them.
+
+use std::fmt;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use serde_json::Map;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::Instant;
+use tracing::Instrument as _;
+use uuid::Uuid;
+
+use super::app::Absurd;
+use super::backend::Remote;
+use super::context::{Context, Facts};
+use super::error::{BoxError, Signal, TaskError, reason, recorded};
+use super::task::Registered;
+use crate::{ClaimOptions, ClaimStream, ClaimedTask, Error, Json, Revoked, StreamOptions};
+
+/// Shortest deferral of a task that nobody here knows (contract/sdk.md 1.8).
+const DEFER_MIN: Duration = Duration::from_secs(15);
+/// What is added to it at most, by the run's id.
+const DEFER_SPREAD_MS: u64 = 15_000;
+
+type OnError = Arc<dyn Fn(&WorkerError) + Send + Sync>;
+
+/// Something went wrong outside of a handler.
+#[derive(Debug)]
+pub struct WorkerError {
+    /// The task that it is about, where it is about one.
+    pub task_id: Option<Uuid>,
+    /// What was being done.
+    pub doing: &'static str,
+    /// What went wrong.
+    pub error: Error,
+}
+
+impl fmt::Display for WorkerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.doing, self.error)
+    }
+}
+
+/// How a worker works.
+#[derive(Clone)]
+pub struct WorkerOptions {
+    /// Who claims; None: the client's worker id.
+    pub worker_id: Option<String>,
+    /// Lease of each claim, kept while the task is worked on; each checkpoint extends it too.
+    pub claim_timeout: Duration,
+    /// Tasks at once.
+    pub concurrency: usize,
+    /// Tasks that wait here for a free place, so that none stays empty for a round trip.
+    pub prefetch: usize,
+    /// Longest time for running tasks to end when the worker is stopped.
+    pub grace: Duration,
+    on_error: OnError,
+}
+
+impl fmt::Debug for WorkerOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WorkerOptions")
+            .field("worker_id", &self.worker_id)
+            .field("claim_timeout", &self.claim_timeout)
+            .field("concurrency", &self.concurrency)
+            .field("prefetch", &self.prefetch)
+            .field("grace", &self.grace)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Default for WorkerOptions {
+    fn default() -> Self {
+        Self {
+            worker_id: None,
+            claim_timeout: Duration::from_secs(120),
+            concurrency: 1,
+            prefetch: 0,
+            grace: Duration::from_secs(30),
+            on_error: Arc::new(|error| tracing::error!(task.id = ?error.task_id, %error, "a worker's call failed")),
+        }
+    }
+}
+
+impl WorkerOptions {
+    /// So many tasks at once.
+    #[must_use]
+    pub fn concurrency(mut self, tasks: usize) -> Self {
+        self.concurrency = tasks;
+        self
+    }
+
+    /// With this lease.
+    #[must_use]
+    pub fn claim_timeout(mut self, lease: Duration) -> Self {
+        self.claim_timeout = lease;
+        self
+    }
+
+    /// Have so many more tasks here, waiting for a free place.
+    #[must_use]
+    pub fn prefetch(mut self, tasks: usize) -> Self {
+        self.prefetch = tasks;
+        self
+    }
+
+    /// What is called when something goes wrong outside of a handler; a line in the log unless told otherwise.
+    #[must_use]
+    pub fn on_error(mut self, on_error: impl Fn(&WorkerError) + Send + Sync + 'static) -> Self {
+        self.on_error = Arc::new(on_error);
+        self
+    }
+}
+
+/// A running worker. Dropping it ends it at once: its tasks move on when their leases are cut.
+#[derive(Debug)]
+pub struct Worker {
+    stop: watch::Sender<bool>,
+    ended: JoinHandle<()>,
+}
+
+impl Worker {
+    /// Stops taking tasks, waits for those that run, at most the options' grace, and ends. Their leases are kept until then.
+    pub async fn stop(self) {
+        self.stop.send_replace(true);
+        let _ = self.ended.await;
+    }
+
+    /// Asks it to stop as [`Worker::stop`] does, without waiting.
+    pub fn begin_stop(&self) {
+        self.stop.send_replace(true);
+    }
+}
+
+impl Absurd {
+    /// Starts a worker on the client's queue. It runs until it is stopped; it connects again whenever it has to.
+    pub async fn start_worker(&self, options: WorkerOptions) -> Result<Worker, Error> {
+        let client = self.client_for(options.worker_id.as_deref());
+        let in_flight = options.concurrency.max(1).saturating_add(options.prefetch);
+        let stream = client
+            .claim_stream(StreamOptions {
+                max_in_flight: i32::try_from(in_flight).unwrap_or(i32::MAX),
+                claim_timeout: options.claim_timeout,
+                ..StreamOptions::default()
+            })
+            .await?;
+        let stop = watch::Sender::new(false);
+        let ended = tokio::spawn(work(self.clone(), options, stream, stop.subscribe()));
+        Ok(Worker { stop, ended })
+    }
+
+    /// Works until the process is told to end (SIGINT, SIGTERM), and then drains.
+    pub async fn run_worker(&self, options: WorkerOptions) -> Result<(), Error> {
+        let worker = self.start_worker(options).await?;
+        told_to_end().await;
+        worker.stop().await;
+        Ok(())
+    }
+
+    /// Claims once, and carries out what was claimed, one after the other; returns how many there were.
+    pub async fn work_batch(&self, options: WorkerOptions, batch_size: i32) -> Result<usize, Error> {
+        let client = self.client_for(options.worker_id.as_deref());
+        let claim = ClaimOptions::default().claim_timeout(options.claim_timeout).qty(batch_size);
+        let claimed = client.claim_task(claim).await?;
+        let count = claimed.len();
+        for task in claimed {
+            execute(self, &options, task).await;
+        }
+        Ok(count)
+    }
+
+    fn client_for(&self, worker_id: Option<&str>) -> crate::AbsurdClient {
+        let client = self.client();
+        worker_id.map_or_else(|| client.clone(), |worker_id| client.with_worker_id(worker_id))
+    }
+}
+
+#[cfg(unix)]
+async fn told_to_end() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let Ok(mut terminate) = signal(SignalKind::terminate()) else { return std::future::pending().await };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+}
+
+#[cfg(not(unix))]
+async fn told_to_end() {
+    let _ = tokio::signal::ctrl_c().await;
+}
+
+/// The worker's loop: one task per free place.
+async fn work(absurd: Absurd, options: WorkerOptions, mut stream: ClaimStream, mut stop: watch::Receiver<bool>) {
+    let places = Arc::new(Semaphore::new(options.concurrency.max(1)));
+    let mut running = JoinSet::new();
+    loop {
+        let place = tokio::select! {
+            biased;
+            _ = stop.wait_for(|stop| *stop) => break,
+            place = Arc::clone(&places).acquire_owned() => place,
+        };
+        let task = tokio::select! {
+            biased;
+            _ = stop.wait_for(|stop| *stop) => break,
+            task = stream.next() => task,
+        };
+        let Some(task) = task else { break };
+        let (absurd, options) = (absurd.clone(), options.clone());
+        running.spawn(async move {
+            execute(&absurd, &options, task).await;
+            drop(place);
+        });
+        while running.try_join_next().is_some() {}
+    }
+    // The stream keeps the leases of what runs until it is settled.
+    let (grace, on_error) = (options.grace, Arc::clone(&options.on_error));
+    let drained = async { while running.join_next().await.is_some() {} };
+    let closed = stream.close(grace);
+    let (closed, _) = tokio::join!(closed, tokio::time::timeout(grace, drained));
+    if let Err(error) = closed {
+        on_error(&WorkerError { task_id: None, doing: "ending the stream", error });
+    }
+}
+
+/// How long a task waits that nobody here knows: 15 to 30 s, the same for the same run.
+fn deferral(run_id: Uuid) -> Duration {
+    let spread = run_id.as_u128() % u128::from(DEFER_SPREAD_MS);
+    DEFER_MIN + Duration::from_millis(u64::try_from(spread).unwrap_or(0))
+}
+
+/// One claimed task, from its claim to its end in this process.
+async fn execute(absurd: &Absurd, options: &WorkerOptions, task: ClaimedTask) {
+    let span = tracing::info_span!(
+        "absurd.task",
+        task.name = task.task_name,
+        task.id = %task.task_id,
+        run.id = %task.run_id,
+        run.attempt = task.attempt,
+        trace.parent = tracing::field::Empty,
+    );
+    if let Some(parent) = headers(&task).ok().as_ref().and_then(|headers| headers.get("traceparent")?.as_str()) {
+        span.record("trace.parent", parent);
+    }
+    let report = |doing, error: Error| {
+        // Whoever took the run over sees to it.
+        if !error.is_claim_over() {
+            (options.on_error)(&WorkerError { task_id: Some(task.task_id), doing, error });
+        }
+    };
+    let Some(registered) = absurd.registered(&task.task_name) else {
+        let delay = deferral(task.run_id);
+        tracing::warn!(task.name = task.task_name, task.id = %task.task_id, ?delay, "nobody here knows this task: deferred");
+        if let Err(error) = task.release(delay).await {
+            report("deferring an unknown task", error);
+        }
+        return;
+    };
+    let outcome = run(absurd, options, &task, &registered).instrument(span).await;
+    let (doing, settled) = match outcome {
+        Outcome::Completed(result) => ("completing a task", task.complete_json(result).await),
+        Outcome::Failed(reason) => ("failing a task", task.fail_json(reason).await.map(drop)),
+        Outcome::Over(signal) => {
+            tracing::debug!(task.id = %task.task_id, %signal, "the execution is over");
+            return;
+        }
+        Outcome::Unread(error) => ("reading checkpoints", Err(error)),
+    };
+    if let Err(error) = settled {
+        report(doing, error);
+    }
+}
+
+/// What became of an execution.
+enum Outcome {
+    Completed(Json),
+    Failed(Json),
+    Over(Signal),
+    /// Its checkpoints could not be read; the run waits for the end of its lease.
+    Unread(Error),
+}
+
+fn headers(task: &ClaimedTask) -> Result<Map<String, serde_json::Value>, serde_json::Error> {
+    let headers: Option<Map<String, serde_json::Value>> = task.headers.as_ref().map(Json::to).transpose()?.flatten();
+    Ok(headers.unwrap_or_default())
+}
+
+async fn run(absurd: &Absurd, options: &WorkerOptions, task: &ClaimedTask, registered: &Registered) -> Outcome {
+    let queue = absurd.client().queue_name();
+    if registered.queue != queue {
+        let message = format!(
+            "queue mismatch: {:?} is registered for queue {:?}, not {queue:?}",
+            task.task_name, registered.queue
+        );
+        return Outcome::Failed(reason("QueueMismatch", &message, None));
+    }
+    let Ok(headers) = headers(task) else {
+        return Outcome::Failed(reason("InvalidHeaders", "invalid task headers: they are not a JSON object", None));
+    };
+    let stored = match checkpoints(absurd, task).await {
+        Ok(stored) => stored,
+        Err(error) => return Outcome::Unread(error),
+    };
+    let facts = Facts {
+        task_id: task.task_id,
+        run_id: task.run_id,
+        attempt: task.attempt,
+        task_name: task.task_name.clone(),
+        queue: queue.to_owned(),
+        params: task.params.clone().unwrap_or_else(Json::null),
+        headers,
+        max_attempts: task.max_attempts,
+        claimed_at: task.claim_expires_at.and_then(|end| end.checked_sub(options.claim_timeout)),
+        deadline: registered.timeout.map(|timeout| Instant::now() + timeout),
+        lease: options.claim_timeout,
+    };
+    let backend = Remote::of(task, absurd.client(), options.claim_timeout);
+    let context = Context::new(facts, absurd.clone(), Arc::new(backend), stored);
+    let revoked = async {
+        match task.revoked().await {
+            Revoked::Lost => Signal::Lost,
+            Revoked::Expired => Signal::Failed,
+            Revoked::Cancelled => Signal::Cancelled,
+        }
+    };
+    drive(absurd, context, registered, revoked).await
+}
+
+/// Checkpoints that the run may see. Those that did not fit into the claim are read.
+async fn checkpoints(absurd: &Absurd, task: &ClaimedTask) -> Result<Vec<(String, Json)>, Error> {
+    let value = |state: Option<Json>| state.unwrap_or_else(Json::null);
+    if task.checkpoints_complete {
+        return Ok(task.checkpoints.iter().map(|(name, state)| (name.clone(), value(state.clone()))).collect());
+    }
+    let all = absurd.client().get_all_checkpoints(task.task_id, task.run_id).await?;
+    Ok(all.into_iter().map(|stored| (stored.checkpoint_name, value(stored.state))).collect())
+}
+
+/// Runs the handler until it ends, or until the execution is over: then the handler is dropped where it stands.
+async fn drive(
+    absurd: &Absurd,
+    context: Context,
+    registered: &Registered,
+    revoked: impl Future<Output = Signal>,
+) -> Outcome {
+    let deadline = context.deadline();
+    let handler = absurd.execute(context.clone(), Arc::clone(&registered.handler));
+    let handler = AssertUnwindSafe(context.clone().scope(handler)).catch_unwind();
+    let late = async {
+        match deadline {
+            Some(deadline) => tokio::time::sleep_until(deadline).await,
+            None => std::future::pending().await,
+        }
+    };
+    let ended = tokio::select! {
+        biased;
+        signal = context.signalled() => return Outcome::Over(signal),
+        signal = revoked => {
+            context.end(signal);
+            return Outcome::Over(signal);
+        }
+        ended = handler => ended,
+        () = late => {
+            context.end(Signal::Failed);
+            return Outcome::Failed(reason("TimeoutError", "the execution took longer than its task may", None));
+        }
+    };
+    // A signal that the handler has swallowed counts all the same.
+    if let Some(signal) = context.signal() {
+        return Outcome::Over(signal);
+    }
+    context.end(Signal::Failed);
+    match ended {
+        Ok(Ok(result)) => Outcome::Completed(result),
+        Ok(Err(error)) => failed(&error),
+        Err(panic) => {
+            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+            Outcome::Failed(reason("Panic", &format!("panic: {text}"), None))
+        }
+    }
+}
+
+fn failed(error: &BoxError) -> Outcome {
+    match error.downcast_ref::<TaskError>().and_then(TaskError::signal) {
+        Some(signal) => Outcome::Over(signal),
+        None => Outcome::Failed(recorded(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_task_is_deferred_by_its_run() {
+        for _ in 0..100 {
+            let run = Uuid::now_v7();
+            let delay = deferral(run);
+            assert!(delay >= DEFER_MIN && delay < DEFER_MIN * 2, "{delay:?}");
+            assert_eq!(delay, deferral(run));
+        }
+    }
+}

@@ -1,0 +1,115 @@
+-- Runs that sleep until a task has ended. Such a wait is a wait for an event that the server emits: its name has the task's
+-- number of attempts at the time, so that a task which is retried by hand has another end.
+
+create table if not exists absurd_server.awaited_task (
+  queue_name    text not null,
+  task_id       uuid not null,
+  waiting_queue text not null,
+  event_name    text not null,
+  primary key (queue_name, task_id, waiting_queue, event_name)
+);
+
+-- How a task has ended, as the SDKs store it; no snapshot: it has not.
+create or replace function absurd_server.task_end(p_queue text, p_task_id uuid)
+returns table (known boolean, attempts integer, snapshot jsonb)
+language plpgsql as $$
+declare
+  v_task record;
+  v_failure jsonb;
+begin
+  execute format('select t.state, t.attempts, t.completed_payload, t.last_attempt_run from absurd.%I t
+                   where t.task_id = $1', 't_' || p_queue) into v_task using p_task_id;
+  known := v_task.state is not null;
+  attempts := v_task.attempts;
+  if v_task.state = 'completed' then
+    snapshot := jsonb_build_object('state', v_task.state, 'result', v_task.completed_payload);
+  elsif v_task.state = 'failed' then
+    execute format('select r.failure_reason from absurd.%I r where r.run_id = $1', 'r_' || p_queue)
+      into v_failure using v_task.last_attempt_run;
+    snapshot := jsonb_build_object('state', v_task.state, 'failure', v_failure);
+  elsif v_task.state = 'cancelled' then
+    snapshot := jsonb_build_object('state', v_task.state);
+  end if;
+  return next;
+end
+$$;
+
+create or replace function absurd_server.await_task(p_queue text, p_run_id uuid, p_digest text, p_step text,
+                                                    p_awaited_queue text, p_task_id uuid, p_timeout_ms bigint)
+returns table (found_task boolean, known boolean, owned boolean, state text, expired boolean, outcome text, payload jsonb,
+               wake_at timestamptz)
+language plpgsql as $$
+#variable_conflict use_column
+declare
+  v_end record;
+  v_event text;
+begin
+  select * into v_end from absurd_server.task_end(p_awaited_queue, p_task_id);
+  if not v_end.known then
+    found_task := false;
+    return next;
+    return;
+  end if;
+  v_event := '$taskEnd:' || p_awaited_queue || ':' || p_task_id || ':' || v_end.attempts;
+  if v_end.snapshot is not null then
+    perform absurd_server.emit_event(p_queue, v_event, v_end.snapshot);
+  else
+    insert into absurd_server.awaited_task (queue_name, task_id, waiting_queue, event_name)
+    values (p_awaited_queue, p_task_id, p_queue, v_event) on conflict do nothing;
+  end if;
+  return query
+    select true, a.known, a.owned, a.state, a.expired, a.outcome, a.payload, a.wake_at
+      from absurd_server.await_event(p_queue, p_run_id, p_digest, p_step, v_event, p_timeout_ms) a;
+end
+$$;
+
+-- Wakes the runs whose tasks have ended, or are gone: those of `p_tasks`, or all. Each on its own, so that one that fails
+-- holds up no other. Says which queues have woken runs.
+create or replace function absurd_server.settle_awaited(p_queue text, p_tasks uuid[], p_limit integer)
+returns table (waiting_queue text)
+language plpgsql as $$
+#variable_conflict use_column
+declare
+  v_queue text;
+  v_ended text;
+  v_row record;
+  v_snapshot jsonb;
+begin
+  for v_queue in
+    select distinct a.queue_name from absurd_server.awaited_task a where p_queue is null or a.queue_name = p_queue
+  loop
+    -- Of a queue that was dropped, all tasks are gone.
+    v_ended := case
+      when to_regclass(format('absurd.%I', 't_' || v_queue)) is null then 'true'
+      else format('not exists (select from absurd.%I t where t.task_id = a.task_id
+                                  and t.state not in (''completed'', ''failed'', ''cancelled''))', 't_' || v_queue)
+      end;
+    for v_row in
+      execute format(
+        'select a.task_id, a.waiting_queue, a.event_name from absurd_server.awaited_task a
+          where a.queue_name = $1 and ($2 is null or a.task_id = any ($2)) and %s
+          limit $3 for update skip locked', v_ended)
+      using v_queue, p_tasks, p_limit
+    loop
+      begin
+        v_snapshot := null;
+        if v_ended <> 'true' then
+          select e.snapshot into v_snapshot from absurd_server.task_end(v_queue, v_row.task_id) e;
+        end if;
+        if to_regclass(format('absurd.%I', 'e_' || v_row.waiting_queue)) is not null then
+          perform absurd_server.emit_event(
+            v_row.waiting_queue, v_row.event_name,
+            coalesce(v_snapshot, '{"state": "failed", "failure": {"name": "TaskNotFound", "message": "the task is gone"}}'));
+        end if;
+        delete from absurd_server.awaited_task a
+         where a.queue_name = v_queue and a.task_id = v_row.task_id and a.waiting_queue = v_row.waiting_queue
+           and a.event_name = v_row.event_name;
+        waiting_queue := v_row.waiting_queue;
+        return next;
+      exception when others then
+        raise warning 'the runs that wait for task % could not be woken: %', v_row.task_id, sqlerrm;
+      end;
+    end loop;
+  end loop;
+end
+$$;

@@ -1,0 +1,115 @@
+//! Runs that sleep until a task has ended: woken on hints of this replica, and by a look at all of them, soon while there are
+//! any, seldom while there are none. Every replica looks; nobody leads.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::dispatch::random;
+use crate::domain::{QueueName, TaskId};
+use crate::engine::Engine;
+use crate::scope::Caller;
+use crate::store::Fault;
+
+/// Between looks while runs wait.
+const SOON: Duration = Duration::from_secs(2);
+/// Between looks while this replica knows of none.
+const SELDOM: Duration = Duration::from_secs(15);
+/// Tasks whose end is told of in one statement, for each queue.
+const SETTLED_MAX: i32 = 500;
+/// Hints that are kept; what is beyond them waits for the next look.
+const HINTS_MAX: usize = 10_000;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct AwaitedTasks {
+    /// Whether a run waits for a task, as far as this replica knows.
+    known: AtomicBool,
+    ended: Mutex<Vec<(QueueName, TaskId)>>,
+    bell: Notify,
+}
+
+impl AwaitedTasks {
+    /// A run waits from now on.
+    pub fn begun(&self) {
+        if !self.known.swap(true, Ordering::Relaxed) {
+            self.bell.notify_one();
+        }
+    }
+
+    /// A task has ended here.
+    pub fn ended(&self, queue: &QueueName, task_id: TaskId) {
+        if self.known.load(Ordering::Relaxed) {
+            let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+            if ended.len() < HINTS_MAX {
+                ended.push((queue.clone(), task_id));
+            }
+            drop(ended);
+            self.bell.notify_one();
+        }
+    }
+}
+
+/// Wakes runs for ever.
+pub async fn run(engine: &Engine) {
+    let awaited = &engine.awaited;
+    let mut look_at = Instant::now();
+    loop {
+        tokio::select! {
+            () = awaited.bell.notified() => {}
+            () = tokio::time::sleep_until(look_at) => {}
+        }
+        let ended = std::mem::take(&mut *awaited.ended.lock().unwrap_or_else(PoisonError::into_inner));
+        let outcome = if Instant::now() >= look_at { look(engine).await } else { settle(engine, ended).await };
+        if let Err(fault) = outcome {
+            tracing::debug!(?fault, "could not wake the runs that wait for tasks");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        let pause = if awaited.known.load(Ordering::Relaxed) { SOON } else { SELDOM };
+        look_at = look_at.min(Instant::now() + pause);
+        if Instant::now() >= look_at {
+            look_at = Instant::now() + pause.mul_f64(0.67 + 0.66 * random());
+        }
+    }
+}
+
+/// Looks at all that is awaited.
+async fn look(engine: &Engine) -> Result<(), Fault> {
+    let known = engine.store.task_list_awaited().await?;
+    engine.awaited.known.store(known, Ordering::Relaxed);
+    while engine.awaited.known.load(Ordering::Relaxed) {
+        let woken = engine.store.task_settle_awaited(None, None, SETTLED_MAX).await?;
+        if woken.is_empty() {
+            return Ok(());
+        }
+        offer(engine, &woken);
+    }
+    Ok(())
+}
+
+/// Looks at tasks that have ended here.
+async fn settle(engine: &Engine, ended: Vec<(QueueName, TaskId)>) -> Result<(), Fault> {
+    let mut by_queue: HashMap<QueueName, Vec<TaskId>> = HashMap::new();
+    for (queue, task_id) in ended {
+        by_queue.entry(queue).or_default().push(task_id);
+    }
+    for (queue, tasks) in by_queue {
+        for tasks in tasks.chunks(SETTLED_MAX.unsigned_abs() as usize) {
+            let woken = engine.store.task_settle_awaited(Some(queue.as_str()), Some(tasks), SETTLED_MAX).await?;
+            offer(engine, &woken);
+        }
+    }
+    Ok(())
+}
+
+fn offer(engine: &Engine, queues: &[String]) {
+    for queue in queues {
+        if let Ok(queue) = QueueName::parse("queue", queue) {
+            engine.new_work(&Caller::anonymous().scope(queue));
+        }
+    }
+}
