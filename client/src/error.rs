@@ -124,9 +124,12 @@ impl Error {
 
     /// The refusal of one item; its caller knows nothing of the others that went along.
     pub(crate) fn of_item(refusal: &absurd_proto::v1::SettleError) -> Self {
-        let mut error =
-            Self::new(Reason::from_wire(&refusal.reason), Code::from_i32(refusal.code), refusal.message.clone());
         let field = refusal.field.split_once("].").map_or(refusal.field.as_str(), |(_, field)| field);
+        let message = match refusal.message.strip_prefix(&refusal.field) {
+            Some(rest) if !field.is_empty() => format!("{field}{rest}"),
+            _ => refusal.message.clone(),
+        };
+        let mut error = Self::new(Reason::from_wire(&refusal.reason), Code::from_i32(refusal.code), message);
         error.0.field = Some(field.to_owned()).filter(|field| !field.is_empty());
         error
     }

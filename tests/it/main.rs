@@ -9,6 +9,7 @@ mod cli;
 mod clients;
 mod contract;
 mod doorbell;
+mod durable;
 mod events;
 mod examples;
 mod faults;

@@ -18,7 +18,7 @@ use super::backend::Remote;
 use super::context::{Context, Facts};
 use super::error::{BoxError, Signal, TaskError, reason, recorded};
 use super::task::Registered;
-use crate::{ClaimOptions, ClaimStream, ClaimedTask, Error, Json, Revoked, StreamOptions};
+use crate::{ClaimOptions, ClaimStream, ClaimedTask, Error, Json, Reason, Revoked, StreamOptions};
 
 /// Shortest deferral of a task that nobody here knows (contract/sdk.md 1.8).
 const DEFER_MIN: Duration = Duration::from_secs(15);
@@ -261,7 +261,13 @@ async fn execute(absurd: &Absurd, options: &WorkerOptions, task: ClaimedTask) {
     };
     let outcome = run(absurd, options, &task, &registered).instrument(span).await;
     let (doing, settled) = match outcome {
-        Outcome::Completed(result) => ("completing a task", task.complete_json(result).await),
+        Outcome::Completed(result) => match task.complete_json(result).await {
+            Err(error) if is_refused(&error) => {
+                let refused = reason("ResultRefused", error.message(), None);
+                ("failing a task", task.fail_json(refused).await.map(drop))
+            }
+            completed => ("completing a task", completed),
+        },
         Outcome::Failed(reason) => ("failing a task", task.fail_json(reason).await.map(drop)),
         Outcome::Over(signal) => {
             tracing::debug!(task.id = %task.task_id, %signal, "the execution is over");
@@ -272,6 +278,11 @@ async fn execute(absurd: &Absurd, options: &WorkerOptions, task: ClaimedTask) {
     if let Err(error) = settled {
         report(doing, error);
     }
+}
+
+/// Whether a result will never be taken, however often it is sent.
+fn is_refused(error: &Error) -> bool {
+    matches!(error.reason(), Reason::JsonInvalid | Reason::PayloadTooLarge | Reason::InvalidArgument)
 }
 
 /// What became of an execution.
