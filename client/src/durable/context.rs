@@ -637,7 +637,7 @@ mod tests {
         let id = Uuid::now_v7();
         let read = |text: &str| serde_json::from_str::<Snapshot>(text).expect("JSON").into_result(id);
         let completed = read(r#"{"state": "completed", "result": {"x": 1}}"#).expect("an end");
-        assert_eq!(completed.result.map(|json| json.to_string()), Some(r#"{"x":1}"#.to_owned()));
+        assert_eq!(completed.result.map(|json| json.to_string()), Some(r#"{"x": 1}"#.to_owned()));
         assert_eq!(read(r#"{"state": "completed"}"#).and_then(|end| end.result), Some(Json::null()));
         assert_eq!(read(r#"{"state": "failed", "failure": 1}"#).map(|end| end.state), Some(State::Failed));
         assert_eq!(read(r#"{"state": "running"}"#), None);
