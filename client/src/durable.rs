@@ -62,15 +62,20 @@ mod app;
 mod backend;
 mod context;
 mod error;
+mod hooks;
+mod spawn;
 mod task;
+mod wait;
 mod worker;
 
-pub use app::{Absurd, Execution, Hooks, Spawn, SpawnDraft};
-pub use backend::AwaitedTask;
-pub use context::{ChildSpawn, Context, EventWait, ResultWait, Step};
+pub use app::Absurd;
+pub use context::{Context, Step};
 pub use error::{BoxError, Signal, TaskError};
+pub use hooks::{Execution, Hooks};
+pub use spawn::{ChildSpawn, Spawn, SpawnDraft};
 pub use task::{TaskOptions, TaskType};
+pub use wait::{EventWait, ResultWait};
 pub use worker::{Worker, WorkerError, WorkerOptions};
 
-pub(crate) use backend::{TaskWait, Until};
-pub(crate) use context::Snapshot;
+pub(crate) use backend::{AwaitedTask, TaskWait, Until};
+pub(crate) use wait::Snapshot;

@@ -79,16 +79,23 @@ pub async fn run(engine: &Engine) {
 
 /// Looks at all that is awaited.
 async fn look(engine: &Engine) -> Result<(), Fault> {
-    let known = engine.store.task_list_awaited().await?;
-    engine.awaited.known.store(known, Ordering::Relaxed);
-    while engine.awaited.known.load(Ordering::Relaxed) {
+    // Before the read: who begins to wait while it is under way stays known.
+    let known = engine.awaited.known.swap(false, Ordering::Relaxed);
+    match engine.store.task_list_awaited().await {
+        Ok(false) => return Ok(()),
+        Ok(true) => engine.awaited.known.store(true, Ordering::Relaxed),
+        Err(fault) => {
+            engine.awaited.known.fetch_or(known, Ordering::Relaxed);
+            return Err(fault);
+        }
+    }
+    loop {
         let woken = engine.store.task_settle_awaited(None, None, SETTLED_MAX).await?;
         if woken.is_empty() {
             return Ok(());
         }
         offer(engine, &woken);
     }
-    Ok(())
 }
 
 /// Looks at tasks that have ended here.

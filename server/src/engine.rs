@@ -10,11 +10,11 @@ use crate::activity::{Activity, Feed, What};
 use crate::awaited::AwaitedTasks;
 use crate::commit::{self, Committer, Settles, Spawns};
 use crate::dispatch::{DispatchOptions, Dispatcher};
-use crate::domain::{CheckpointName, Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};
+use crate::domain::{Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};
 use crate::doorbell::Hints;
 use crate::scope::{Caller, Scope};
 use crate::store::batch::{Kind, RunRef, Write};
-use crate::store::event::Awaited;
+use crate::store::event::{Awaited, StepWait};
 use crate::store::task::{NewTask, Spawned};
 use crate::store::{Fault, Store};
 use crate::wait::Waits;
@@ -236,42 +236,38 @@ impl Engine {
     pub async fn await_event(
         &self,
         scope: &Scope,
-        run: &RunRef,
-        step: &CheckpointName,
+        wait: &StepWait<'_>,
         event: &EventName,
-        timeout: Option<Duration>,
         lock_wait: Duration,
     ) -> Result<Awaited, Error> {
-        self.dispatcher.alive(scope.queue(), run.run_id, None);
-        let outcome = self.store.event_await(scope, run, step, event, timeout, lock_wait).await;
-        match &outcome {
-            Ok(Awaited::Suspended(wake_at)) => self.sleeps(scope, run.run_id, *wake_at),
-            Err(Error::TaskCancelled(_) | Error::ClaimExpired(_)) => self.dispatcher.left(scope.queue(), run.run_id),
-            Ok(Awaited::Payload(_) | Awaited::TimedOut) | Err(_) => {}
-        }
-        outcome
+        self.dispatcher.alive(scope.queue(), wait.run.run_id, None);
+        let outcome = self.store.event_await(scope, wait, event, lock_wait).await;
+        self.waited(scope, wait.run.run_id, outcome)
     }
 
     /// Waits for the end of a task as a step of a run.
     pub async fn await_task(
         &self,
         scope: &Scope,
-        run: &RunRef,
-        step: &CheckpointName,
+        wait: &StepWait<'_>,
         awaited: (&QueueName, TaskId),
-        timeout: Option<Duration>,
         lock_wait: Duration,
     ) -> Result<Awaited, Error> {
-        self.dispatcher.alive(scope.queue(), run.run_id, None);
-        let outcome = self.store.task_await(scope, run, step, awaited, timeout, lock_wait).await;
+        self.dispatcher.alive(scope.queue(), wait.run.run_id, None);
+        let outcome = self.store.task_await(scope, wait, awaited, lock_wait).await;
+        if matches!(outcome, Ok(Awaited::Suspended(_))) {
+            self.awaited.begun();
+            // It may have ended between the look at it and now.
+            self.awaited.ended(awaited.0, awaited.1);
+        }
+        self.waited(scope, wait.run.run_id, outcome)
+    }
+
+    /// Takes in how a wait stands.
+    fn waited(&self, scope: &Scope, run_id: Uuid, outcome: Result<Awaited, Error>) -> Result<Awaited, Error> {
         match &outcome {
-            Ok(Awaited::Suspended(wake_at)) => {
-                self.sleeps(scope, run.run_id, *wake_at);
-                self.awaited.begun();
-                // It may have ended between the look at it and now.
-                self.awaited.ended(awaited.0, awaited.1);
-            }
-            Err(Error::TaskCancelled(_) | Error::ClaimExpired(_)) => self.dispatcher.left(scope.queue(), run.run_id),
+            Ok(Awaited::Suspended(wake_at)) => self.sleeps(scope, run_id, *wake_at),
+            Err(Error::TaskCancelled(_) | Error::ClaimExpired(_)) => self.dispatcher.left(scope.queue(), run_id),
             Ok(Awaited::Payload(_) | Awaited::TimedOut) | Err(_) => {}
         }
         outcome

@@ -141,7 +141,7 @@ impl Database {
     }
 
     /// A migrated database of another cluster, which the test may stop and start.
-    pub async fn on(cluster: &Cluster) -> Self {
+    pub(crate) async fn on(cluster: &Cluster) -> Self {
         let admin = connect(&cluster.url("postgres")).await;
         admin.batch_execute("create database own").await.unwrap();
         let url = cluster.url("own");

@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod cluster;
 mod database;
 mod process;
 mod proxy;
@@ -11,6 +12,7 @@ mod server;
 
 use std::time::Duration;
 
+pub use cluster::OwnCluster;
 pub use database::{Database, cluster, data_directory, pg_bin};
 pub use process::{Absurd, absurd, binary, example, root, tool};
 pub use proxy::Proxy;

@@ -8,7 +8,7 @@ use absurd_client::durable::{
     Absurd, BoxError, Context, Hooks, Signal, TaskError, TaskOptions, TaskType, Worker, WorkerOptions,
 };
 use absurd_client::{AbsurdClient, CancellationRules, ConnectOptions, Json, Reason, State, TaskResult};
-use absurd_tests::{PATIENCE, Server, eventually, in_time};
+use absurd_tests::{OwnCluster, PATIENCE, Server, eventually, in_time};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json as j};
 use tokio::sync::{Notify, mpsc};
@@ -150,6 +150,10 @@ async fn a_lost_claim_drops_the_handler_at_its_next_await() {
 async fn failures_are_recorded_as_all_sdks_do() {
     let server = Server::start().await;
     let absurd = Absurd::new(server.client());
+    let early = absurd.register("early", |_: Context, how: Value| {
+        assert!(how.is_string(), "before its first await");
+        async { Ok::<_, BoxError>(()) }
+    });
     absurd.register(ANY, |ctx: Context, how: Value| async move {
         match how.as_str().unwrap() {
             "panic" => panic!("out of {}", "luck"),
@@ -181,6 +185,8 @@ async fn failures_are_recorded_as_all_sdks_do() {
         assert_eq!(recorded["name"], name, "{recorded}");
         assert!(recorded["message"].as_str().unwrap().starts_with(message), "{recorded}");
     }
+    let spawned = absurd.spawn(&early, &j!(1)).max_attempts(1).await.unwrap();
+    assert_eq!(failure(&absurd, spawned.task_id).await["message"], "panic: before its first await");
     worker.stop().await;
 }
 
@@ -342,8 +348,8 @@ async fn a_parent_waits_for_its_children_without_holding_a_place() {
                     Err(error) => return Err(error.into()),
                 }
             }
-            let late = ctx.await_task_result(&ANY, ctx.task_id()).timeout(Duration::ZERO).await;
-            assert!(matches!(late, Err(TaskError::Timeout { .. })), "{late:?}");
+            let itself = ctx.await_task_result(&ANY, ctx.task_id()).await;
+            assert!(itself.is_err_and(|error| error.to_string().contains("its own end")), "it would wait for ever");
             Ok::<_, BoxError>(sum)
         }
     });
@@ -360,6 +366,68 @@ async fn a_parent_waits_for_its_children_without_holding_a_place() {
     let stored: Value = stored.state.as_ref().unwrap().to().unwrap();
     assert_eq!(stored, j!({"state": "completed", "result": 0}), "as all SDKs store it");
     worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parent_waits_no_longer_than_it_wants() {
+    let server = Server::start().await;
+    let absurd = Absurd::new(server.client());
+    server.client().with_queue("other").create_queue().await.unwrap();
+    let parent = absurd.register("parent", |ctx: Context, _: Value| async move {
+        let draft = ctx.spawn(&ANY, &j!(null)).options(|draft| draft.queue("other"));
+        let child = draft.await?.task_id;
+        let wait = ctx.await_task_result(&ANY, child).queue("other").timeout(Duration::from_millis(300));
+        match wait.await {
+            Err(TaskError::Timeout { what }) => Ok::<_, BoxError>(what.contains(&child.to_string())),
+            other => Err(format!("{other:?}").into()),
+        }
+    });
+    let worker = worker(&absurd, 1).await;
+    let spawned = absurd.spawn(&parent, &j!(null)).max_attempts(1).await.unwrap();
+    assert_eq!(result(&absurd, spawned.task_id).await, true);
+    worker.stop().await;
+}
+
+/// Postgres stops and starts while parents sleep and children run: everything goes on by itself, and no step is done twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_restarts_under_a_worker() {
+    let mut cluster = OwnCluster::start(&[]).await;
+    let server = Server::start_on(&cluster.database().await).await;
+    let absurd = Absurd::new(server.client());
+    let (steps, begun, go) = (Arc::new(AtomicUsize::new(0)), Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let signals = (Arc::clone(&begun), Arc::clone(&go));
+    let child = absurd.register("child", move |_: Context, number: u64| {
+        let (begun, go) = (Arc::clone(&signals.0), Arc::clone(&signals.1));
+        async move {
+            begun.notify_one();
+            go.notified().await;
+            Ok::<_, BoxError>(number)
+        }
+    });
+    let counter = Arc::clone(&steps);
+    let parent = absurd.register("parent", move |ctx: Context, _: Value| {
+        let steps = Arc::clone(&counter);
+        async move {
+            let number = ctx.step("s", async || Ok::<_, BoxError>(steps.fetch_add(1, SeqCst) as u64)).await?;
+            let spawned = ctx.spawn(&child, &number).await?;
+            Ok::<_, BoxError>(ctx.await_task_result(&child, spawned.task_id).await?)
+        }
+    });
+    let worker = worker(&absurd, 2).await;
+    let spawned = absurd.spawn(&parent, &j!(null)).await.unwrap();
+    in_time("the child runs", begun.notified()).await;
+    eventually("the parent sleeps", || async {
+        (server.client().get_task_result(spawned.task_id).await.unwrap().state == State::Sleeping).then_some(())
+    })
+    .await;
+    cluster.stop().await;
+    go.notify_one();
+    cluster.start_again().await;
+    assert_eq!(result(&absurd, spawned.task_id).await, 0);
+    assert_eq!(steps.load(SeqCst), 1);
+    worker.stop().await;
+    drop(server);
+    cluster.stop().await;
 }
 
 /// A task that ends through SQL, or is cleaned away, wakes its parent too.

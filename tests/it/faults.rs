@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use absurd_client::{AbsurdClient, ClaimOptions, ConnectOptions, NewTask, SpawnOptions, State, StreamOptions};
 use absurd_proto::v1 as pb;
-use absurd_server::postgres::{Cluster, ClusterOptions};
-use absurd_tests::{Database, Proxy, Server, eventually, in_time, json, raw};
+use absurd_tests::{OwnCluster, Proxy, Server, eventually, in_time, json, raw};
 use serde_json::json as j;
 
 use crate::streams::{next_task, open, request, seconds};
@@ -199,21 +198,8 @@ async fn a_killed_listen_connection_delays_and_loses_nothing() {
 /// Postgres stops and starts under load: every acknowledged spawn is completed once, no call fails in the end.
 #[tokio::test(flavor = "multi_thread")]
 async fn postgres_restarts_under_load() {
-    let home = tempfile::tempdir().unwrap();
-    let readable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(home.path(), readable).unwrap();
-    let options = ClusterOptions {
-        home: home.path().join("pg"),
-        bin: absurd_tests::pg_bin(),
-        durable: false,
-        settings: Vec::new(),
-    };
-    let start = || {
-        let options = options.clone();
-        tokio::task::spawn_blocking(move || Cluster::start(&options).unwrap())
-    };
-    let cluster = start().await.unwrap();
-    let database = Database::on(&cluster).await;
+    let mut cluster = OwnCluster::start(&[]).await;
+    let database = cluster.database().await;
     let server = Server::start_on(&database).await;
     let client = server.client();
     let mut stream =
@@ -243,8 +229,8 @@ async fn postgres_restarts_under_load() {
         }
     });
     tokio::time::sleep(Duration::from_millis(500)).await;
-    tokio::task::spawn_blocking(move || drop(cluster)).await.unwrap();
-    let cluster = start().await.unwrap();
+    cluster.stop().await;
+    cluster.start_again().await;
     let spawned = in_time("all are spawned", producer).await.unwrap();
     for task_id in &spawned {
         let end = client.await_task_result(*task_id, Some(absurd_tests::PATIENCE)).await.unwrap();
@@ -257,5 +243,5 @@ async fn postgres_restarts_under_load() {
     client.spawn_task("last", &j!(null), SpawnOptions::default()).await.unwrap();
     assert!(in_time("the worker ends", worker).await.unwrap() >= 1);
     drop(server);
-    tokio::task::spawn_blocking(move || drop(cluster)).await.unwrap();
+    cluster.stop().await;
 }

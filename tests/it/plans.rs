@@ -8,8 +8,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use absurd_client::{ClaimOptions, ListOptions, NewTask, RetryOptions, SpawnOptions, StreamOptions};
-use absurd_server::postgres::{Cluster, ClusterOptions};
-use absurd_tests::{Database, Server, eventually, in_time, root};
+use absurd_tests::{OwnCluster, Server, eventually, in_time, root};
 use serde_json::{Value, json as j};
 
 /// Pages that a statement may touch per row that it takes, and beside that.
@@ -182,9 +181,7 @@ async fn work(server: &Server) {
 
 /// The worst execution of each statement, those left out that were the first of their session.
 async fn worst(analyzed: bool) -> (String, BTreeMap<String, Ran>) {
-    let home = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(home.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let set = [
+    let mut cluster = OwnCluster::start(&[
         "session_preload_libraries=auto_explain",
         "auto_explain.log_min_duration=0",
         "auto_explain.log_analyze=on",
@@ -192,12 +189,9 @@ async fn worst(analyzed: bool) -> (String, BTreeMap<String, Ran>) {
         "auto_explain.log_timing=off",
         "auto_explain.log_format=json",
         "autovacuum=off",
-    ];
-    let settings = set.map(str::to_owned).to_vec();
-    let options =
-        ClusterOptions { home: home.path().join("pg"), bin: absurd_tests::pg_bin(), durable: false, settings };
-    let mut cluster = tokio::task::spawn_blocking(move || Cluster::start(&options).unwrap()).await.unwrap();
-    let database = Database::on(&cluster).await;
+    ])
+    .await;
+    let database = cluster.database().await;
     let server = Server::start_on(&database).await;
     let sql = database.connect().await;
     let rows = std::env::var("ABSURD_TEST_ROWS").ok().and_then(|rows| rows.parse().ok()).unwrap_or(100_000);
@@ -207,7 +201,7 @@ async fn worst(analyzed: bool) -> (String, BTreeMap<String, Ran>) {
     if analyzed {
         sql.batch_execute("analyze absurd.t_q; analyze absurd.r_q; analyze absurd.c_q").await.unwrap();
     }
-    let log = home.path().join("pg/postgres.log");
+    let log = cluster.log();
     let before = std::fs::metadata(&log).unwrap().len();
     in_time("the work is done", work(&server)).await;
     server.stop().await;
@@ -217,8 +211,8 @@ async fn worst(analyzed: bool) -> (String, BTreeMap<String, Ran>) {
         text.contains("-- task_list").then_some(text)
     })
     .await;
-    let version = cluster.version().to_owned();
-    tokio::task::spawn_blocking(move || cluster.stop()).await.unwrap();
+    let version = cluster.version();
+    cluster.stop().await;
     let mut worst: BTreeMap<String, Ran> = BTreeMap::new();
     let mut executions = executions(&text);
     executions.sort_by_key(|ran| ran.first);

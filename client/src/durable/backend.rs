@@ -24,7 +24,7 @@ pub(crate) enum Until {
 
 /// How a wait for a task stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum AwaitedTask {
+pub(crate) enum AwaitedTask {
     /// It has ended.
     Ended(TaskResult),
     /// The run sleeps and the claim is over.

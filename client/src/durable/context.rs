@@ -1,24 +1,24 @@
 //! The context of one execution: steps, sleeps, waits, spawns.
 
 use std::collections::HashMap;
-use std::fmt;
-use std::future::{Future, IntoFuture};
+use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::app::{Absurd, SpawnDraft};
-use super::backend::{self, AwaitedTask, Backend, BoxFuture, TaskWait, Until};
+use super::app::Absurd;
+use super::backend::{self, Backend, Until};
 use super::error::{BoxError, Signal, TaskError};
+use super::spawn::{ChildSpawn, SpawnDraft};
 use super::task::TaskType;
-use crate::{Awaited, Emitted, Json, NewTask, Slept, Spawned, State, TaskResult};
+use super::wait::{EventWait, ResultWait};
+use crate::{Emitted, Json, NewTask, Slept};
 
 tokio::task_local! {
     static CURRENT: Context;
@@ -115,6 +115,10 @@ impl Context {
         &self.inside.facts
     }
 
+    pub(super) fn backend(&self) -> &dyn Backend {
+        &*self.inside.backend
+    }
+
     /// The task.
     pub fn task_id(&self) -> Uuid {
         self.facts().task_id
@@ -193,28 +197,28 @@ impl Context {
         TaskError::Signal(self.signal().unwrap_or(signal))
     }
 
-    fn check(&self) -> Result<(), TaskError> {
+    pub(super) fn check(&self) -> Result<(), TaskError> {
         self.signal().map_or(Ok(()), |signal| Err(TaskError::Signal(signal)))
     }
 
     /// A failed call: a signal ends the execution.
-    fn failed(&self, error: crate::Error) -> TaskError {
+    pub(super) fn failed(&self, error: crate::Error) -> TaskError {
         match backend::failed(error) {
             TaskError::Signal(signal) => self.end(signal),
             other => other,
         }
     }
 
-    fn stored(&self, checkpoint: &str) -> Option<Json> {
+    pub(super) fn stored(&self, checkpoint: &str) -> Option<Json> {
         self.inside.stored.lock().unwrap_or_else(PoisonError::into_inner).get(checkpoint).cloned()
     }
 
-    fn remember(&self, checkpoint: String, value: Json) {
+    pub(super) fn remember(&self, checkpoint: String, value: Json) {
         self.inside.stored.lock().unwrap_or_else(PoisonError::into_inner).insert(checkpoint, value);
     }
 
     /// The next checkpoint of a name: `name`, `name#2`, `name#3`, ...
-    fn next_name(&self, name: &str) -> Result<String, TaskError> {
+    pub(super) fn next_name(&self, name: &str) -> Result<String, TaskError> {
         if name.trim().is_empty() {
             return Err(TaskError::failure("InvalidStepName", "a step's name must not be blank"));
         }
@@ -265,7 +269,7 @@ impl Context {
         }
         let text = serde_json::to_string(value).map_err(|error| TaskError::json(&step.checkpoint_name, error))?;
         let state = Json::from_text(text);
-        let stored = self.inside.backend.set_checkpoint(step.checkpoint_name.clone(), state.clone()).await;
+        let stored = self.backend().set_checkpoint(step.checkpoint_name.clone(), state.clone()).await;
         stored.map_err(|error| self.failed(error))?;
         self.remember(step.checkpoint_name, state.clone());
         Ok(state)
@@ -293,7 +297,7 @@ impl Context {
                 return Ok(());
             }
         }
-        match self.inside.backend.sleep(checkpoint, until).await {
+        match self.backend().sleep(checkpoint, until).await {
             Ok(Slept::Elapsed) => Ok(()),
             Ok(Slept::Suspended { .. }) => Err(self.end(Signal::Suspended)),
             Err(error) => Err(self.failed(error)),
@@ -326,7 +330,7 @@ impl Context {
     pub async fn emit_event<T: Serialize + ?Sized>(&self, event: &str, payload: &T) -> Result<Emitted, TaskError> {
         self.check()?;
         let payload = serde_json::to_string(payload).map_err(|error| TaskError::json(event, error))?;
-        let emitted = self.inside.backend.emit_event(event.to_owned(), Json::from_text(payload)).await;
+        let emitted = self.backend().emit_event(event.to_owned(), Json::from_text(payload)).await;
         emitted.map_err(TaskError::Call)
     }
 
@@ -339,7 +343,7 @@ impl Context {
     /// Extends the lease to so long from now on, whole seconds.
     pub async fn heartbeat_for(&self, extend_by: Duration) -> Result<(), TaskError> {
         self.check()?;
-        self.inside.backend.heartbeat(extend_by).await.map_err(|error| self.failed(error))
+        self.backend().heartbeat(extend_by).await.map_err(|error| self.failed(error))
     }
 
     /// Spawns a task from inside this one, once: spawned again by a replay, it is the same task.
@@ -347,7 +351,8 @@ impl Context {
         ChildSpawn { context: self, draft: SpawnDraft::of(task), params }
     }
 
-    /// Spawns many tasks of a kind, all or none, once.
+    /// Spawns many tasks of a kind, once: in calls of up to 1,000, each all or none, and all of them again after a crash in
+    /// between, which makes none twice.
     pub async fn spawn_all<P: Serialize, R>(
         &self,
         task: &TaskType<P, R>,
@@ -357,257 +362,30 @@ impl Context {
         if let Some(done) = &step.state {
             return done.to().map_err(|error| TaskError::json(&step.checkpoint_name, error));
         }
-        let mut tasks = Vec::new();
-        let mut queue = self.facts().queue.clone();
+        let mut drafts = Vec::new();
         for (index, params) in params.into_iter().enumerate() {
-            let json = Json::of(&params).map_err(TaskError::Call)?;
-            let draft = SpawnDraft::of(task).params(json).key(self.key(&format!("{}:{index}", step.checkpoint_name)));
-            let (on, new) = self.resolve(draft).await?;
-            queue = on;
-            tasks.push(new);
+            let params = Json::of(&params).map_err(TaskError::Call)?;
+            let key = self.key(&format!("{}:{index}", step.checkpoint_name));
+            drafts.push(self.resolve(SpawnDraft::of(task).params(params).key(key)).await?);
         }
-        let mut ids = Vec::with_capacity(tasks.len());
-        for part in tasks.chunks(1000) {
-            let spawned = self.inside.backend.spawn(queue.clone(), part.to_vec()).await.map_err(TaskError::Call)?;
+        let mut ids = Vec::with_capacity(drafts.len());
+        // A hook may have sent them to different queues.
+        for part in drafts.chunk_by(|one, next| one.0 == next.0).flat_map(|same| same.chunks(1000)) {
+            let tasks = part.iter().map(|(_, task)| task.clone()).collect();
+            let spawned = self.backend().spawn(part[0].0.clone(), tasks).await.map_err(TaskError::Call)?;
             ids.extend(spawned.into_iter().map(|spawned| spawned.task_id));
         }
         self.complete_step(step, &ids).await?;
         Ok(ids)
     }
 
-    fn key(&self, checkpoint: &str) -> String {
+    pub(super) fn key(&self, checkpoint: &str) -> String {
         format!("{}:{checkpoint}", self.facts().task_id)
     }
 
-    async fn resolve(&self, draft: SpawnDraft) -> Result<(String, NewTask), TaskError> {
+    pub(super) async fn resolve(&self, draft: SpawnDraft) -> Result<(String, NewTask), TaskError> {
         let draft = draft.or_queue(&self.facts().queue);
         self.inside.absurd.resolve(draft).await.map_err(TaskError::Call)
-    }
-}
-
-/// A spawn from inside a task; see [`Context::spawn`].
-#[must_use = "nothing is spawned before it is awaited"]
-pub struct ChildSpawn<'a, P> {
-    context: &'a Context,
-    draft: SpawnDraft,
-    params: &'a P,
-}
-
-impl<P> fmt::Debug for ChildSpawn<'_, P> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ChildSpawn").field("draft", &self.draft).finish_non_exhaustive()
-    }
-}
-
-impl<P> ChildSpawn<'_, P> {
-    /// With these options; what they leave out comes from the registration.
-    pub fn options(mut self, options: impl FnOnce(SpawnDraft) -> SpawnDraft) -> Self {
-        self.draft = options(self.draft);
-        self
-    }
-}
-
-impl<'a, P: Serialize + Sync> IntoFuture for ChildSpawn<'a, P> {
-    type Output = Result<Spawned, TaskError>;
-    type IntoFuture = BoxFuture<'a, Self::Output>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(async move {
-            let context = self.context;
-            let step = context.begin_step(&format!("$spawn:{}", self.draft.task_name()))?;
-            if let Some(done) = &step.state {
-                let known: Known = done.to().map_err(|error| TaskError::json(&step.checkpoint_name, error))?;
-                return Ok(known.spawned());
-            }
-            let mut draft = self.draft.params(Json::of(self.params).map_err(TaskError::Call)?);
-            if !draft.has_key() {
-                draft = draft.key(context.key(&step.checkpoint_name));
-            }
-            let (queue, task) = context.resolve(draft).await?;
-            let spawned = context.inside.backend.spawn(queue, vec![task]).await.map_err(TaskError::Call)?;
-            let spawned = spawned.into_iter().next().ok_or_else(|| TaskError::Call(crate::wire::unclear()))?;
-            context.complete_step(step, &Known::of(&spawned)).await?;
-            Ok(spawned)
-        })
-    }
-}
-
-/// What a spawn's checkpoint holds.
-#[derive(Debug, serde::Serialize, serde::Deserialize)]
-struct Known {
-    task_id: Uuid,
-    run_id: Uuid,
-    attempt: i32,
-    created: bool,
-}
-
-impl Known {
-    fn of(spawned: &Spawned) -> Self {
-        let Spawned { task_id, run_id, attempt, created, .. } = *spawned;
-        Self { task_id, run_id, attempt, created }
-    }
-
-    fn spawned(self) -> Spawned {
-        let Self { task_id, run_id, attempt, created } = self;
-        Spawned { task_id, run_id, workflow_run_id: run_id, attempt, created }
-    }
-}
-
-/// A wait for an event; see [`Context::await_event`].
-#[derive(Debug)]
-#[must_use = "nothing is waited for before it is awaited"]
-pub struct EventWait<T> {
-    context: Context,
-    event: String,
-    step: String,
-    timeout: Option<Duration>,
-    payload: std::marker::PhantomData<fn() -> T>,
-}
-
-impl<T> EventWait<T> {
-    /// At most this long, counted from the first call.
-    pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = Some(timeout);
-        self
-    }
-
-    /// As a step of this name; the default is `$awaitEvent:` and the event's name.
-    pub fn step_name(mut self, name: &str) -> Self {
-        if !name.trim().is_empty() {
-            name.clone_into(&mut self.step);
-        }
-        self
-    }
-}
-
-impl<T: DeserializeOwned + 'static> IntoFuture for EventWait<T> {
-    type Output = Result<T, TaskError>;
-    type IntoFuture = BoxFuture<'static, Self::Output>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(async move {
-            let context = &self.context;
-            context.check()?;
-            let checkpoint = context.next_name(&self.step)?;
-            let read = |value: &Json| value.to().map_err(|error| TaskError::json(&self.event, error));
-            if let Some(value) = context.stored(&checkpoint) {
-                return read(&value);
-            }
-            let wait = context.inside.backend.await_event(checkpoint.clone(), self.event.clone(), self.timeout);
-            match wait.await {
-                Ok(Awaited::Payload(value)) => {
-                    let payload = read(&value);
-                    context.remember(checkpoint, value);
-                    payload
-                }
-                Ok(Awaited::Suspended { .. }) => Err(context.end(Signal::Suspended)),
-                Ok(Awaited::TimedOut) => Err(TaskError::Timeout { what: format!("event {:?}", self.event) }),
-                Err(error) => Err(context.failed(error)),
-            }
-        })
-    }
-}
-
-/// A wait for a task; see [`Context::await_task_result`].
-#[derive(Debug)]
-#[must_use = "nothing is waited for before it is awaited"]
-pub struct ResultWait<R> {
-    context: Context,
-    task_id: Uuid,
-    queue: String,
-    step: String,
-    timeout: Option<Duration>,
-    result: std::marker::PhantomData<fn() -> R>,
-}
-
-impl<R> ResultWait<R> {
-    /// At most this long, counted from the first call.
-    pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = Some(timeout);
-        self
-    }
-
-    /// The task is on this queue.
-    pub fn queue(mut self, queue: impl Into<String>) -> Self {
-        self.queue = queue.into();
-        self
-    }
-
-    /// As a step of this name; the default is `$awaitTaskResult:` and the task's id.
-    pub fn step_name(mut self, name: &str) -> Self {
-        if !name.trim().is_empty() {
-            name.clone_into(&mut self.step);
-        }
-        self
-    }
-
-    /// Waits, and returns how the task has ended, whichever way.
-    pub async fn outcome(self) -> Result<TaskResult, TaskError> {
-        let context = &self.context;
-        context.check()?;
-        let checkpoint = context.next_name(&self.step)?;
-        if let Some(stored) = context.stored(&checkpoint) {
-            let snapshot: Snapshot = stored.to().map_err(|error| TaskError::json(&checkpoint, error))?;
-            return snapshot.into_result(self.task_id).ok_or_else(|| {
-                TaskError::failure("InvalidCheckpoint", format!("{checkpoint} holds no result of a task"))
-            });
-        }
-        let wait = TaskWait {
-            step: checkpoint.clone(),
-            queue: self.queue.clone(),
-            task_id: self.task_id,
-            timeout: self.timeout,
-        };
-        match context.inside.backend.await_task(wait).await {
-            Ok(AwaitedTask::Ended(result)) => Ok(result),
-            Ok(AwaitedTask::Suspended { .. }) => Err(context.end(Signal::Suspended)),
-            Ok(AwaitedTask::TimedOut) => Err(TaskError::Timeout { what: format!("the end of task {}", self.task_id) }),
-            Err(error) => Err(context.failed(error)),
-        }
-    }
-}
-
-impl<R: DeserializeOwned + 'static> IntoFuture for ResultWait<R> {
-    type Output = Result<R, TaskError>;
-    type IntoFuture = BoxFuture<'static, Self::Output>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(async move {
-            let task_id = self.task_id;
-            let end = self.outcome().await?;
-            let text = |json: Option<Json>| json.map(|json| json.to_string()).unwrap_or_default();
-            match end.state {
-                State::Completed => {
-                    let result = end.result.unwrap_or_else(Json::null);
-                    result.to().map_err(|error| TaskError::json(&format!("the result of task {task_id}"), error))
-                }
-                State::Cancelled => Err(TaskError::failure("TaskCancelled", format!("task {task_id} was cancelled"))),
-                _ => Err(TaskError::failure("TaskFailed", format!("task {task_id} failed: {}", text(end.failure)))),
-            }
-        })
-    }
-}
-
-/// How the end of a task is stored: `{state, result?|failure?}`, as all SDKs do.
-#[derive(Debug, serde::Deserialize)]
-pub(crate) struct Snapshot {
-    state: String,
-    result: Option<Box<RawValue>>,
-    failure: Option<Box<RawValue>>,
-}
-
-impl Snapshot {
-    pub(crate) fn into_result(self, task_id: Uuid) -> Option<TaskResult> {
-        let state = match self.state.as_str() {
-            "completed" => State::Completed,
-            "failed" => State::Failed,
-            "cancelled" => State::Cancelled,
-            _ => return None,
-        };
-        // What completed without a value has stored null.
-        let json = |raw: Box<RawValue>| Json::from_text(raw.get());
-        let result = (state == State::Completed).then(|| self.result.map_or_else(Json::null, json));
-        Some(TaskResult { task_id, state, result, failure: self.failure.map(json) })
     }
 }
 
@@ -630,16 +408,5 @@ mod tests {
         let fraction = parse_time("2026-11-26T04:00:00.250000+00:00");
         assert_eq!(fraction, Some(expected + Duration::from_millis(250)));
         assert_eq!(parse_time("tomorrow"), None);
-    }
-
-    #[test]
-    fn a_snapshot_of_any_sdk_is_read() {
-        let id = Uuid::now_v7();
-        let read = |text: &str| serde_json::from_str::<Snapshot>(text).expect("JSON").into_result(id);
-        let completed = read(r#"{"state": "completed", "result": {"x": 1}}"#).expect("an end");
-        assert_eq!(completed.result.map(|json| json.to_string()), Some(r#"{"x": 1}"#.to_owned()));
-        assert_eq!(read(r#"{"state": "completed"}"#).and_then(|end| end.result), Some(Json::null()));
-        assert_eq!(read(r#"{"state": "failed", "failure": 1}"#).map(|end| end.state), Some(State::Failed));
-        assert_eq!(read(r#"{"state": "running"}"#), None);
     }
 }

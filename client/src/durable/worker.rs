@@ -115,7 +115,7 @@ impl WorkerOptions {
     }
 }
 
-/// A running worker. Dropping it ends it at once: its tasks move on when their leases are cut.
+/// A running worker. Dropped, it stops by itself, as after [`Worker::begin_stop`].
 #[derive(Debug)]
 pub struct Worker {
     stop: watch::Sender<bool>,
@@ -358,7 +358,8 @@ async fn drive(
     revoked: impl Future<Output = Signal>,
 ) -> Outcome {
     let deadline = context.deadline();
-    let handler = absurd.execute(context.clone(), Arc::clone(&registered.handler));
+    // Inside, so that a panic of the handler or a hook before its first await is caught too.
+    let handler = async { absurd.execute(context.clone(), Arc::clone(&registered.handler)).await };
     let handler = AssertUnwindSafe(context.clone().scope(handler)).catch_unwind();
     let late = async {
         match deadline {

@@ -43,7 +43,12 @@ language plpgsql as $$
 declare
   v_end record;
   v_event text;
+  v_own uuid;
 begin
+  execute format('select r.task_id from absurd.%I r where r.run_id = $1', 'r_' || p_queue) into v_own using p_run_id;
+  if p_awaited_queue = p_queue and p_task_id = v_own then
+    raise exception 'a task cannot wait for its own end';
+  end if;
   select * into v_end from absurd_server.task_end(p_awaited_queue, p_task_id);
   if not v_end.known then
     found_task := false;
@@ -64,10 +69,11 @@ end
 $$;
 
 -- Wakes the runs whose tasks have ended, or are gone: those of `p_tasks`, or all. Each on its own, so that one that fails
--- holds up no other. Says which queues have woken runs.
+-- holds up no other, nor does one whose rows are held by somebody's open transaction: its turn comes again. Says which
+-- queues have woken runs.
 create or replace function absurd_server.settle_awaited(p_queue text, p_tasks uuid[], p_limit integer)
 returns table (waiting_queue text)
-language plpgsql as $$
+language plpgsql set lock_timeout = '100ms' as $$
 #variable_conflict use_column
 declare
   v_queue text;

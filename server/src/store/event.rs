@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use postgres_types::ToSql;
+
 use super::batch::RunRef;
-use super::statement::{EVENT_AWAIT, EVENT_EMIT, TASK_AWAIT, TASK_LIST_AWAITED, TASK_SETTLE_AWAITED};
+use super::statement::{EVENT_AWAIT, EVENT_EMIT, Statement, TASK_AWAIT, TASK_LIST_AWAITED, TASK_SETTLE_AWAITED};
 use super::{Fault, Store, Wait};
-use crate::domain::{CheckpointName, Error, EventName, Instant, JsonText, QueueName, TaskId};
+use crate::domain::{CheckpointName, Digest, Error, EventName, Instant, JsonText, QueueName, TaskId};
 use crate::scope::Scope;
 
 /// How a wait stands.
@@ -19,59 +21,82 @@ pub enum Awaited {
     TimedOut,
 }
 
+/// A run that waits, as a step.
+#[derive(Debug, Clone, Copy)]
+pub struct StepWait<'a> {
+    /// The run.
+    pub run: &'a RunRef,
+    /// Name of the step.
+    pub step: &'a CheckpointName,
+    /// Longest wait.
+    pub timeout: Option<Duration>,
+}
+
+impl StepWait<'_> {
+    fn digest(&self) -> Option<&str> {
+        self.run.digest.as_ref().map(Digest::as_str)
+    }
+
+    fn timeout_ms(&self) -> Option<i64> {
+        self.timeout.map(|timeout| i64::try_from(timeout.as_millis()).unwrap_or(i64::MAX))
+    }
+}
+
 impl Store {
     /// Waits for an event under the name of a step. Repeating it is harmless.
     pub async fn event_await(
         &self,
         scope: &Scope,
-        run: &RunRef,
-        step: &CheckpointName,
+        wait: &StepWait<'_>,
         event: &EventName,
-        timeout: Option<Duration>,
         lock_wait: Duration,
     ) -> Result<Awaited, Error> {
-        let fail = |fault: Fault| fault.into_error(scope);
-        let tx = self.begin(lock_wait).await.map_err(fail)?;
-        let digest = run.digest.as_ref().map(crate::domain::Digest::as_str);
-        let timeout = timeout.map(|timeout| i64::try_from(timeout.as_millis()).unwrap_or(i64::MAX));
-        let queue = scope.queue().as_str();
-        let params: [&(dyn postgres_types::ToSql + Sync); 6] =
-            [&queue, &run.run_id, &digest, &step.as_str(), &event.as_str(), &timeout];
-        let outcome = match tx.rows(&EVENT_AWAIT, Wait::Block, None, &params).await {
-            Ok(rows) => rows.first().map_or_else(|| Err(Error::Internal("no answer".into())), |row| awaited(run, row)),
-            Err(fault) => Err(fail(fault)),
-        };
-        if outcome.is_ok() {
-            tx.commit().await.map_err(fail)?;
-        } else {
-            tx.rollback().await;
-        }
-        outcome
+        let (digest, timeout) = (wait.digest(), wait.timeout_ms());
+        let params: [&(dyn ToSql + Sync); 6] =
+            [&scope.queue().as_str(), &wait.run.run_id, &digest, &wait.step.as_str(), &event.as_str(), &timeout];
+        self.wait(scope, &EVENT_AWAIT, &params, lock_wait, |row| awaited(wait.run, row)).await
     }
 
     /// Waits for the end of a task under the name of a step; the payload is how it ended. Repeating it is harmless.
     pub async fn task_await(
         &self,
         scope: &Scope,
-        run: &RunRef,
-        step: &CheckpointName,
-        awaited: (&QueueName, TaskId),
-        timeout: Option<Duration>,
+        wait: &StepWait<'_>,
+        (awaited_queue, task_id): (&QueueName, TaskId),
         lock_wait: Duration,
+    ) -> Result<Awaited, Error> {
+        let (digest, timeout) = (wait.digest(), wait.timeout_ms());
+        let params: [&(dyn ToSql + Sync); 7] = [
+            &scope.queue().as_str(),
+            &wait.run.run_id,
+            &digest,
+            &wait.step.as_str(),
+            &awaited_queue.as_str(),
+            &task_id,
+            &timeout,
+        ];
+        self.wait(scope, &TASK_AWAIT, &params, lock_wait, |row| match row.get("found_task") {
+            true => awaited(wait.run, row),
+            false => Err(Error::TaskNotFound(task_id)),
+        })
+        .await
+    }
+
+    /// Carries out a wait in a transaction that takes effect only when the wait stands.
+    async fn wait(
+        &self,
+        scope: &Scope,
+        statement: &Statement,
+        params: &[&(dyn ToSql + Sync)],
+        lock_wait: Duration,
+        read: impl FnOnce(&tokio_postgres::Row) -> Result<Awaited, Error>,
     ) -> Result<Awaited, Error> {
         let fail = |fault: Fault| fault.into_error(scope);
         let tx = self.begin(lock_wait).await.map_err(fail)?;
-        let digest = run.digest.as_ref().map(crate::domain::Digest::as_str);
-        let timeout = timeout.map(|timeout| i64::try_from(timeout.as_millis()).unwrap_or(i64::MAX));
-        let (queue, (awaited_queue, task_id)) = (scope.queue().as_str(), awaited);
-        let params: [&(dyn postgres_types::ToSql + Sync); 7] =
-            [&queue, &run.run_id, &digest, &step.as_str(), &awaited_queue.as_str(), &task_id, &timeout];
-        let outcome = match tx.rows(&TASK_AWAIT, Wait::Block, None, &params).await {
-            Ok(rows) => match rows.first() {
-                Some(row) if !row.get::<_, bool>("found_task") => Err(Error::TaskNotFound(task_id)),
-                Some(row) => self::awaited(run, row),
-                None => Err(Error::Internal("no answer".into())),
-            },
+        let outcome = match tx.rows(statement, Wait::Block, None, params).await {
+            Ok(rows) => rows.first().map_or_else(|| Err(Error::Internal("no answer".into())), read),
+            // The only thing that these functions refuse by themselves.
+            Err(Fault::Raised { message, .. }) => Err(Error::invalid("awaited_task_id", message)),
             Err(fault) => Err(fail(fault)),
         };
         if outcome.is_ok() {
@@ -109,7 +134,7 @@ impl Store {
     ) -> Result<(bool, i64), Error> {
         let fail = |fault: Fault| fault.into_error(scope);
         let tx = self.begin(lock_wait).await.map_err(fail)?;
-        let params: [&(dyn postgres_types::ToSql + Sync); 3] = [&scope.queue().as_str(), &event.as_str(), &payload];
+        let params: [&(dyn ToSql + Sync); 3] = [&scope.queue().as_str(), &event.as_str(), &payload];
         match tx.rows(&EVENT_EMIT, Wait::Block, None, &params).await {
             Ok(rows) => {
                 tx.commit().await.map_err(fail)?;

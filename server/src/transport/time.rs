@@ -9,7 +9,7 @@ use super::convert::{self, duration, duration_between, run_ref, scope, timestamp
 use super::service::{Service, left};
 use crate::domain::id::parse_uuid;
 use crate::domain::{CheckpointName, Error, EventName, JsonText, QueueName};
-use crate::store::event::Awaited;
+use crate::store::event::{Awaited, StepWait};
 use crate::store::text::ANSWER_BYTES_MAX;
 use crate::store::time::When;
 
@@ -36,7 +36,8 @@ impl Service {
         let event = EventName::parse("event_name", &request.event_name)?;
         let timeout = duration_between("timeout", request.timeout, Duration::ZERO, SPAN_MAX)?;
         self.same_task(&scope, run.run_id, &request.task_id).await?;
-        let outcome = match self.engine.await_event(&scope, &run, &step, &event, timeout, left(deadline)).await? {
+        let wait = StepWait { run: &run, step: &step, timeout };
+        let outcome = match self.engine.await_event(&scope, &wait, &event, left(deadline)).await? {
             Awaited::Payload(json) => match omitted(&json) {
                 Some(omitted) => Outcome::PayloadOmitted(omitted),
                 None => Outcome::Payload(pb::Json { text: json.into_string() }),
@@ -65,8 +66,8 @@ impl Service {
                 self.existing(other).await?.queue().clone()
             }
         };
-        let awaited = (&awaited_queue, awaited_id);
-        let outcome = match self.engine.await_task(&scope, &run, &step, awaited, timeout, left(deadline)).await? {
+        let (wait, awaited) = (StepWait { run: &run, step: &step, timeout }, (&awaited_queue, awaited_id));
+        let outcome = match self.engine.await_task(&scope, &wait, awaited, left(deadline)).await? {
             Awaited::Payload(json) => match omitted(&json) {
                 Some(omitted) => Outcome::SnapshotOmitted(omitted),
                 None => Outcome::Snapshot(pb::Json { text: json.into_string() }),
