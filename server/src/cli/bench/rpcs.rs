@@ -291,6 +291,14 @@ impl Round<'_> {
             ..Default::default()
         };
         self.times.of("CompleteTask", self.grpc.complete_task(complete)).await?;
+        let wait = pb::AwaitTaskRequest {
+            queue: queue(),
+            claim_token: settled.token.clone(),
+            step_name: "end".into(),
+            awaited_task_id: first.task_id.clone(),
+            ..Default::default()
+        };
+        self.times.of("AwaitTask (has ended)", self.grpc.await_task(wait)).await?;
         let fail = pb::FailTaskRequest {
             queue: queue(),
             claim_token: failing.token.clone(),
@@ -357,7 +365,7 @@ impl Round<'_> {
         let tasks = pb::CleanupTasksRequest { queue: queue(), ttl: seconds(0), limit: 10 };
         self.times.of("CleanupTasks (4)", self.grpc.cleanup_tasks(tasks)).await?;
         let events = pb::CleanupEventsRequest { queue: queue(), ttl: seconds(0), limit: 10 };
-        self.times.of("CleanupEvents (2)", self.grpc.cleanup_events(events)).await?;
+        self.times.of("CleanupEvents (3)", self.grpc.cleanup_events(events)).await?;
         Ok(())
     }
 }
