@@ -15,7 +15,7 @@ pub(crate) type BeforeSpawn = Arc<dyn Fn(SpawnDraft) -> BoxFuture<'static, Resul
 pub(crate) type WrapExecution =
     Arc<dyn Fn(Context, Execution) -> BoxFuture<'static, Result<Json, BoxError>> + Send + Sync>;
 
-/// What is called around spawns and executions; see [`Absurd::with_hooks`].
+/// What is called around spawns and executions; see [`Absurd::with_hooks`](super::Absurd::with_hooks).
 #[derive(Clone, Default)]
 pub struct Hooks {
     pub(super) before_spawn: Option<BeforeSpawn>,
