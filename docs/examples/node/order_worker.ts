@@ -99,7 +99,10 @@ function work(client: AbsurdServiceClient, onTask: (task: ClaimedTask__Output) =
       if (response.message === "opened") console.log("ready");
       if (response.message === "task") onTask(response.task!).then((over) => over && stream.cancel());
     });
-    stream.on("error", (error) => console.error(error.message));
+    stream.on("error", (error: grpc.ServiceError) => {
+      // Our own cancel comes back as an error too, and says nothing new.
+      if (error.code !== grpc.status.CANCELLED) console.error(error.message);
+    });
     stream.on("close", resolve);
   });
 }
