@@ -37,7 +37,7 @@ use crate::{
 };
 
 /// The runtime of all blocking clients, unless this thread belongs to one already.
-fn runtime() -> Result<&'static Runtime, Error> {
+pub(crate) fn runtime() -> Result<&'static Runtime, Error> {
     static RUNTIME: LazyLock<Result<Runtime, String>> = LazyLock::new(|| {
         let built = Builder::new_multi_thread().worker_threads(2).thread_name("absurd-client").enable_all().build();
         built.map_err(|error| format!("the client's threads could not be started: {error}"))
@@ -66,7 +66,7 @@ macro_rules! blocking {
 /// Access to one queue of the service; see [`crate::AbsurdClient`].
 #[derive(Debug, Clone)]
 pub struct AbsurdClient {
-    inner: crate::AbsurdClient,
+    pub(crate) inner: crate::AbsurdClient,
 }
 
 impl AbsurdClient {

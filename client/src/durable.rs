@@ -57,11 +57,18 @@
 //! When the run is suspended, cancelled or lost, the context call says so with [`TaskError::Signal`]; return it with `?`.
 //! A handler that holds on to it does not stay: every further call answers the same, the handler is dropped at its next await,
 //! and what it returns counts for nothing.
+//!
+//! # Programs without an async runtime
+//!
+//! [`blocking`] has handlers and workers for them, under the same names.
 
 mod app;
 mod backend;
+pub mod blocking;
 mod context;
+mod drive;
 mod error;
+mod handlers;
 mod hooks;
 mod spawn;
 mod task;

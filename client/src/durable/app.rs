@@ -1,43 +1,33 @@
 //! `Absurd`: what is registered, how tasks are spawned, and what is called around them.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
-use super::backend::BoxFuture;
 use super::context::Context;
 use super::error::BoxError;
-use super::hooks::{Execution, Hooks};
+use super::handlers::{DEFAULT_MAX_ATTEMPTS, Handlers};
+use super::hooks::Hooks;
 use super::spawn::{Spawn, SpawnDraft};
 use super::task::{Handler, Registered, TaskOptions, TaskType, erased};
-use crate::{AbsurdClient, ConnectOptions, Error, Json, NewTask, TaskResult};
-
-/// Attempts of a spawn that names none.
-const DEFAULT_MAX_ATTEMPTS: i32 = 5;
+use crate::{AbsurdClient, ConnectOptions, Error, TaskResult};
 
 /// Durable execution on one queue: tasks are registered, spawned, and carried out by workers. Cheap to clone; all clones share
 /// what is registered.
 #[derive(Clone)]
 pub struct Absurd {
-    inside: Arc<Inside>,
-}
-
-struct Inside {
     client: AbsurdClient,
-    tasks: RwLock<HashMap<String, Registered>>,
-    default_max_attempts: i32,
-    hooks: Hooks,
+    handlers: Arc<Handlers>,
 }
 
 impl fmt::Debug for Absurd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Absurd").field("queue", &self.inside.client.queue_name()).finish_non_exhaustive()
+        f.debug_struct("Absurd").field("queue", &self.client.queue_name()).finish_non_exhaustive()
     }
 }
 
@@ -54,13 +44,17 @@ impl Absurd {
 
     /// With another number of attempts for spawns that name none, and with hooks.
     pub fn with_hooks(client: AbsurdClient, default_max_attempts: i32, hooks: Hooks) -> Self {
-        let inside = Inside { client, tasks: RwLock::new(HashMap::new()), default_max_attempts, hooks };
-        Self { inside: Arc::new(inside) }
+        let handlers = Arc::new(Handlers::new(client.queue_name(), default_max_attempts, hooks));
+        Self { client, handlers }
     }
 
     /// The client.
     pub fn client(&self) -> &AbsurdClient {
-        &self.inside.client
+        &self.client
+    }
+
+    pub(crate) fn handlers(&self) -> &Arc<Handlers> {
+        &self.handlers
     }
 
     /// Registers a handler: `absurd.register("order-fulfillment", process_order)`. A second registration of a name takes the
@@ -97,7 +91,7 @@ impl Absurd {
 
     pub(crate) fn register_erased<P, R>(&self, task: &TaskType<P, R>, options: TaskOptions, handler: Handler) {
         let of_type = || task.queue().map(str::to_owned);
-        let queue = options.queue.or_else(of_type).unwrap_or_else(|| self.inside.client.queue_name().to_owned());
+        let queue = options.queue.or_else(of_type).unwrap_or_else(|| self.handlers.queue().to_owned());
         let registered = Registered {
             queue,
             default_max_attempts: options.default_max_attempts,
@@ -105,67 +99,13 @@ impl Absurd {
             timeout: options.timeout,
             handler,
         };
-        let mut tasks = self.inside.tasks.write().unwrap_or_else(PoisonError::into_inner);
-        tasks.insert(task.name().to_owned(), registered);
-    }
-
-    pub(crate) fn registered(&self, name: &str) -> Option<Registered> {
-        self.inside.tasks.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
-    }
-
-    /// Queue of a kind of task: that of its registration, else this one.
-    pub(crate) fn queue_of(&self, name: &str) -> String {
-        self.registered(name).map_or_else(|| self.inside.client.queue_name().to_owned(), |task| task.queue)
-    }
-
-    /// Runs a handler inside the hook.
-    pub(crate) fn execute(&self, context: Context, handler: Handler) -> BoxFuture<'static, Result<Json, BoxError>> {
-        match &self.inside.hooks.wrap_task_execution {
-            Some(hook) => hook(context.clone(), Execution { context, handler }),
-            None => handler(context),
-        }
+        self.handlers.register(task.name(), registered);
     }
 
     /// Spawns a task: `absurd.spawn(&FULFIL, &order).max_attempts(3).await?`. A registered kind goes to its queue; one that is
     /// not registered here needs a queue, from its [`TaskType`] or from [`Spawn::queue`].
     pub fn spawn<'a, P, R>(&'a self, task: &TaskType<P, R>, params: &'a P) -> Spawn<'a, P> {
         Spawn { absurd: self, draft: SpawnDraft::of(task), params }
-    }
-
-    /// Fills in what a spawn leaves out (contract/sdk.md 1.5); returns its queue too.
-    pub(crate) async fn resolve(&self, draft: SpawnDraft) -> Result<(String, NewTask), Error> {
-        let draft = match &self.inside.hooks.before_spawn {
-            Some(hook) => hook(draft).await.map_err(|error| Error::argument("before_spawn", error))?,
-            None => draft,
-        };
-        let registered = self.registered(&draft.task_name);
-        let queue = match (&registered, draft.queue) {
-            (Some(task), Some(asked)) if asked != task.queue => {
-                let problem = format!(
-                    "{:?} is registered for queue {:?} but spawn requested queue {asked:?}",
-                    draft.task_name, task.queue
-                );
-                return Err(Error::argument("queue", problem));
-            }
-            (Some(task), _) => task.queue.clone(),
-            (None, Some(asked)) => asked,
-            (None, None) => {
-                let problem = format!("{:?} is not registered: say which queue it belongs to", draft.task_name);
-                return Err(Error::argument("queue", problem));
-            }
-        };
-        let mut options = draft.options;
-        let default = |registered: &Registered| registered.default_max_attempts;
-        if !draft.attempts_given {
-            let registered = registered.as_ref().and_then(default);
-            options.max_attempts = Some(registered.unwrap_or(self.inside.default_max_attempts));
-        }
-        if !draft.cancellation_given
-            && let Some(rules) = registered.and_then(|task| task.default_cancellation)
-        {
-            options.cancellation = rules;
-        }
-        Ok((queue, NewTask::with_json(&draft.task_name, draft.params, options)))
     }
 
     /// State and result of a task, as of now.
@@ -184,7 +124,7 @@ impl Absurd {
     }
 
     fn on_queue_of<P, R>(&self, task: &TaskType<P, R>) -> AbsurdClient {
-        let queue = task.queue().map_or_else(|| self.queue_of(task.name()), str::to_owned);
-        self.inside.client.with_queue(queue)
+        let queue = task.queue().map_or_else(|| self.handlers.queue_of(task.name()), str::to_owned);
+        self.client.with_queue(queue)
     }
 }

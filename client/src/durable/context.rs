@@ -8,13 +8,14 @@ use std::time::{Duration, SystemTime};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
+use tracing::Instrument as _;
 use uuid::Uuid;
 
-use super::app::Absurd;
 use super::backend::{self, Backend, Until};
 use super::error::{BoxError, Signal, TaskError};
+use super::handlers::Handlers;
 use super::spawn::{ChildSpawn, SpawnDraft};
 use super::task::TaskType;
 use super::wait::{EventWait, ResultWait};
@@ -23,6 +24,9 @@ use crate::{Emitted, Json, NewTask, Slept};
 tokio::task_local! {
     static CURRENT: Context;
 }
+
+/// One of a worker's places, free again when the last holder is gone.
+pub(crate) type Place = Arc<OwnedSemaphorePermit>;
 
 /// Facts about an execution.
 #[derive(Debug, Clone)]
@@ -40,12 +44,13 @@ pub(crate) struct Facts {
     /// When this process gives the execution up.
     pub(crate) deadline: Option<Instant>,
     pub(crate) lease: Duration,
+    pub(crate) place: Option<Place>,
 }
 
 #[derive(Debug)]
 struct Inside {
     facts: Facts,
-    absurd: Absurd,
+    handlers: Arc<Handlers>,
     backend: Arc<dyn Backend>,
     /// Stored values by checkpoint name.
     stored: Mutex<HashMap<String, Json>>,
@@ -81,18 +86,22 @@ impl Step {
     pub fn is_done(&self) -> bool {
         self.state.is_some()
     }
+
+    pub(super) fn span(&self) -> tracing::Span {
+        tracing::info_span!("absurd.step", step.name = self.checkpoint_name)
+    }
 }
 
 impl Context {
     pub(crate) fn new(
         facts: Facts,
-        absurd: Absurd,
+        handlers: Arc<Handlers>,
         backend: Arc<dyn Backend>,
         stored: impl IntoIterator<Item = (String, Json)>,
     ) -> Self {
         let inside = Inside {
             facts,
-            absurd,
+            handlers,
             backend,
             stored: Mutex::new(stored.into_iter().collect()),
             uses: Mutex::new(HashMap::new()),
@@ -109,6 +118,16 @@ impl Context {
 
     pub(crate) async fn scope<T>(self, work: impl Future<Output = T>) -> T {
         CURRENT.scope(self, work).await
+    }
+
+    /// The same for a thread.
+    pub(super) fn scope_thread<T>(self, work: impl FnOnce() -> T) -> T {
+        CURRENT.sync_scope(self, work)
+    }
+
+    /// What keeps the worker's place taken.
+    pub(super) fn place(&self) -> Option<Place> {
+        self.facts().place.clone()
     }
 
     fn facts(&self) -> &Facts {
@@ -243,11 +262,7 @@ impl Context {
         if let Some(value) = &step.state {
             return value.to().map_err(|error| TaskError::json(&step.checkpoint_name, error));
         }
-        let span = tracing::info_span!("absurd.step", step.name = step.checkpoint_name);
-        let value = {
-            use tracing::Instrument as _;
-            action().instrument(span).await.map_err(|error| TaskError::of_step(error.into()))?
-        };
+        let value = action().instrument(step.span()).await.map_err(|error| TaskError::of_step(error.into()))?;
         self.complete_step(step, &value).await?;
         Ok(value)
     }
@@ -321,7 +336,7 @@ impl Context {
     /// so that it may wait for tasks of its own queue. A task that did not complete is a failure named `TaskFailed` or
     /// `TaskCancelled`.
     pub fn await_task_result<P, R: DeserializeOwned>(&self, task: &TaskType<P, R>, task_id: Uuid) -> ResultWait<R> {
-        let queue = task.queue().map_or_else(|| self.inside.absurd.queue_of(task.name()), str::to_owned);
+        let queue = task.queue().map_or_else(|| self.inside.handlers.queue_of(task.name()), str::to_owned);
         let step = format!("$awaitTaskResult:{task_id}");
         ResultWait { context: self.clone(), task_id, queue, step, timeout: None, result: std::marker::PhantomData }
     }
@@ -385,7 +400,7 @@ impl Context {
 
     pub(super) async fn resolve(&self, draft: SpawnDraft) -> Result<(String, NewTask), TaskError> {
         let draft = draft.or_queue(&self.facts().queue);
-        self.inside.absurd.resolve(draft).await.map_err(TaskError::Call)
+        self.inside.handlers.resolve(draft).await.map_err(TaskError::Call)
     }
 }
 

@@ -89,6 +89,12 @@ impl TaskError {
     }
 }
 
+impl From<Error> for TaskError {
+    fn from(error: Error) -> Self {
+        Self::Call(error)
+    }
+}
+
 impl fmt::Display for TaskError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -119,9 +119,12 @@ where
         Box::pin(async move {
             let params = context.params::<P>()?;
             let result = handler(context, params).await.map_err(Into::into)?;
-            serde_json::to_string(&result)
-                .map(Json::from_text)
-                .map_err(|error| TaskError::json("the task's result", error).into())
+            result_json(&result)
         })
     })
+}
+
+pub(crate) fn result_json<R: Serialize>(result: &R) -> Result<Json, BoxError> {
+    let text = serde_json::to_string(result).map_err(|error| TaskError::json("the task's result", error))?;
+    Ok(Json::from_text(text))
 }

@@ -1,11 +1,9 @@
 //! Workers: tasks of a queue are carried out by the handlers that are registered for them.
 
 use std::fmt;
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
 use serde_json::Map;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet};
@@ -15,8 +13,9 @@ use uuid::Uuid;
 
 use super::app::Absurd;
 use super::backend::Remote;
-use super::context::{Context, Facts};
-use super::error::{BoxError, Signal, TaskError, reason, recorded};
+use super::context::{Context, Facts, Place};
+use super::drive::{Outcome, drive};
+use super::error::{Signal, reason};
 use super::task::Registered;
 use crate::{ClaimOptions, ClaimStream, ClaimedTask, Error, Json, Reason, Revoked, StreamOptions};
 
@@ -167,7 +166,7 @@ impl Absurd {
         let claimed = client.claim_task(claim).await?;
         let count = claimed.len();
         for task in claimed {
-            execute(self, &options, task).await;
+            execute(self, &options, task, None).await;
         }
         Ok(count)
     }
@@ -195,6 +194,7 @@ async fn told_to_end() {
 
 /// The worker's loop: one task per free place.
 async fn work(absurd: Absurd, options: WorkerOptions, mut stream: ClaimStream, mut stop: watch::Receiver<bool>) {
+    let concurrency = u32::try_from(options.concurrency.max(1)).unwrap_or(u32::MAX);
     let places = Arc::new(Semaphore::new(options.concurrency.max(1)));
     let mut running = JoinSet::new();
     loop {
@@ -203,6 +203,7 @@ async fn work(absurd: Absurd, options: WorkerOptions, mut stream: ClaimStream, m
             _ = stop.wait_for(|stop| *stop) => break,
             place = Arc::clone(&places).acquire_owned() => place,
         };
+        let Ok(place) = place else { break };
         let task = tokio::select! {
             biased;
             _ = stop.wait_for(|stop| *stop) => break,
@@ -210,15 +211,16 @@ async fn work(absurd: Absurd, options: WorkerOptions, mut stream: ClaimStream, m
         };
         let Some(task) = task else { break };
         let (absurd, options) = (absurd.clone(), options.clone());
-        running.spawn(async move {
-            execute(&absurd, &options, task).await;
-            drop(place);
-        });
+        running.spawn(async move { execute(&absurd, &options, task, Some(Arc::new(place))).await });
         while running.try_join_next().is_some() {}
     }
     // The stream keeps the leases of what runs until it is settled.
     let (grace, on_error) = (options.grace, Arc::clone(&options.on_error));
-    let drained = async { while running.join_next().await.is_some() {} };
+    let drained = async {
+        while running.join_next().await.is_some() {}
+        // Threads of blocking handlers may hold a place longer than their executions.
+        let _ = places.acquire_many(concurrency).await;
+    };
     let closed = stream.close(grace);
     let (closed, _) = tokio::join!(closed, tokio::time::timeout(grace, drained));
     if let Err(error) = closed {
@@ -233,7 +235,7 @@ fn deferral(run_id: Uuid) -> Duration {
 }
 
 /// One claimed task, from its claim to its end in this process.
-async fn execute(absurd: &Absurd, options: &WorkerOptions, task: ClaimedTask) {
+async fn execute(absurd: &Absurd, options: &WorkerOptions, task: ClaimedTask, place: Option<Place>) {
     let span = tracing::info_span!(
         "absurd.task",
         task.name = task.task_name,
@@ -251,7 +253,7 @@ async fn execute(absurd: &Absurd, options: &WorkerOptions, task: ClaimedTask) {
             (options.on_error)(&WorkerError { task_id: Some(task.task_id), doing, error });
         }
     };
-    let Some(registered) = absurd.registered(&task.task_name) else {
+    let Some(registered) = absurd.handlers().find(&task.task_name) else {
         let delay = deferral(task.run_id);
         tracing::warn!(task.name = task.task_name, task.id = %task.task_id, ?delay, "nobody here knows this task: deferred");
         if let Err(error) = task.release(delay).await {
@@ -259,7 +261,7 @@ async fn execute(absurd: &Absurd, options: &WorkerOptions, task: ClaimedTask) {
         }
         return;
     };
-    let outcome = run(absurd, options, &task, &registered).instrument(span).await;
+    let outcome = run(absurd, options, &task, &registered, place).instrument(span).await;
     let (doing, settled) = match outcome {
         Outcome::Completed(result) => match task.complete_json(result).await {
             Err(error) if is_refused(&error) => {
@@ -285,21 +287,18 @@ fn is_refused(error: &Error) -> bool {
     matches!(error.reason(), Reason::JsonInvalid | Reason::PayloadTooLarge | Reason::InvalidArgument)
 }
 
-/// What became of an execution.
-enum Outcome {
-    Completed(Json),
-    Failed(Json),
-    Over(Signal),
-    /// Its checkpoints could not be read; the run waits for the end of its lease.
-    Unread(Error),
-}
-
 fn headers(task: &ClaimedTask) -> Result<Map<String, serde_json::Value>, serde_json::Error> {
     let headers: Option<Map<String, serde_json::Value>> = task.headers.as_ref().map(Json::to).transpose()?.flatten();
     Ok(headers.unwrap_or_default())
 }
 
-async fn run(absurd: &Absurd, options: &WorkerOptions, task: &ClaimedTask, registered: &Registered) -> Outcome {
+async fn run(
+    absurd: &Absurd,
+    options: &WorkerOptions,
+    task: &ClaimedTask,
+    registered: &Registered,
+    place: Option<Place>,
+) -> Outcome {
     let queue = absurd.client().queue_name();
     if registered.queue != queue {
         let message = format!(
@@ -327,9 +326,10 @@ async fn run(absurd: &Absurd, options: &WorkerOptions, task: &ClaimedTask, regis
         claimed_at: task.claim_expires_at.and_then(|end| end.checked_sub(options.claim_timeout)),
         deadline: registered.timeout.map(|timeout| Instant::now() + timeout),
         lease: options.claim_timeout,
+        place,
     };
     let backend = Remote::of(task, absurd.client(), options.claim_timeout);
-    let context = Context::new(facts, absurd.clone(), Arc::new(backend), stored);
+    let context = Context::new(facts, Arc::clone(absurd.handlers()), Arc::new(backend), stored);
     let revoked = async {
         match task.revoked().await {
             Revoked::Lost => Signal::Lost,
@@ -337,7 +337,7 @@ async fn run(absurd: &Absurd, options: &WorkerOptions, task: &ClaimedTask, regis
             Revoked::Cancelled => Signal::Cancelled,
         }
     };
-    drive(absurd, context, registered, revoked).await
+    drive(absurd.handlers(), context, Arc::clone(&registered.handler), revoked).await
 }
 
 /// Checkpoints that the run may see. Those that did not fit into the claim are read.
@@ -348,59 +348,6 @@ async fn checkpoints(absurd: &Absurd, task: &ClaimedTask) -> Result<Vec<(String,
     }
     let all = absurd.client().get_all_checkpoints(task.task_id, task.run_id).await?;
     Ok(all.into_iter().map(|stored| (stored.checkpoint_name, value(stored.state))).collect())
-}
-
-/// Runs the handler until it ends, or until the execution is over: then the handler is dropped where it stands.
-async fn drive(
-    absurd: &Absurd,
-    context: Context,
-    registered: &Registered,
-    revoked: impl Future<Output = Signal>,
-) -> Outcome {
-    let deadline = context.deadline();
-    // Inside, so that a panic of the handler or a hook before its first await is caught too.
-    let handler = async { absurd.execute(context.clone(), Arc::clone(&registered.handler)).await };
-    let handler = AssertUnwindSafe(context.clone().scope(handler)).catch_unwind();
-    let late = async {
-        match deadline {
-            Some(deadline) => tokio::time::sleep_until(deadline).await,
-            None => std::future::pending().await,
-        }
-    };
-    let ended = tokio::select! {
-        biased;
-        signal = context.signalled() => return Outcome::Over(signal),
-        signal = revoked => {
-            context.end(signal);
-            return Outcome::Over(signal);
-        }
-        ended = handler => ended,
-        () = late => {
-            context.end(Signal::Failed);
-            return Outcome::Failed(reason("TimeoutError", "the execution took longer than its task may", None));
-        }
-    };
-    // A signal that the handler has swallowed counts all the same.
-    if let Some(signal) = context.signal() {
-        return Outcome::Over(signal);
-    }
-    context.end(Signal::Failed);
-    match ended {
-        Ok(Ok(result)) => Outcome::Completed(result),
-        Ok(Err(error)) => failed(&error),
-        Err(panic) => {
-            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-            let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-            Outcome::Failed(reason("Panic", &format!("panic: {text}"), None))
-        }
-    }
-}
-
-fn failed(error: &BoxError) -> Outcome {
-    match error.downcast_ref::<TaskError>().and_then(TaskError::signal) {
-        Some(signal) => Outcome::Over(signal),
-        None => Outcome::Failed(recorded(error)),
-    }
 }
 
 #[cfg(test)]
