@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use absurd_proto::v1::absurd_service_client::AbsurdServiceClient;
-use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use crate::Error;
 use crate::replicas::Replicas;
@@ -76,6 +76,13 @@ impl ConnectOptions {
             return Err(Error::argument("url", "must not be empty"));
         }
         Ok(Replicas::new(clients))
+    }
+
+    /// A channel to the first replica.
+    pub(crate) fn channel(&self) -> Result<Channel, Error> {
+        let url = self.url.split(',').map(str::trim).find(|url| !url.is_empty());
+        let url = url.ok_or_else(|| Error::argument("url", "must not be empty"))?;
+        Ok(self.endpoint(url)?.connect_lazy())
     }
 
     fn endpoint(&self, url: &str) -> Result<Endpoint, Error> {

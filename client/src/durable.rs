@@ -61,6 +61,11 @@
 //! # Programs without an async runtime
 //!
 //! [`blocking`] has handlers and workers for them, under the same names.
+//!
+//! # Tests
+//!
+//! [`testing`] runs a handler in memory, with its time, events, children and crashes in the hands of the test; and it moves the
+//! time of a real server that was started with `--test-clock`.
 
 mod app;
 mod backend;
@@ -72,6 +77,7 @@ mod handlers;
 mod hooks;
 mod spawn;
 mod task;
+pub mod testing;
 mod wait;
 mod worker;
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use absurd_proto::v1::absurd_service_server::AbsurdServiceServer;
+use absurd_proto::v1::test_clock_service_server::TestClockServiceServer;
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -23,6 +24,7 @@ use crate::engine::Engine;
 use crate::maintenance;
 use crate::store::migrate::{self, Origin, Report};
 use crate::store::{Store, StoreOptions};
+use crate::transport::test_clock::TestClock;
 use crate::transport::{Limits, Service, refusal};
 use crate::upkeep;
 
@@ -58,6 +60,8 @@ pub struct AppOptions {
     pub tls: Option<(PathBuf, PathBuf)>,
     /// Longest graceful shutdown.
     pub shutdown_grace: Duration,
+    /// Whether the time can be set over gRPC, for tests.
+    pub test_clock: bool,
 }
 
 /// A server that serves.
@@ -90,6 +94,7 @@ impl App {
             database: options.database.clone(),
             connections_max: options.connections_max,
             wait_max: Duration::from_secs(10),
+            test_clock: options.test_clock,
         })?;
         let hints = Arc::new(Hints::new(replica_id(), doorbell));
         // The first look reads the database's clock, which every minted id needs.
@@ -110,6 +115,7 @@ impl App {
         }
         set_health(&health, true).await;
         let (stop, stopped) = oneshot::channel();
+        let test_clock = options.test_clock.then(|| TestClockServiceServer::new(TestClock::new(Arc::clone(&engine))));
         let router = server(options.tls.as_ref())?
             .layer(refusal::RefusalLayer)
             .add_service(health_service)
@@ -119,7 +125,8 @@ impl App {
                 AbsurdServiceServer::new(Service::new(Arc::clone(&engine), options.limits))
                     .max_decoding_message_size(refusal::REQUEST_BYTES_MAX)
                     .max_encoding_message_size(usize::MAX),
-            );
+            )
+            .add_optional_service(test_clock);
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         let serving = tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
             let _ = stopped.await;

@@ -43,6 +43,11 @@ pub async fn tick(engine: &Arc<Engine>) {
     }
 }
 
+/// Does at once what is due in all queues: the time has been moved.
+pub async fn catch_up(engine: &Arc<Engine>) {
+    wide(engine, &mut Cursors::new()).await;
+}
+
 type Cursors = std::collections::HashMap<String, Uuid>;
 
 /// Looks at every queue of the database, so that leases also end where no stream is open.

@@ -120,6 +120,9 @@ settings! {
     /// Longest graceful shutdown [default: 20s]
     #[arg(long, env = "ABSURD_SHUTDOWN_GRACE", value_name = "SPAN")]
     shutdown_grace: Span,
+    /// For tests only: let the `TestClockService` set the time of this server
+    #[arg(long, env = "ABSURD_TEST_CLOCK", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    test_clock: bool,
     /// PEM file of the certificate to serve TLS with
     #[arg(long, env = "ABSURD_TLS_CERT", value_name = "FILE")]
     tls_cert: PathBuf,
@@ -176,6 +179,7 @@ impl Settings {
             },
             tls,
             shutdown_grace: self.shutdown_grace.map_or(Duration::from_secs(20), |span| span.0),
+            test_clock: self.test_clock.unwrap_or(false),
         })
     }
 }

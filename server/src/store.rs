@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod checkpoint;
+pub mod clock;
 pub mod event;
 pub mod fault;
 pub mod listen;
@@ -45,6 +46,8 @@ pub struct StoreOptions {
     pub connections_max: usize,
     /// Longest wait for a free connection.
     pub wait_max: Duration,
+    /// Whether the time can be set, for tests.
+    pub test_clock: bool,
 }
 
 /// Access to one database.
@@ -63,15 +66,17 @@ struct Inner {
     texts: Mutex<HashMap<TextKey, Arc<str>>>,
     /// A reading of the database's clock, and when it was taken.
     clock: Mutex<Option<(Monotonic, i64)>>,
+    /// Only with `--test-clock`.
+    test_clock: Option<clock::TestClock>,
 }
 
 /// Settings of our sessions: the doorbell's trigger stays silent for them, plans are made once per statement, and walk an
-/// index even where the queue was empty when they were made.
+/// index even where the queue was empty when they were made; no setting of the database or the role gives them another time.
 pub(crate) fn session_config(database: &tokio_postgres::Config, name: &str) -> tokio_postgres::Config {
     let mut config = database.clone();
     let options = config.get_options().unwrap_or_default().to_owned();
     config.options(format!(
-        "{options} -c absurd_server.writer=on -c jit=off -c plan_cache_mode=force_generic_plan \
+        "{options} -c absurd_server.writer=on -c absurd.fake_now= -c jit=off -c plan_cache_mode=force_generic_plan \
          -c enable_seqscan=off -c enable_bitmapscan=off \
          -c statement_timeout=60s -c idle_in_transaction_session_timeout=60s -c TimeZone=UTC"
     ));
@@ -96,7 +101,13 @@ impl Store {
             .build()
             .map_err(|error| Error::Internal(error.to_string()))?;
         Ok(Self {
-            inner: Arc::new(Inner { pool, options, texts: Mutex::new(HashMap::new()), clock: Mutex::new(None) }),
+            inner: Arc::new(Inner {
+                pool,
+                test_clock: options.test_clock.then(clock::TestClock::default),
+                options,
+                texts: Mutex::new(HashMap::new()),
+                clock: Mutex::new(None),
+            }),
         })
     }
 
@@ -114,6 +125,9 @@ impl Store {
         let client = self.inner.pool.get().await.map_err(Fault::from_pool)?;
         if client.statement_cache.size() > STATEMENTS_MAX {
             client.statement_cache.clear();
+        }
+        if let Some(clock) = &self.inner.test_clock {
+            self.apply(clock, &client).await?;
         }
         Ok(client)
     }
@@ -172,6 +186,9 @@ impl Store {
 
     /// The database's time, reckoned from the last reading.
     pub fn now(&self) -> Option<Instant> {
+        if let Some(set) = self.test_time() {
+            return Some(set);
+        }
         let clock = self.inner.clock.lock().unwrap_or_else(PoisonError::into_inner);
         clock.map(|(read_at, micros)| Instant::from_micros(micros).plus(read_at.elapsed()))
     }

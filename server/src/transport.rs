@@ -11,6 +11,7 @@ pub mod service;
 mod settling;
 pub mod status;
 mod tasks;
+pub mod test_clock;
 mod time;
 mod workflows;
 

@@ -71,18 +71,21 @@ fn values(out: &mut String, values: &EnumDescriptor) {
 
 fn rendered() -> String {
     let pool = DescriptorPool::decode(absurd_proto::FILE_DESCRIPTOR_SET).unwrap();
-    let service = pool.get_service_by_name("absurd.v1.AbsurdService").unwrap();
-    let file = service.parent_file();
     let mut out = String::from(
         "# Reference\n\nThe comments of [the proto files](../proto/absurd/v1), rendered; do not edit. `ABSURD_TEST_UPDATE=1 cargo test \
-         -p absurd-tests --test it reference::` writes it anew.\n\n## AbsurdService\n\n",
+         -p absurd-tests --test it reference::` writes it anew.\n\n",
     );
-    let _ = writeln!(out, "{}\n", comment(&file, service.path()).replace("\n  ", "\n      "));
-    for method in service.methods() {
-        let stream = if method.is_server_streaming() { "stream of " } else { "" };
-        let (input, output) = (anchor(method.input().name()), anchor(method.output().name()));
-        let text = flat(&comment(&file, method.path()));
-        let _ = writeln!(out, "### {}\n\n{input} → {stream}{output}\n\n{text}\n", method.name());
+    for service in ["AbsurdService", "TestClockService"] {
+        let service = pool.get_service_by_name(&format!("absurd.v1.{service}")).unwrap();
+        let file = service.parent_file();
+        let about = comment(&file, service.path()).replace("\n  ", "\n      ");
+        let _ = writeln!(out, "## {}\n\n{about}\n", service.name());
+        for method in service.methods() {
+            let stream = if method.is_server_streaming() { "stream of " } else { "" };
+            let (input, output) = (anchor(method.input().name()), anchor(method.output().name()));
+            let text = flat(&comment(&file, method.path()));
+            let _ = writeln!(out, "### {}\n\n{input} → {stream}{output}\n\n{text}\n", method.name());
+        }
     }
     out.push_str("## Messages\n\n");
     let ours = || pool.files().filter(|file| file.package_name() == "absurd.v1");

@@ -200,7 +200,7 @@ impl Worker {
 }
 
 /// A handler that blocks, as one that does not: it runs on a thread of its own.
-fn on_a_thread<P, R, E, F>(handler: F) -> Handler
+pub(super) fn on_a_thread<P, R, E, F>(handler: F) -> Handler
 where
     P: DeserializeOwned + Send + 'static,
     R: Serialize + Send + 'static,

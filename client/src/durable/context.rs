@@ -405,7 +405,7 @@ impl Context {
 }
 
 /// RFC 3339 with `Z` or an offset of zero, with or without a fraction, as the SDKs store it.
-fn parse_time(text: &str) -> Option<SystemTime> {
+pub(super) fn parse_time(text: &str) -> Option<SystemTime> {
     let text = text.strip_suffix("+00:00").map_or_else(|| text.to_owned(), |time| format!("{time}Z"));
     humantime::parse_rfc3339_weak(&text).ok()
 }

@@ -61,7 +61,7 @@ fn with_own_server(home: &Path, bin: Option<PathBuf>) -> anyhow::Result<()> {
     let options = ClusterOptions { home: home.join("postgres"), bin, durable: true, settings: Vec::new() };
     let mut cluster = Cluster::start(&options)?;
     let outcome = runtime()?.block_on(async {
-        let app = dev::start_on(&cluster, ([127, 0, 0, 1], 0).into(), QUEUE).await?;
+        let app = dev::start_on(&cluster, ([127, 0, 0, 1], 0).into(), QUEUE, false).await?;
         let outcome = show(&format!("http://{}", app.addr()), home).await;
         app.shut_down().await?;
         outcome

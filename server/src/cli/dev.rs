@@ -36,6 +36,9 @@ pub(super) struct DevArgs {
     /// Queue to create
     #[arg(long, short, env = "ABSURD_DEFAULT_QUEUE", default_value = absurd_client::DEFAULT_QUEUE)]
     queue: String,
+    /// For tests only: let the `TestClockService` set the time of this server
+    #[arg(long, env = "ABSURD_TEST_CLOCK")]
+    test_clock: bool,
     /// What to log beside the lines of tasks
     #[arg(long, env = "ABSURD_LOG", default_value = "warn", value_name = "FILTER")]
     log: String,
@@ -48,18 +51,24 @@ pub(super) fn run(args: DevArgs) -> anyhow::Result<()> {
     let home = args.data_dir.unwrap_or_else(default_home);
     // Before the runtime: Postgres must belong to a thread that stays.
     let mut cluster = Cluster::start(&ClusterOptions { home, bin: args.pg_bin, durable: true, settings: Vec::new() })?;
-    let outcome = runtime()?.block_on(serve(&mut cluster, args.listen, &args.queue, started));
+    let outcome = runtime()?.block_on(serve(&mut cluster, args.listen, &args.queue, args.test_clock, started));
     cluster.stop();
     outcome
 }
 
 /// Starts a server on a private cluster: database, schemas, queue.
-pub(super) async fn start_on(cluster: &Cluster, listen: SocketAddr, queue: &str) -> anyhow::Result<App> {
+pub(super) async fn start_on(
+    cluster: &Cluster,
+    listen: SocketAddr,
+    queue: &str,
+    test_clock: bool,
+) -> anyhow::Result<App> {
     create_database(cluster).await?;
     let settings = Settings {
         database_url: Some(Secret::from(cluster.url(DATABASE).as_str())),
         listen: Some(listen),
         migrate: Some(true),
+        test_clock: Some(test_clock),
         ..Settings::default()
     };
     let app = App::start(settings.into_app_options()?).await?;
@@ -85,10 +94,16 @@ pub(super) async fn create_database(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn serve(cluster: &mut Cluster, listen: SocketAddr, queue: &str, started: Instant) -> anyhow::Result<()> {
+async fn serve(
+    cluster: &mut Cluster,
+    listen: SocketAddr,
+    queue: &str,
+    test_clock: bool,
+    started: Instant,
+) -> anyhow::Result<()> {
     let mut stop = std::pin::pin!(asked_to_stop());
     let app = tokio::select! {
-        app = start_on(cluster, listen, queue) => app?,
+        app = start_on(cluster, listen, queue, test_clock) => app?,
         () = &mut stop => return Ok(()),
     };
     greet(cluster, &app, queue, started.elapsed());

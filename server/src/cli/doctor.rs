@@ -52,7 +52,7 @@ impl Finding {
 pub(super) async fn run(args: DoctorArgs) -> anyhow::Result<()> {
     let database = parse_database(&args.database_url)?;
     let report = migrate::check(&database, migrate::Options::default()).await?;
-    let options = StoreOptions { database, connections_max: 2, wait_max: Duration::from_secs(10) };
+    let options = StoreOptions { database, connections_max: 2, wait_max: Duration::from_secs(10), test_clock: false };
     let store = Store::new(options)?;
     let mut findings = contract(&report);
     let told = |fault: Fault| anyhow::anyhow!("cannot look at the database: {fault:?}");

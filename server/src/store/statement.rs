@@ -66,6 +66,8 @@ statements! {
     CHECKPOINT_LIST = "checkpoint_list";
     CHECKPOINT_PAGE = "checkpoint_page";
     CHECKPOINT_PUT = "checkpoint_put";
+    CLOCK_GET = "clock_get";
+    CLOCK_SET = "clock_set";
     CREDIT_NOTIFY = "credit_notify";
     DOORBELL_ARM = "doorbell_arm";
     DOORBELL_DISARM = "doorbell_disarm";

@@ -1,0 +1,47 @@
+//! The database's clock, and a time that tests set in its place (`--test-clock`): every connection that leaves the pool has it.
+
+use std::sync::{Mutex, PoisonError};
+
+use deadpool_postgres::Object;
+
+use super::statement::{CLOCK_GET, CLOCK_SET};
+use super::{Fault, Store, Wait, query};
+use crate::domain::Instant;
+
+/// The time that is set; None: the real one.
+#[derive(Debug, Default)]
+pub(super) struct TestClock(Mutex<Option<Instant>>);
+
+impl TestClock {
+    fn get(&self) -> Option<Instant> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Store {
+    /// The time that a test has set.
+    pub fn test_time(&self) -> Option<Instant> {
+        self.inner.test_clock.as_ref().and_then(TestClock::get)
+    }
+
+    /// Sets the time; None: the real one again. Without `--test-clock` nothing happens.
+    pub fn set_test_time(&self, time: Option<Instant>) {
+        if let Some(clock) = &self.inner.test_clock {
+            *clock.0.lock().unwrap_or_else(PoisonError::into_inner) = time;
+        }
+    }
+
+    /// Reads the database's clock.
+    pub async fn clock(&self) -> Result<Instant, Fault> {
+        let rows = self.rows(&CLOCK_GET, Wait::Skip, None, &[]).await?;
+        let micros: i64 = rows.first().ok_or_else(|| Fault::Gone("the clock answered nothing".into()))?.get("now_us");
+        self.note_clock(micros);
+        Ok(Instant::from_micros(micros))
+    }
+
+    pub(super) async fn apply(&self, clock: &TestClock, client: &Object) -> Result<(), Fault> {
+        let micros = clock.get().map(Instant::micros);
+        let text = self.text(&CLOCK_SET, Wait::Skip, None);
+        query(client, &text, &[&micros]).await.map(drop).map_err(|error| Fault::from_postgres(&error))
+    }
+}
