@@ -1,6 +1,7 @@
 //! Durable execution in Rust, against a real server: what replays, what suspends, what ends an execution.
 
 mod blocking;
+mod relay;
 mod testing;
 
 use std::sync::Arc;
