@@ -7,6 +7,7 @@ mod doctor;
 mod operate;
 mod output;
 mod serve;
+mod shell;
 mod worker;
 
 use std::path::PathBuf;
@@ -68,6 +69,18 @@ enum Command {
     /// Run a program for each task
     #[command(after_help = worker::EXAMPLES)]
     Worker(worker::WorkerArgs),
+    /// Inside of a worker's program: run a command as a durable step
+    #[command(after_help = shell::STEP_EXAMPLES)]
+    Step(shell::StepArgs),
+    /// Inside of a worker's program: sleep, holding nothing meanwhile
+    #[command(after_help = shell::SLEEP_EXAMPLES)]
+    Sleep(shell::SleepArgs),
+    /// Inside of a worker's program: wait for an event, holding nothing meanwhile
+    #[command(after_help = shell::AWAIT_EXAMPLES)]
+    AwaitEvent(shell::AwaitArgs),
+    /// Inside of a worker's program: emit an event on the task's queue
+    #[command(after_help = "Example:\n  absurd emit shipment.packed:42 '{\"tracking_number\":\"T-42\"}'")]
+    Emit(shell::EmitArgs),
     /// Show a task surviving the death of its worker
     #[command(
         after_help = "Examples:\n  absurd demo                               with a server and a Postgres of its own\n  \
@@ -152,17 +165,28 @@ pub fn main() -> ExitCode {
         Command::Task(command) => block_on(operate::task(command)),
         Command::Event(command) => block_on(operate::event(command)),
         Command::Worker(args) => block_on(worker::run(args)),
+        Command::Step(args) => return in_a_task(shell::step(args)),
+        Command::Sleep(args) => return in_a_task(shell::sleep(args)),
+        Command::AwaitEvent(args) => return in_a_task(shell::await_event(args)),
+        Command::Emit(args) => return in_a_task(shell::emit(args)),
         Command::Demo(args) => demo::run(args),
         Command::Bench(command) => bench::run(command),
         Command::DemoWorker(args) => block_on(demo::work(args)),
     };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit_code(outcome.map(|()| ExitCode::SUCCESS))
+}
+
+fn exit_code(outcome: anyhow::Result<ExitCode>) -> ExitCode {
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// Small programs that start often: one thread is enough.
+fn in_a_task(work: impl Future<Output = anyhow::Result<ExitCode>>) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    exit_code(runtime.map_err(anyhow::Error::from).and_then(|runtime| runtime.block_on(work)))
 }
 
 fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {

@@ -24,6 +24,7 @@ mod replicas;
 mod rpcs;
 mod sdk;
 mod service;
+mod shell;
 mod statements;
 mod streams;
 mod tasks;

@@ -193,8 +193,8 @@ impl Context {
         *self.inside.signal.borrow()
     }
 
-    /// Waits until the execution is over from outside.
-    pub(crate) async fn signalled(&self) -> Signal {
+    /// Waits until there is a signal: the run sleeps, or is not ours any more. A handler need not ask: it is dropped then.
+    pub async fn over(&self) -> Signal {
         let mut signals = self.inside.signal.subscribe();
         loop {
             if let Some(signal) = *signals.borrow_and_update() {

@@ -41,7 +41,7 @@ pub(crate) async fn drive(
     };
     let ended = tokio::select! {
         biased;
-        signal = context.signalled() => return Outcome::Over(signal),
+        signal = context.over() => return Outcome::Over(signal),
         signal = revoked => {
             context.end(signal);
             return Outcome::Over(signal);

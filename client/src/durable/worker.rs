@@ -171,6 +171,14 @@ impl Absurd {
         Ok(count)
     }
 
+    /// The context of a task that was claimed without a worker of ours, for programs that carry out tasks in their own way: its
+    /// steps, sleeps and waits are those of handlers. Whoever asks for it completes or fails the task, unless
+    /// [`Context::over`] has answered. `lease` is the claim's; each checkpoint extends it.
+    pub async fn context_of(&self, task: &ClaimedTask, lease: Duration) -> Result<Context, Error> {
+        let headers = headers(task).map_err(|error| Error::argument("headers", error))?;
+        context(self, task, headers, lease, None, None).await
+    }
+
     fn client_for(&self, worker_id: Option<&str>) -> crate::AbsurdClient {
         let client = self.client();
         worker_id.map_or_else(|| client.clone(), |worker_id| client.with_worker_id(worker_id))
@@ -310,34 +318,47 @@ async fn run(
     let Ok(headers) = headers(task) else {
         return Outcome::Failed(reason("InvalidHeaders", "invalid task headers: they are not a JSON object", None));
     };
-    let stored = match checkpoints(absurd, task).await {
-        Ok(stored) => stored,
+    let deadline = registered.timeout.map(|timeout| Instant::now() + timeout);
+    let context = match context(absurd, task, headers, options.claim_timeout, deadline, place).await {
+        Ok(context) => context,
         Err(error) => return Outcome::Unread(error),
     };
+    drive(absurd.handlers(), context, Arc::clone(&registered.handler), revoked(task)).await
+}
+
+async fn revoked(task: &ClaimedTask) -> Signal {
+    match task.revoked().await {
+        Revoked::Lost => Signal::Lost,
+        Revoked::Expired => Signal::Failed,
+        Revoked::Cancelled => Signal::Cancelled,
+    }
+}
+
+async fn context(
+    absurd: &Absurd,
+    task: &ClaimedTask,
+    headers: Map<String, serde_json::Value>,
+    lease: Duration,
+    deadline: Option<Instant>,
+    place: Option<Place>,
+) -> Result<Context, Error> {
+    let stored = checkpoints(absurd, task).await?;
     let facts = Facts {
         task_id: task.task_id,
         run_id: task.run_id,
         attempt: task.attempt,
         task_name: task.task_name.clone(),
-        queue: queue.to_owned(),
+        queue: absurd.client().queue_name().to_owned(),
         params: task.params.clone().unwrap_or_else(Json::null),
         headers,
         max_attempts: task.max_attempts,
-        claimed_at: task.claim_expires_at.and_then(|end| end.checked_sub(options.claim_timeout)),
-        deadline: registered.timeout.map(|timeout| Instant::now() + timeout),
-        lease: options.claim_timeout,
+        claimed_at: task.claim_expires_at.and_then(|end| end.checked_sub(lease)),
+        deadline,
+        lease,
         place,
     };
-    let backend = Remote::of(task, absurd.client(), options.claim_timeout);
-    let context = Context::new(facts, Arc::clone(absurd.handlers()), Arc::new(backend), stored);
-    let revoked = async {
-        match task.revoked().await {
-            Revoked::Lost => Signal::Lost,
-            Revoked::Expired => Signal::Failed,
-            Revoked::Cancelled => Signal::Cancelled,
-        }
-    };
-    drive(absurd.handlers(), context, Arc::clone(&registered.handler), revoked).await
+    let backend = Remote::of(task, absurd.client(), lease);
+    Ok(Context::new(facts, Arc::clone(absurd.handlers()), Arc::new(backend), stored))
 }
 
 /// Checkpoints that the run may see. Those that did not fit into the claim are read.

@@ -4,6 +4,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
+use absurd_client::durable::{Absurd, Context, Signal};
 use absurd_client::{AbsurdClient, ClaimedTask, Json, StreamOptions};
 use clap::Args;
 use serde_json::json;
@@ -12,6 +13,8 @@ use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::shell::SOCKET;
+use super::shell::talk::Socket;
 use super::{ClientArgs, asked_to_stop, log};
 use crate::settings::Span;
 
@@ -23,10 +26,13 @@ Examples:
 The program gets the params on its standard input and these variables: ABSURD_TASK_ID ABSURD_RUN_ID ABSURD_TASK_NAME
 ABSURD_ATTEMPT ABSURD_QUEUE ABSURD_HEADERS. What it prints is the result: JSON as it is, other text as a JSON string,
 nothing as null. An exit code other than 0 fails the run, with the end of its standard error as the reason. The lease is
-kept as long as it runs; when the task is cancelled or the claim is lost, it is killed.";
+kept as long as it runs; when the task is cancelled or the claim is lost, it is killed.
+
+A program may be durable: `absurd step NAME -- COMMAND`, `absurd sleep`, `absurd await-event` and `absurd emit` are for its use.
+It starts from its beginning each time; steps that are stored are not done again. While it sleeps or waits it does not run.";
 
 /// Largest output that becomes a result.
-const OUTPUT_BYTES_MAX: u64 = 8 * 1024 * 1024;
+pub(super) const OUTPUT_BYTES_MAX: u64 = 8 * 1024 * 1024;
 /// Bytes of standard error that are recorded.
 const ERRORS_BYTES_MAX: usize = 8 * 1024;
 
@@ -76,18 +82,19 @@ pub(super) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         () = &mut stop => return Ok(()),
     };
     eprintln!("worker {worker_id} takes tasks of queue {:?} at {}", args.client.queue, args.client.url);
+    let work = Arc::new(Work { args, absurd: Absurd::new(client) });
+    let args = &work.args;
     let mut programs = JoinSet::new();
     let mut left = args.max_tasks.unwrap_or(u64::MAX);
     // True once programs that still run must end.
     let over = watch::Sender::new(false);
-    let exec: Arc<str> = args.exec.as_str().into();
     while left > 0 {
         tokio::select! {
             () = &mut stop => break,
             task = tasks.next() => {
                 let Some(task) = task else { break };
                 left -= 1;
-                programs.spawn(carry_out(Arc::clone(&exec), args.client.clone(), task, over.subscribe()));
+                programs.spawn(carry_out(Arc::clone(&work), task, over.subscribe()));
             }
             Some(_) = programs.join_next() => {}
         }
@@ -126,9 +133,24 @@ async fn wait_for_queue(client: &AbsurdClient, options: StreamOptions) -> anyhow
     }
 }
 
-async fn carry_out(exec: Arc<str>, args: ClientArgs, task: ClaimedTask, over: watch::Receiver<bool>) {
+/// What all executions share.
+struct Work {
+    args: WorkerArgs,
+    absurd: Absurd,
+}
+
+async fn carry_out(work: Arc<Work>, task: ClaimedTask, over: watch::Receiver<bool>) {
     let started = std::time::Instant::now();
-    let end = execute(&exec, &args, &task, over).await;
+    let end = match work.absurd.context_of(&task, work.args.claim_timeout.0).await {
+        Ok(context) => execute(&work.args, &task, &context, over).await,
+        Err(error) if error.reason() == absurd_client::Reason::InvalidArgument => {
+            failure("InvalidHeaders", error.message(), "")
+        }
+        Err(error) => {
+            eprintln!("{} {}: its checkpoints could not be read: {error}", task.task_name, task.task_id);
+            End::Released
+        }
+    };
     let (said, what) = match end {
         End::Result(result) => (task.complete_json(result).await.map(drop), "completed".to_owned()),
         End::Failure(reason) => {
@@ -136,6 +158,8 @@ async fn carry_out(exec: Arc<str>, args: ClientArgs, task: ClaimedTask, over: wa
             (task.fail(&reason).await.map(drop), format!("failed: {message}"))
         }
         End::Revoked(why) => (Ok(()), format!("stopped: the claim is {why:?}").to_lowercase()),
+        End::Over(Signal::Suspended) => (Ok(()), "suspended".to_owned()),
+        End::Over(signal) => (Ok(()), format!("stopped: {signal}")),
         End::Released => (task.release(Duration::ZERO).await.map(drop), "given back".to_owned()),
     };
     let took = started.elapsed().as_millis();
@@ -149,20 +173,29 @@ enum End {
     Result(Json),
     Failure(serde_json::Value),
     Revoked(absurd_client::Revoked),
+    Over(Signal),
     Released,
 }
 
-async fn execute(exec: &str, args: &ClientArgs, task: &ClaimedTask, mut over: watch::Receiver<bool>) -> End {
-    let mut child = match start(exec, args, task) {
+async fn execute(args: &WorkerArgs, task: &ClaimedTask, context: &Context, mut over: watch::Receiver<bool>) -> End {
+    let socket = match Socket::open() {
+        Ok(socket) => socket,
+        Err(error) => return failure("SpawnError", &format!("cannot open a socket for steps: {error}"), ""),
+    };
+    let mut child = match start(args, task, &socket) {
         Ok(child) => child,
-        Err(error) => return failure("SpawnError", &format!("cannot run {exec:?}: {error}"), ""),
+        Err(error) => return failure("SpawnError", &format!("cannot run {:?}: {error}", args.exec), ""),
     };
     let group = child.id();
     let params = task.params.as_ref().map_or("null", Json::as_str).as_bytes().to_vec();
     let end = tokio::select! {
-        end = talk(&mut child, params) => end,
+        biased;
+        // First: what a program prints after its run was suspended is no result.
+        signal = context.over() => End::Over(signal),
         why = task.revoked() => End::Revoked(why),
+        end = talk(&mut child, params) => end,
         _ = over.wait_for(|over| *over) => End::Released,
+        () = socket.serve(context) => End::Released,
     };
     // Whatever the program has started dies with it.
     kill_group(group);
@@ -170,22 +203,34 @@ async fn execute(exec: &str, args: &ClientArgs, task: &ClaimedTask, mut over: wa
     end
 }
 
-fn start(exec: &str, args: &ClientArgs, task: &ClaimedTask) -> std::io::Result<Child> {
+fn start(args: &WorkerArgs, task: &ClaimedTask, socket: &Socket) -> std::io::Result<Child> {
     Command::new("/bin/sh")
-        .args(["-c", exec])
+        .args(["-c", &args.exec])
         .env("ABSURD_TASK_ID", task.task_id.to_string())
         .env("ABSURD_RUN_ID", task.run_id.to_string())
         .env("ABSURD_TASK_NAME", &task.task_name)
         .env("ABSURD_ATTEMPT", task.attempt.to_string())
-        .env("ABSURD_QUEUE", &args.queue)
-        .env("ABSURD_URL", &args.url)
+        .env("ABSURD_QUEUE", &args.client.queue)
+        .env("ABSURD_URL", &args.client.url)
         .env("ABSURD_HEADERS", task.headers.as_ref().map_or("{}", Json::as_str))
+        .env(SOCKET, socket.path())
+        .env("PATH", path_with_absurd())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0)
         .kill_on_drop(true)
         .spawn()
+}
+
+/// Programs find `absurd`, wherever this one was started from.
+fn path_with_absurd() -> std::ffi::OsString {
+    let mut path = std::env::var_os("PATH").unwrap_or_default();
+    if let Some(own) = std::env::current_exe().ok().as_deref().and_then(std::path::Path::parent) {
+        path.push(":");
+        path.push(own);
+    }
+    path
 }
 
 fn kill_group(id: Option<u32>) {
@@ -219,7 +264,7 @@ async fn talk(child: &mut Child, params: Vec<u8>) -> End {
 }
 
 /// JSON as it is, other text as a string, nothing as null.
-fn result(output: &[u8]) -> Json {
+pub(super) fn result(output: &[u8]) -> Json {
     let text = String::from_utf8_lossy(output);
     let text = text.trim();
     if text.is_empty() {

@@ -1,0 +1,210 @@
+//! Durable steps from a shell: `absurd step`, `sleep`, `await-event` and `emit`, inside of `absurd worker --exec`.
+//!
+//! The worker holds the claim, the stored values and the use counts of names; these commands ask it over a socket that each
+//! execution has of its own. When the run is suspended or lost, the worker ends the program: no command needs to be obeyed.
+
+pub(super) mod talk;
+
+use std::path::PathBuf;
+use std::process::{ExitCode, Stdio};
+use std::time::{Duration, SystemTime};
+
+use absurd_client::Json;
+use anyhow::Context as _;
+use clap::Args;
+use tokio::io::{AsyncReadExt as _, BufReader};
+use tokio::net::UnixStream;
+use tokio::process::Command;
+
+use super::worker::{OUTPUT_BYTES_MAX, result};
+use crate::settings::Span;
+use talk::{Answer, Ask, exchange};
+
+/// Where an execution's worker listens.
+pub(super) const SOCKET: &str = "ABSURD_TASK_SOCKET";
+/// Exit code of a wait that has timed out, as of `timeout`.
+const TIMED_OUT: u8 = 124;
+/// Exit code when the execution is over: the run sleeps, or is not ours any more. `EX_TEMPFAIL`.
+const OVER: u8 = 75;
+
+pub(super) const STEP_EXAMPLES: &str = "\
+Examples (inside of `absurd worker --exec`):
+  payment=$(absurd step process-payment -- ./charge.sh \"$order\")
+  absurd step notify -- mail -s shipped \"$email\"
+
+The first time the command runs, and what it prints is stored as the step's value: JSON as it is, other text as a JSON string,
+nothing as null. Later, in another attempt or after a sleep, it does not run: the stored value is printed. A command that fails
+stores nothing, and its exit code is that of `absurd step`. The second use of a name is another step, `NAME#2`.";
+
+pub(super) const SLEEP_EXAMPLES: &str = "\
+Examples (inside of `absurd worker --exec`):
+  absurd sleep 1h
+  absurd sleep --until 2027-01-01T00:00:00Z
+
+The program ends here and starts again from its beginning when the time has come, on whichever worker is free; nothing waits
+meanwhile. The time is counted from the first call.";
+
+pub(super) const AWAIT_EXAMPLES: &str = "\
+Examples (inside of `absurd worker --exec`):
+  shipment=$(absurd await-event shipment.packed:42)
+  absurd await-event approved:42 --timeout 24h || echo 'nobody approved it'
+
+Prints the event's payload. While it is not there, the program ends here, and starts again from its beginning when it comes.
+The exit code is 124 when the time is over first, now and in every later attempt.";
+
+/// Flags of `absurd step`.
+#[derive(Debug, Args)]
+pub(super) struct StepArgs {
+    /// Name of the step
+    name: String,
+    /// Command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+/// Flags of `absurd sleep`.
+#[derive(Debug, Args)]
+pub(super) struct SleepArgs {
+    /// How long
+    #[arg(required_unless_present = "until", conflicts_with = "until", value_name = "SPAN")]
+    span: Option<Span>,
+    /// Until when, as 2027-01-01T00:00:00Z
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_rfc3339)]
+    until: Option<SystemTime>,
+    /// Name of the step
+    #[arg(long, default_value = "sleep", value_name = "NAME")]
+    step: String,
+}
+
+/// Flags of `absurd await-event`.
+#[derive(Debug, Args)]
+pub(super) struct AwaitArgs {
+    /// Name of the event
+    event: String,
+    /// Longest wait, counted from the first call [default: for ever]
+    #[arg(long, value_name = "SPAN")]
+    timeout: Option<Span>,
+    /// Name of the step [default: $awaitEvent:EVENT]
+    #[arg(long, value_name = "NAME")]
+    step: Option<String>,
+}
+
+/// Flags of `absurd emit`.
+#[derive(Debug, Args)]
+pub(super) struct EmitArgs {
+    /// Name of the event
+    event: String,
+    /// JSON, or any other text as a JSON string
+    #[arg(default_value = "null")]
+    payload: String,
+}
+
+/// The connection to the execution's worker.
+async fn connect() -> anyhow::Result<BufReader<UnixStream>> {
+    let path: PathBuf = std::env::var_os(SOCKET).context(
+        "this command works inside of a program that `absurd worker --exec` runs; outside of tasks there is `absurd event emit`",
+    )?.into();
+    let stream = UnixStream::connect(&path).await;
+    Ok(BufReader::new(stream.with_context(|| format!("the worker does not listen at {}", path.display()))?))
+}
+
+/// Prints a value as the next execution will print it too.
+fn show(value: &Json) {
+    match value.to::<String>() {
+        Ok(text) => println!("{text}"),
+        Err(_) if value.as_str() == "null" => {}
+        Err(_) => println!("{value}"),
+    }
+}
+
+fn ended(answer: Answer) -> anyhow::Result<ExitCode> {
+    match answer {
+        Answer::Over { signal } => {
+            eprintln!("{signal}");
+            Ok(OVER.into())
+        }
+        Answer::Failed { message } => anyhow::bail!(message),
+        other => anyhow::bail!("the worker answered {other:?}"),
+    }
+}
+
+/// Runs a command, once.
+pub(super) async fn step(args: StepArgs) -> anyhow::Result<ExitCode> {
+    let mut worker = connect().await?;
+    match exchange(&mut worker, &Ask::Begin { step: args.name }).await? {
+        Answer::Value { value } => {
+            show(&Json::from_text(value.get()));
+            return Ok(ExitCode::SUCCESS);
+        }
+        Answer::ToDo => {}
+        other => return ended(other),
+    }
+    let (program, arguments) = args.command.split_first().context("there is no command")?;
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {program:?}"))?;
+    let mut output = Vec::new();
+    if let Some(stdout) = child.stdout.take() {
+        stdout.take(OUTPUT_BYTES_MAX + 1).read_to_end(&mut output).await?;
+    }
+    anyhow::ensure!(output.len() as u64 <= OUTPUT_BYTES_MAX, "the command printed more than {OUTPUT_BYTES_MAX} bytes");
+    let status = child.wait().await?;
+    if !status.success() {
+        // As a shell tells it: the signal's number after 128.
+        let killed = std::os::unix::process::ExitStatusExt::signal(&status).map(|signal| 128 + signal);
+        let code = status.code().or(killed).and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
+        return Ok(code.into());
+    }
+    let value = result(&output);
+    let raw = serde_json::value::RawValue::from_string(value.to_string())?;
+    match exchange(&mut worker, &Ask::Complete { value: raw }).await? {
+        Answer::Value { .. } => {
+            show(&value);
+            Ok(ExitCode::SUCCESS)
+        }
+        other => ended(other),
+    }
+}
+
+/// Sleeps.
+pub(super) async fn sleep(args: SleepArgs) -> anyhow::Result<ExitCode> {
+    let ask = Ask::Sleep {
+        step: args.step,
+        ms: args.span.map(|span| span.0.as_millis().try_into().unwrap_or(u64::MAX)),
+        until: args.until,
+    };
+    match exchange(&mut connect().await?, &ask).await? {
+        Answer::Done => Ok(ExitCode::SUCCESS),
+        other => ended(other),
+    }
+}
+
+/// Waits for an event.
+pub(super) async fn await_event(args: AwaitArgs) -> anyhow::Result<ExitCode> {
+    let ms = args.timeout.map(|span| span.0.as_millis().try_into().unwrap_or(u64::MAX));
+    let ask = Ask::Await { event: args.event, step: args.step, ms };
+    match exchange(&mut connect().await?, &ask).await? {
+        Answer::Value { value } => {
+            show(&Json::from_text(value.get()));
+            Ok(ExitCode::SUCCESS)
+        }
+        Answer::TimedOut => Ok(TIMED_OUT.into()),
+        other => ended(other),
+    }
+}
+
+/// Emits an event.
+pub(super) async fn emit(args: EmitArgs) -> anyhow::Result<ExitCode> {
+    let payload = serde_json::value::RawValue::from_string(result(args.payload.as_bytes()).to_string())?;
+    match exchange(&mut connect().await?, &Ask::Emit { event: args.event, payload }).await? {
+        Answer::Done => Ok(ExitCode::SUCCESS),
+        other => ended(other),
+    }
+}
+
+/// Milliseconds as a duration.
+fn span(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}

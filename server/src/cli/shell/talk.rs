@@ -1,0 +1,185 @@
+//! What an execution's programs and its worker say to each other: one JSON line asks, one answers.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use absurd_client::Json;
+use absurd_client::durable::{Context, Step, TaskError};
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use tempfile::TempDir;
+use tokio::io::{
+    AsyncBufRead, AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader,
+};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::task::JoinSet;
+
+use super::span;
+
+/// Longest line.
+const LINE_BYTES_MAX: u64 = 17 * 1024 * 1024;
+/// Commands of one execution at the same time.
+const COMMANDS_MAX: usize = 64;
+
+/// What a command asks.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Ask {
+    /// Is the step done?
+    Begin { step: String },
+    /// The value of the step that this connection has begun.
+    Complete { value: Box<RawValue> },
+    /// Sleep so long, or until then.
+    Sleep { step: String, ms: Option<u64>, until: Option<SystemTime> },
+    /// Wait for an event.
+    Await { event: String, step: Option<String>, ms: Option<u64> },
+    /// Emit an event.
+    Emit { event: String, payload: Box<RawValue> },
+}
+
+/// What the worker answers.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Answer {
+    /// The step is to be done.
+    ToDo,
+    /// A stored value, or a payload.
+    Value { value: Box<RawValue> },
+    /// It is done.
+    Done,
+    /// It did not come in time.
+    TimedOut,
+    /// The execution is over.
+    Over { signal: String },
+    /// It went wrong.
+    Failed { message: String },
+}
+
+/// Asks, and waits for the answer.
+pub(super) async fn exchange<S>(worker: &mut S, ask: &Ask) -> anyhow::Result<Answer>
+where
+    S: AsyncBufRead + AsyncRead + AsyncWrite + Unpin,
+{
+    write(worker, ask).await?;
+    let line = read(worker).await?.context("the worker has gone: the execution is over")?;
+    Ok(serde_json::from_str(&line)?)
+}
+
+async fn write<T: Serialize>(to: &mut (impl AsyncWrite + Unpin), what: &T) -> anyhow::Result<()> {
+    let mut line = serde_json::to_vec(what)?;
+    line.push(b'\n');
+    to.write_all(&line).await?;
+    to.flush().await?;
+    Ok(())
+}
+
+async fn read(from: &mut (impl AsyncBufRead + Unpin)) -> anyhow::Result<Option<String>> {
+    let mut line = String::new();
+    let count = from.take(LINE_BYTES_MAX).read_line(&mut line).await?;
+    anyhow::ensure!(count == 0 || line.ends_with('\n'), "more than {LINE_BYTES_MAX} bytes");
+    Ok((count > 0).then_some(line))
+}
+
+/// The worker's end of one execution. Dropped, nobody can ask any more.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    listener: UnixListener,
+    home: TempDir,
+}
+
+impl Socket {
+    /// A socket that only this user can reach.
+    pub(crate) fn open() -> std::io::Result<Self> {
+        let home = tempfile::Builder::new().prefix("absurd-").tempdir()?;
+        Ok(Self { listener: UnixListener::bind(home.path().join("task"))?, home })
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> PathBuf {
+        self.directory().join("task")
+    }
+
+    fn directory(&self) -> &Path {
+        self.home.path()
+    }
+
+    /// Answers for ever.
+    pub(crate) async fn serve(&self, context: &Context) {
+        let mut commands = JoinSet::new();
+        loop {
+            tokio::select! {
+                accepted = self.listener.accept(), if commands.len() < COMMANDS_MAX => {
+                    if let Ok((stream, _)) = accepted {
+                        commands.spawn(serve_one(context.clone(), stream));
+                    }
+                }
+                Some(_) = commands.join_next() => {}
+            }
+        }
+    }
+}
+
+async fn serve_one(context: Context, stream: UnixStream) {
+    let mut stream = BufReader::new(stream);
+    let begun = Arc::new(Mutex::new(None));
+    while let Ok(Some(line)) = read(&mut stream).await {
+        let answer = match serde_json::from_str(&line) {
+            Ok(ask) => answer(&context, &begun, ask).await.unwrap_or_else(refused),
+            Err(error) => Answer::Failed { message: error.to_string() },
+        };
+        if write(&mut stream, &answer).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn refused(error: TaskError) -> Answer {
+    match error {
+        TaskError::Signal(signal) => Answer::Over { signal: signal.to_string() },
+        TaskError::Timeout { .. } => Answer::TimedOut,
+        other => Answer::Failed { message: other.to_string() },
+    }
+}
+
+async fn answer(context: &Context, begun: &Mutex<Option<Step>>, ask: Ask) -> Result<Answer, TaskError> {
+    match ask {
+        Ask::Begin { step } => {
+            let step = context.begin_step(&step)?;
+            if let Some(stored) = &step.state {
+                return value(stored);
+            }
+            *begun.lock().unwrap_or_else(PoisonError::into_inner) = Some(step);
+            Ok(Answer::ToDo)
+        }
+        Ask::Complete { value: state } => {
+            let step = begun.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let step = step.ok_or_else(|| TaskError::failure("NoStep", "no step was begun"))?;
+            value(&context.complete_step(step, &state).await?)
+        }
+        Ask::Sleep { step, ms, until } => {
+            match until {
+                Some(until) => context.sleep_until(&step, until).await?,
+                None => context.sleep_for(&step, span(ms.unwrap_or(0))).await?,
+            }
+            Ok(Answer::Done)
+        }
+        Ask::Await { event, step, ms } => {
+            let mut wait = context.await_event::<Box<RawValue>>(&event).step_name(step.as_deref().unwrap_or(""));
+            if let Some(ms) = ms {
+                wait = wait.timeout(span(ms));
+            }
+            Ok(Answer::Value { value: wait.await? })
+        }
+        Ask::Emit { event, payload } => {
+            context.emit_event(&event, &payload).await?;
+            Ok(Answer::Done)
+        }
+    }
+}
+
+fn value(json: &Json) -> Result<Answer, TaskError> {
+    let value = RawValue::from_string(json.to_string());
+    Ok(Answer::Value { value: value.map_err(|error| TaskError::failure("JsonError", error.to_string()))? })
+}
