@@ -16,11 +16,10 @@ async fn run(name: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_seed_s_examples_do_what_they_say() {
-    let examples = [
+    let examples: [(&str, &[&str]); 11] = [
         (
             "basic_processing",
-            &["completed echo: {\"output\":\"Processed: Hello, World!\"}", "failed sing: nobody knows how to do sing"]
-                [..],
+            &["completed echo: {\"output\":\"Processed: Hello, World!\"}", "failed sing: nobody knows how to do sing"],
         ),
         (
             "task_management",
@@ -98,14 +97,69 @@ async fn the_seed_s_examples_do_what_they_say() {
             ],
         ),
     ];
+    check(&examples).await;
+}
+
+/// Runs examples side by side; each must print these texts in their order.
+async fn check(examples: &[(&str, &[&str])]) {
     let texts = futures_util::future::join_all(examples.iter().map(|(name, _)| run(name))).await;
-    for ((name, lines), text) in examples.into_iter().zip(texts) {
+    for ((name, lines), text) in examples.iter().zip(texts) {
         let mut rest = text.as_str();
-        for line in lines {
+        for line in *lines {
             let at = rest.find(line).unwrap_or_else(|| panic!("{name} does not print {line:?} in its turn: {text}"));
             rest = &rest[at + line.len()..];
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_examples_of_durable_execution_do_what_they_say() {
+    check(&[
+        (
+            "order_fulfillment",
+            &[
+                "charging 100\n",
+                "reserving widget\n",
+                "telling a@example.com about TRACK-1\n",
+                "completed: {\"order_id\": \"pay-",
+                "\"tracking_number\": \"TRACK-1\"}",
+            ],
+        ),
+        (
+            "agent_loop",
+            &[
+                "asking the model with 1 messages\n",
+                "asking the model with 3 messages\n",
+                // The second attempt asks nothing again.
+                "asking the model with 5 messages\nasking the model with 7 messages\nthe answer is 40\n",
+            ],
+        ),
+        (
+            "batch_importer",
+            &[
+                "loading rows 400 to 600\nloading rows 600 to 800\nloading rows 800 to 1000\n1000 rows, sum 499500\n",
+                "batch: 200 rows\nbatch#2: 400 rows\n",
+                "batch#5: 1000 rows\n",
+            ],
+        ),
+        (
+            "saga",
+            &[
+                "booked flight\nbooked hotel\ncompleted: [\"flight-1\", \"hotel-1\"]\n",
+                "booked flight\nbooked hotel\ncancelled hotel-1\ncancelled flight-1\nfailed: ",
+                "no submarine is left",
+            ],
+        ),
+        (
+            "cron",
+            &[
+                "a second scheduler spawns the same task: true\n",
+                "report; 2 to come\nreport; 1 to come\nreport; 0 to come\n",
+            ],
+        ),
+        ("fan_out", &["the sum of 1000 squares is 333833500\n1001 tasks completed on one place\n"]),
+    ])
+    .await;
 }
 
 /// The migration guide has every method of the Python client, and names only methods that both flavours have.

@@ -1,0 +1,65 @@
+//! A task that runs again and again: each round sleeps until its time, does its work, and spawns the next one. The next round's
+//! idempotency key is its time, so that no crash and no second scheduler makes two of it.
+//! `cargo run -p absurd-client --example cron`
+
+use std::time::{Duration, SystemTime};
+
+use absurd_client::durable::{Absurd, BoxError, Context, TaskType, WorkerOptions};
+use serde::{Deserialize, Serialize};
+
+const REPORT: TaskType<Round, ()> = TaskType::new("report");
+
+/// One round.
+#[derive(Serialize, Deserialize)]
+struct Round {
+    at: SystemTime,
+    every: Duration,
+    /// Rounds that follow; a real one would go on for ever.
+    left: u32,
+}
+
+impl Round {
+    fn key(&self) -> String {
+        format!("report:{}", self.at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_micros())
+    }
+}
+
+async fn report(ctx: Context, round: Round) -> Result<(), BoxError> {
+    ctx.sleep_until("until its time", round.at).await?;
+    ctx.step("report", async || write_report(round.left).await).await?;
+    if round.left > 0 {
+        // By the clock and not by the end of the work: rounds do not drift.
+        let next = Round { at: round.at + round.every, left: round.left - 1, ..round };
+        ctx.spawn(&REPORT, &next).options(|draft| draft.idempotency_key(next.key())).await?;
+    }
+    Ok(())
+}
+
+#[tokio::main]
+async fn main() -> Result<(), BoxError> {
+    let absurd = Absurd::connect()?;
+    absurd.client().create_queue().await?;
+    absurd.register(REPORT, report);
+    let worker = absurd.start_worker(WorkerOptions::default()).await?;
+    let first = Round { at: SystemTime::now(), every: Duration::from_millis(500), left: 2 };
+    let spawned = absurd.spawn(&REPORT, &first).idempotency_key(first.key()).await?;
+    let again = absurd.spawn(&REPORT, &first).idempotency_key(first.key()).await?;
+    println!("a second scheduler spawns the same task: {}", spawned.task_id == again.task_id);
+    // Keys lead from round to round.
+    let mut round = first;
+    loop {
+        let known = absurd.spawn(&REPORT, &round).idempotency_key(round.key()).await?;
+        absurd.await_task_result(&REPORT, known.task_id, None).await?;
+        if round.left == 0 {
+            break;
+        }
+        round = Round { at: round.at + round.every, left: round.left - 1, ..round };
+    }
+    worker.stop().await;
+    Ok(())
+}
+
+async fn write_report(left: u32) -> Result<(), BoxError> {
+    println!("report; {left} to come");
+    Ok(())
+}
