@@ -78,6 +78,7 @@ mod hooks;
 mod spawn;
 mod task;
 pub mod testing;
+mod trace;
 mod wait;
 mod worker;
 

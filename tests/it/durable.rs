@@ -3,6 +3,7 @@
 mod blocking;
 mod relay;
 mod testing;
+mod traces;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};

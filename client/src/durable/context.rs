@@ -400,7 +400,7 @@ impl Context {
 
     pub(super) async fn resolve(&self, draft: SpawnDraft) -> Result<(String, NewTask), TaskError> {
         let draft = draft.or_queue(&self.facts().queue);
-        self.inside.handlers.resolve(draft).await.map_err(TaskError::Call)
+        self.inside.handlers.resolve(draft, Some(self)).await.map_err(TaskError::Call)
     }
 }
 

@@ -10,6 +10,7 @@ use super::error::BoxError;
 use super::hooks::{Execution, Hooks};
 use super::spawn::SpawnDraft;
 use super::task::{Handler, Registered};
+use super::trace;
 use crate::{Error, Json, NewTask};
 
 /// Attempts of a spawn that names none.
@@ -60,8 +61,12 @@ impl Handlers {
         }
     }
 
-    /// Fills in what a spawn leaves out (contract/sdk.md 1.5); returns its queue too.
-    pub(crate) async fn resolve(&self, draft: SpawnDraft) -> Result<(String, NewTask), Error> {
+    /// Fills in what a spawn leaves out (contract/sdk.md 1.5); returns its queue too. `parent` is the task that spawns.
+    pub(crate) async fn resolve(
+        &self,
+        draft: SpawnDraft,
+        parent: Option<&Context>,
+    ) -> Result<(String, NewTask), Error> {
         let draft = match &self.hooks.before_spawn {
             Some(hook) => hook(draft).await.map_err(|error| Error::argument("before_spawn", error))?,
             None => draft,
@@ -93,6 +98,7 @@ impl Handlers {
         {
             options.cancellation = rules;
         }
+        trace::inject(&mut options.headers, parent.map(Context::headers));
         Ok((queue, NewTask::with_json(&draft.task_name, draft.params, options)))
     }
 }

@@ -177,7 +177,7 @@ impl<'a, P: Serialize + Sync> IntoFuture for Spawn<'a, P> {
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(async move {
             let draft = self.draft.params(Json::of(self.params)?);
-            let (queue, task) = self.absurd.handlers().resolve(draft).await?;
+            let (queue, task) = self.absurd.handlers().resolve(draft, None).await?;
             self.absurd.client().with_queue(queue).spawn_new_task(task).await
         })
     }

@@ -17,6 +17,7 @@ use super::context::{Context, Facts, Place};
 use super::drive::{Outcome, drive};
 use super::error::{Signal, reason};
 use super::task::Registered;
+use super::trace;
 use crate::{ClaimOptions, ClaimStream, ClaimedTask, Error, Json, Reason, Revoked, StreamOptions};
 
 /// Shortest deferral of a task that nobody here knows (contract/sdk.md 1.8).
@@ -252,9 +253,7 @@ async fn execute(absurd: &Absurd, options: &WorkerOptions, task: ClaimedTask, pl
         run.attempt = task.attempt,
         trace.parent = tracing::field::Empty,
     );
-    if let Some(parent) = headers(&task).ok().as_ref().and_then(|headers| headers.get("traceparent")?.as_str()) {
-        span.record("trace.parent", parent);
-    }
+    trace::go_on(&span, &headers(&task).unwrap_or_default());
     let report = |doing, error: Error| {
         // Whoever took the run over sees to it.
         if !error.is_claim_over() {
