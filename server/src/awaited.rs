@@ -19,6 +19,9 @@ use crate::store::Fault;
 const SOON: Duration = Duration::from_secs(2);
 /// Between looks while this replica knows of none.
 const SELDOM: Duration = Duration::from_secs(15);
+/// A look that takes long (0.1 s for 100,000 awaited tasks, on two cores) comes less often: at most one part in so many of the
+/// time is spent looking.
+const LOOK_SHARE: u32 = 50;
 /// Tasks whose end is told of in one statement, for each queue.
 const SETTLED_MAX: i32 = 500;
 /// Hints that are kept; what is beyond them waits for the next look.
@@ -58,22 +61,29 @@ impl AwaitedTasks {
 pub async fn run(engine: &Engine) {
     let awaited = &engine.awaited;
     let mut look_at = Instant::now();
+    // Between looks while there is something to look at.
+    let mut busy = SOON;
     loop {
         tokio::select! {
             () = awaited.bell.notified() => {}
             () = tokio::time::sleep_until(look_at) => {}
         }
         let ended = std::mem::take(&mut *awaited.ended.lock().unwrap_or_else(PoisonError::into_inner));
-        let outcome = if Instant::now() >= look_at { look(engine).await } else { settle(engine, ended).await };
+        let began = Instant::now();
+        let looked = began >= look_at;
+        let outcome = if looked { look(engine).await } else { settle(engine, ended).await };
         if let Err(fault) = outcome {
             tracing::debug!(?fault, "could not wake the runs that wait for tasks");
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
-        let pause = if awaited.known.load(Ordering::Relaxed) { SOON } else { SELDOM };
-        look_at = look_at.min(Instant::now() + pause);
-        if Instant::now() >= look_at {
-            look_at = Instant::now() + pause.mul_f64(0.67 + 0.66 * random());
+        if looked {
+            busy = (began.elapsed() * LOOK_SHARE).clamp(SOON, SELDOM);
         }
+        let pause = if awaited.known.load(Ordering::Relaxed) { busy } else { SELDOM };
+        look_at = match looked {
+            true => Instant::now() + pause.mul_f64(0.67 + 0.66 * random()),
+            false => look_at.min(Instant::now() + pause),
+        };
     }
 }
 

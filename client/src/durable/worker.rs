@@ -263,9 +263,12 @@ async fn execute(absurd: &Absurd, options: &WorkerOptions, task: ClaimedTask, pl
     let Some(registered) = absurd.handlers().find(&task.task_name) else {
         let delay = deferral(task.run_id);
         tracing::warn!(task.name = task.task_name, task.id = %task.task_id, ?delay, "nobody here knows this task: deferred");
-        if let Err(error) = task.release(delay).await {
-            report("deferring an unknown task", error);
+        let Err(error) = task.release(delay).await else { return };
+        if !error.is_claim_over() {
+            // Better failed with the reason than held until the lease ends (contract/sdk.md 1.8).
+            let _ = task.fail_json(reason("DeferralFailed", error.message(), None)).await;
         }
+        report("deferring an unknown task", error);
         return;
     };
     let outcome = run(absurd, options, &task, &registered, place).instrument(span).await;

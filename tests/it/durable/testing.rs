@@ -241,3 +241,95 @@ async fn other_servers_have_no_test_clock_and_keep_their_time() {
     let task = client.get_task_status(spawned.task_id).await.unwrap().unwrap();
     assert!(task.enqueue_at > Some(std::time::UNIX_EPOCH + 24 * 365 * 25 * HOUR), "not in 2001");
 }
+
+/// Names are counted in one namespace, whatever uses them; what is stored as null is stored.
+#[tokio::test]
+async fn names_are_counted_and_null_is_a_value() {
+    let handler = |ctx: Context, (): ()| async move {
+        let one: i32 = ctx.step("x", async || Ok::<_, BoxError>(1)).await?;
+        let two: i32 = ctx.step("x", async || Ok::<_, BoxError>(2)).await?;
+        // A name that looks like a second use is the second use.
+        let same: i32 = ctx.step("x#2", async || Ok::<_, BoxError>(3)).await?;
+        let nothing: Option<i32> = ctx.step("null", async || Ok::<_, BoxError>(None)).await?;
+        let event: Value = ctx.await_event("go").step_name("null").await?;
+        let again: Value = ctx.await_event("go").step_name(" ").await?;
+        ctx.sleep_for("x", Duration::ZERO).await?;
+        assert!(ctx.begin_step(" ").is_err_and(|error| error.to_string().contains("blank")));
+        Ok::<_, BoxError>(j!([one, two, same, nothing, event, again]))
+    };
+    let mut task = TestTask::new(handler, &());
+    task.emit("go", &j!(null));
+    assert_eq!(task.run().await, Progress::Completed(j!([1, 2, 2, null, null, null])));
+    let stored = task.checkpoints();
+    let stored: Vec<(&str, &str)> = stored.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    assert_eq!(
+        stored[..5],
+        [("x", "1"), ("x#2", "2"), ("null", "null"), ("null#2", "null"), ("$awaitEvent:go", "null")]
+    );
+    assert_eq!((stored.len(), stored[5].0), (6, "x#3"));
+}
+
+/// A wait that has timed out stays timed out when a worker that does not know the task gets it first and puts it off.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deferral_loses_no_timeout() {
+    let (server, clock) = server_with_a_clock().await;
+    clock.advance(Duration::ZERO).await.unwrap();
+    let client = server.client();
+    let knowing = || async {
+        let absurd = Absurd::new(server.client());
+        let waiter = absurd.register("waiter", |ctx: Context, (): ()| async move {
+            match ctx.await_event::<Value>("never").timeout(HOUR).await {
+                Err(TaskError::Timeout { .. }) => Ok::<_, BoxError>("timed out"),
+                other => Err(format!("{:?}", other?).into()),
+            }
+        });
+        (absurd.start_worker(WorkerOptions::default()).await.unwrap(), absurd, waiter)
+    };
+    let (worker, absurd, waiter) = knowing().await;
+    let spawned = absurd.spawn(&waiter, &()).max_attempts(1).await.unwrap();
+    let asleep = async |what: &str, after: Duration| {
+        let begun = clock.now().await.unwrap();
+        eventually(what, || async {
+            let run = client.get_run_status(spawned.run_id).await.unwrap().unwrap();
+            let absurd_client::Available::At(at) = run.available_at else { return None };
+            (run.state == State::Sleeping && at >= begun + after).then_some(())
+        })
+        .await;
+    };
+    asleep("it waits", HOUR).await;
+    worker.stop().await;
+    let ignorant = Absurd::new(server.client()).start_worker(WorkerOptions::default()).await.unwrap();
+    clock.advance(HOUR).await.unwrap();
+    asleep("it is put off", Duration::from_secs(15)).await;
+    ignorant.stop().await;
+    let (worker, absurd, waiter) = knowing().await;
+    clock.advance(Duration::from_secs(31)).await.unwrap();
+    let end = absurd.await_task_result(&waiter, spawned.task_id, Some(absurd_tests::PATIENCE)).await.unwrap();
+    assert_eq!(end.result, Some(Json::from(j!("timed out"))), "{:?}", end.failure);
+    worker.stop().await;
+}
+
+/// An SDK may have stored SQL NULL for a step without a value: the step is done.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_that_another_sdk_stored_as_nothing_is_done() {
+    let server = Server::start().await;
+    let absurd = Absurd::new(server.client());
+    let done = absurd.register("done", |ctx: Context, (): ()| async move {
+        ctx.await_event::<Value>("go").await?;
+        let value: Value = ctx.step("s", async || Err(BoxError::from("it is done again"))).await?;
+        Ok::<_, BoxError>(value)
+    });
+    let worker = absurd.start_worker(WorkerOptions::default()).await.unwrap();
+    let spawned = absurd.spawn(&done, &()).max_attempts(1).await.unwrap();
+    eventually("it sleeps", || async {
+        (server.client().get_task_result(spawned.task_id).await.unwrap().state == State::Sleeping).then_some(())
+    })
+    .await;
+    let sql = server.database().connect().await;
+    let insert = "insert into absurd.c_q (task_id, checkpoint_name, state, owner_run_id) values ($1, 's', null, $2)";
+    sql.execute(insert, &[&spawned.task_id, &spawned.run_id]).await.unwrap();
+    server.client().emit_event("go", &j!(1)).await.unwrap();
+    let end = absurd.await_task_result(&done, spawned.task_id, Some(absurd_tests::PATIENCE)).await.unwrap();
+    assert_eq!(end.result, Some(Json::from(j!(null))), "{:?}", end.failure);
+    worker.stop().await;
+}
