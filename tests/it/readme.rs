@@ -107,3 +107,30 @@ fn no_link_leads_nowhere() {
         }
     }
 }
+
+/// The guide to durable execution says of every rule where it is tested: these tests exist.
+#[test]
+fn the_tests_that_the_guide_names_exist() {
+    let read = |path: &Path| std::fs::read_to_string(root().join(path)).unwrap_or_default();
+    let guide = read(Path::new("docs/durable.md"));
+    let sources = |directory: &str| -> String {
+        let files = std::fs::read_dir(root().join(directory)).unwrap();
+        files.map(|file| read(&file.unwrap().path())).collect()
+    };
+    let client = sources("client/src/durable");
+    let mut seen = 0;
+    for row in guide.lines().filter(|line| line.starts_with("| ")) {
+        let tests = row.trim_end_matches([' ', '|']).rsplit('|').next().unwrap_or_default();
+        for test in tests.split('`').skip(1).step_by(2).filter(|test| test.contains('_')) {
+            let (module, name) = test.rsplit_once("::").unwrap_or(("", test));
+            let text = if module.is_empty() {
+                client.clone()
+            } else {
+                read(Path::new(&format!("tests/it/{}.rs", module.replace("::", "/"))))
+            };
+            assert!(text.contains(&format!("fn {name}(")), "{test} does not exist");
+            seen += 1;
+        }
+    }
+    assert!(seen > 50, "{seen}");
+}
