@@ -13,7 +13,8 @@ use absurd_client::durable::{
     Absurd, BoxError, Context, Hooks, Signal, TaskError, TaskOptions, TaskType, Worker, WorkerOptions,
 };
 use absurd_client::{AbsurdClient, CancellationRules, ConnectOptions, Json, Reason, State, TaskResult};
-use absurd_tests::{OwnCluster, PATIENCE, Server, eventually, in_time};
+use absurd_server::domain::QueueName;
+use absurd_tests::{OwnCluster, PATIENCE, Proxy, Server, eventually, in_time};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json as j};
 use tokio::sync::{Notify, mpsc};
@@ -524,6 +525,107 @@ async fn a_worker_that_stops_finishes_what_it_has_begun() {
     assert_eq!(result(&absurd, first.task_id).await, "done");
     let left = server.client().get_task_status(second.task_id).await.unwrap().unwrap();
     assert_eq!((left.state, left.attempts), (State::Pending, 1), "it took no more");
+}
+
+async fn no_stream(server: &Server) {
+    let queue = QueueName::parse("queue", "q").unwrap();
+    eventually("the stream has ended", || async {
+        (server.app().engine().dispatcher.stream_count(&queue) == 0).then_some(())
+    })
+    .await;
+}
+
+/// SIGTERM: the process finishes what it has begun, takes no more, and `run_worker` returns.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_drains_the_worker() {
+    let server = Server::start().await;
+    let absurd = Absurd::new(server.client());
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let go = Arc::new(Notify::new());
+    let goes = Arc::clone(&go);
+    let slow = absurd.register("slow", move |_: Context, _: Value| {
+        let (tell, go) = (tell.clone(), Arc::clone(&goes));
+        async move {
+            tell.send(()).unwrap();
+            go.notified().await;
+            Ok::<_, BoxError>("done")
+        }
+    });
+    let first = absurd.spawn(&slow, &j!(null)).await.unwrap();
+    let runner = absurd.clone();
+    let running = tokio::spawn(async move { runner.run_worker(WorkerOptions::default()).await });
+    in_time("it runs", told.recv()).await.unwrap();
+    let own = std::process::id().to_string();
+    assert!(std::process::Command::new("kill").args(["-TERM", &own]).status().unwrap().success());
+    let queue = server.client();
+    no_stream(&server).await;
+    let second = absurd.spawn(&slow, &j!(null)).await.unwrap();
+    assert!(!running.is_finished(), "it waits for what runs");
+    go.notify_one();
+    in_time("it ends", running).await.unwrap().unwrap();
+    assert_eq!(result(&absurd, first.task_id).await, "done");
+    assert_eq!(queue.get_task_result(second.task_id).await.unwrap().state, State::Pending);
+    assert!(told.try_recv().is_err(), "it took no more");
+}
+
+/// A handler that does not end in time is dropped, and its task goes to another worker at once, in the same attempt.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_takes_no_longer_than_its_grace() {
+    let server = Server::start().await;
+    let absurd = Absurd::new(server.client());
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let executions = Arc::new(AtomicUsize::new(0));
+    let endless = absurd.register("endless", move |ctx: Context, _: Value| {
+        let (guard, execution) = (Tell(tell.clone()), executions.fetch_add(1, SeqCst));
+        async move {
+            ctx.step("s", async || Ok::<_, BoxError>(execution)).await?;
+            if execution == 0 {
+                guard.0.send("running").unwrap();
+                std::future::pending::<()>().await;
+            }
+            Ok::<_, BoxError>(ctx.attempt())
+        }
+    });
+    let worker = absurd.start_worker(WorkerOptions::default().grace(Duration::from_millis(200))).await.unwrap();
+    let spawned = absurd.spawn(&endless, &j!(null)).max_attempts(1).await.unwrap();
+    assert_eq!(in_time("it runs", told.recv()).await, Some("running"));
+    in_time("it stops", worker.stop()).await;
+    assert_eq!(told.recv().await, Some("dropped"));
+    let worker = self::worker(&absurd, 1).await;
+    assert_eq!(result(&absurd, spawned.task_id).await, 1);
+    worker.stop().await;
+}
+
+/// The connection is cut while a handler is at work: it goes on in the same attempt.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_connection_loses_no_execution() {
+    let server = Server::start().await;
+    let proxy = Proxy::before(&server.url()).await;
+    let absurd = Absurd::new(AbsurdClient::connect(&ConnectOptions::new(proxy.url())).unwrap().with_queue("q"));
+    let executions = Arc::new(AtomicUsize::new(0));
+    let (begun, go) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let signals = (Arc::clone(&begun), Arc::clone(&go), Arc::clone(&executions));
+    let cut = absurd.register("cut", move |ctx: Context, _: Value| {
+        let (begun, go, executions) = signals.clone();
+        async move {
+            executions.fetch_add(1, SeqCst);
+            ctx.step("one", async || Ok::<_, BoxError>(1)).await?;
+            begun.notify_one();
+            go.notified().await;
+            ctx.step("two", async || Ok::<_, BoxError>(2)).await?;
+            Ok::<_, BoxError>(ctx.attempt())
+        }
+    });
+    let worker = worker(&absurd, 1).await;
+    let spawned = absurd.spawn(&cut, &j!(null)).max_attempts(2).await.unwrap();
+    in_time("it runs", begun.notified()).await;
+    proxy.reset();
+    no_stream(&server).await;
+    proxy.pass();
+    go.notify_one();
+    assert_eq!(result(&absurd_on(&server), spawned.task_id).await, 1);
+    assert_eq!(executions.load(SeqCst), 1);
+    worker.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -85,11 +85,17 @@ impl Absurd {
         Fut: Future<Output = Result<R, E>> + Send + 'static,
     {
         let task = task.into();
-        self.register_erased(&task, options, erased(handler));
+        self.register_erased(&task, options, erased(handler), false);
         task
     }
 
-    pub(crate) fn register_erased<P, R>(&self, task: &TaskType<P, R>, options: TaskOptions, handler: Handler) {
+    pub(crate) fn register_erased<P, R>(
+        &self,
+        task: &TaskType<P, R>,
+        options: TaskOptions,
+        handler: Handler,
+        is_blocking: bool,
+    ) {
         let of_type = || task.queue().map(str::to_owned);
         let queue = options.queue.or_else(of_type).unwrap_or_else(|| self.handlers.queue().to_owned());
         let registered = Registered {
@@ -98,6 +104,7 @@ impl Absurd {
             default_cancellation: options.default_cancellation,
             timeout: options.timeout,
             handler,
+            is_blocking,
         };
         self.handlers.register(task.name(), registered);
     }

@@ -140,7 +140,7 @@ impl Absurd {
         F: Fn(Context, P) -> Result<R, E> + Send + Sync + 'static,
     {
         let task = task.into();
-        self.inner.register_erased(&task, options, on_a_thread(handler));
+        self.inner.register_erased(&task, options, on_a_thread(handler), true);
         task
     }
 

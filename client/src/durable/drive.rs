@@ -20,6 +20,8 @@ pub(crate) enum Outcome {
     Over(Signal),
     /// Its checkpoints could not be read; the run waits for the end of its lease.
     Unread(Error),
+    /// The worker ends, and the handler had not.
+    LeftOff,
 }
 
 /// Runs the handler until it ends, or until the execution is over: then the handler is dropped where it stands.
@@ -28,6 +30,7 @@ pub(crate) async fn drive(
     context: Context,
     handler: Handler,
     revoked: impl Future<Output = Signal>,
+    left_off: impl Future<Output = ()>,
 ) -> Outcome {
     let deadline = context.deadline();
     // Inside, so that a panic of the handler or a hook before its first await is caught too.
@@ -47,6 +50,10 @@ pub(crate) async fn drive(
             return Outcome::Over(signal);
         }
         ended = handler => ended,
+        () = left_off => {
+            context.end(Signal::Lost);
+            return Outcome::LeftOff;
+        }
         () = late => {
             context.end(Signal::Failed);
             return Outcome::Failed(reason("TimeoutError", "the execution took longer than its task may", None));

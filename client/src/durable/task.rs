@@ -96,6 +96,8 @@ pub(crate) struct Registered {
     pub(crate) default_cancellation: Option<CancellationRules>,
     pub(crate) timeout: Option<Duration>,
     pub(crate) handler: Handler,
+    /// It runs on a thread, which goes on when nobody waits for it any more.
+    pub(crate) is_blocking: bool,
 }
 
 impl fmt::Debug for Registered {

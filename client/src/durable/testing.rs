@@ -200,7 +200,8 @@ impl<R: DeserializeOwned> TestTask<R> {
                 return Progress::Suspended(wake);
             }
         }
-        let outcome = drive(&self.handlers, self.context(), Arc::clone(&self.handler), std::future::pending()).await;
+        let (handler, never) = (Arc::clone(&self.handler), std::future::pending);
+        let outcome = drive(&self.handlers, self.context(), handler, never(), std::future::pending()).await;
         match outcome {
             Outcome::Over(signal) => self.over(signal),
             Outcome::Failed(_) if self.max_attempts.is_none_or(|max| self.attempt < max) => {
@@ -278,7 +279,7 @@ impl<R: DeserializeOwned> TestTask<R> {
                 let text = |key: &str| reason[key].as_str().unwrap_or_default().to_owned();
                 failed(text("name"), text("message"))
             }
-            Outcome::Over(_) | Outcome::Unread(_) => Progress::Crashed,
+            Outcome::Over(_) | Outcome::Unread(_) | Outcome::LeftOff => Progress::Crashed,
         }
     }
 }

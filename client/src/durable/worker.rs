@@ -1,6 +1,7 @@
 //! Workers: tasks of a queue are carried out by the handlers that are registered for them.
 
 use std::fmt;
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,6 +25,9 @@ use crate::{ClaimOptions, ClaimStream, ClaimedTask, Error, Json, Reason, Revoked
 const DEFER_MIN: Duration = Duration::from_secs(15);
 /// What is added to it at most, by the run's id.
 const DEFER_SPREAD_MS: u64 = 15_000;
+
+/// Longest time for giving back what had not ended within the grace.
+const GIVE_BACK_MAX: Duration = Duration::from_secs(2);
 
 type OnError = Arc<dyn Fn(&WorkerError) + Send + Sync>;
 
@@ -107,6 +111,13 @@ impl WorkerOptions {
         self
     }
 
+    /// Wait at most so long for running tasks when it is stopped.
+    #[must_use]
+    pub fn grace(mut self, limit: Duration) -> Self {
+        self.grace = limit;
+        self
+    }
+
     /// What is called when something goes wrong outside of a handler; a line in the log unless told otherwise.
     #[must_use]
     pub fn on_error(mut self, on_error: impl Fn(&WorkerError) + Send + Sync + 'static) -> Self {
@@ -123,7 +134,9 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Stops taking tasks, waits for those that run, at most the options' grace, and ends. Their leases are kept until then.
+    /// Stops taking tasks, waits for those that run, at most the options' grace, and ends. Their leases are kept until then. A
+    /// handler that has not ended by then is dropped, and its task given back without using up the attempt; what a blocking
+    /// handler does cannot be stopped, and its task is free when its lease ends.
     pub async fn stop(self) {
         self.stop.send_replace(true);
         let _ = self.ended.await;
@@ -154,8 +167,10 @@ impl Absurd {
 
     /// Works until the process is told to end (SIGINT, SIGTERM), and then drains.
     pub async fn run_worker(&self, options: WorkerOptions) -> Result<(), Error> {
+        // Before anything is taken: who has taken a task must be ready to be stopped.
+        let told = told_to_end();
         let worker = self.start_worker(options).await?;
-        told_to_end().await;
+        told.await;
         worker.stop().await;
         Ok(())
     }
@@ -166,8 +181,9 @@ impl Absurd {
         let claim = ClaimOptions::default().claim_timeout(options.claim_timeout).qty(batch_size);
         let claimed = client.claim_task(claim).await?;
         let count = claimed.len();
+        let never = watch::Sender::new(false);
         for task in claimed {
-            execute(self, &options, task, None).await;
+            execute(self, &options, task, None, never.subscribe()).await;
         }
         Ok(count)
     }
@@ -186,13 +202,17 @@ impl Absurd {
     }
 }
 
+/// Resolves when the process is told to end. It listens from this call on, not from the first poll.
 #[cfg(unix)]
-async fn told_to_end() {
+fn told_to_end() -> impl Future<Output = ()> {
     use tokio::signal::unix::{SignalKind, signal};
-    let Ok(mut terminate) = signal(SignalKind::terminate()) else { return std::future::pending().await };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = tokio::signal::ctrl_c() => {}
+    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    async move {
+        let (Ok(mut terminate), Ok(mut interrupt)) = signals else { return std::future::pending().await };
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
     }
 }
 
@@ -206,6 +226,8 @@ async fn work(absurd: Absurd, options: WorkerOptions, mut stream: ClaimStream, m
     let concurrency = u32::try_from(options.concurrency.max(1)).unwrap_or(u32::MAX);
     let places = Arc::new(Semaphore::new(options.concurrency.max(1)));
     let mut running = JoinSet::new();
+    // True once what still runs must be left off.
+    let over = watch::Sender::new(false);
     loop {
         let place = tokio::select! {
             biased;
@@ -220,18 +242,24 @@ async fn work(absurd: Absurd, options: WorkerOptions, mut stream: ClaimStream, m
         };
         let Some(task) = task else { break };
         let (absurd, options) = (absurd.clone(), options.clone());
-        running.spawn(async move { execute(&absurd, &options, task, Some(Arc::new(place))).await });
+        let over = over.subscribe();
+        running.spawn(async move { execute(&absurd, &options, task, Some(Arc::new(place)), over).await });
         while running.try_join_next().is_some() {}
     }
     // The stream keeps the leases of what runs until it is settled.
     let (grace, on_error) = (options.grace, Arc::clone(&options.on_error));
     let drained = async {
-        while running.join_next().await.is_some() {}
-        // Threads of blocking handlers may hold a place longer than their executions.
-        let _ = places.acquire_many(concurrency).await;
+        let finished = async {
+            while running.join_next().await.is_some() {}
+            // Threads of blocking handlers may hold a place longer than their executions.
+            let _ = places.acquire_many(concurrency).await;
+        };
+        if tokio::time::timeout(grace, finished).await.is_err() {
+            over.send_replace(true);
+            let _ = tokio::time::timeout(GIVE_BACK_MAX, async { while running.join_next().await.is_some() {} }).await;
+        }
     };
-    let closed = stream.close(grace);
-    let (closed, _) = tokio::join!(closed, tokio::time::timeout(grace, drained));
+    let (closed, ()) = tokio::join!(stream.close(grace + GIVE_BACK_MAX), drained);
     if let Err(error) = closed {
         on_error(&WorkerError { task_id: None, doing: "ending the stream", error });
     }
@@ -244,7 +272,13 @@ fn deferral(run_id: Uuid) -> Duration {
 }
 
 /// One claimed task, from its claim to its end in this process.
-async fn execute(absurd: &Absurd, options: &WorkerOptions, task: ClaimedTask, place: Option<Place>) {
+async fn execute(
+    absurd: &Absurd,
+    options: &WorkerOptions,
+    task: ClaimedTask,
+    place: Option<Place>,
+    over: watch::Receiver<bool>,
+) {
     let span = tracing::info_span!(
         "absurd.task",
         task.name = task.task_name,
@@ -271,7 +305,7 @@ async fn execute(absurd: &Absurd, options: &WorkerOptions, task: ClaimedTask, pl
         report("deferring an unknown task", error);
         return;
     };
-    let outcome = run(absurd, options, &task, &registered, place).instrument(span).await;
+    let outcome = run(absurd, options, &task, &registered, place, over).instrument(span).await;
     let (doing, settled) = match outcome {
         Outcome::Completed(result) => match task.complete_json(result).await {
             Err(error) if is_refused(&error) => {
@@ -286,6 +320,9 @@ async fn execute(absurd: &Absurd, options: &WorkerOptions, task: ClaimedTask, pl
             return;
         }
         Outcome::Unread(error) => ("reading checkpoints", Err(error)),
+        // A thread goes on: its lease must end before anybody else begins.
+        Outcome::LeftOff if registered.is_blocking => return,
+        Outcome::LeftOff => ("giving a task back", task.release(Duration::ZERO).await),
     };
     if let Err(error) = settled {
         report(doing, error);
@@ -308,6 +345,7 @@ async fn run(
     task: &ClaimedTask,
     registered: &Registered,
     place: Option<Place>,
+    mut over: watch::Receiver<bool>,
 ) -> Outcome {
     let queue = absurd.client().queue_name();
     if registered.queue != queue {
@@ -325,7 +363,12 @@ async fn run(
         Ok(context) => context,
         Err(error) => return Outcome::Unread(error),
     };
-    drive(absurd.handlers(), context, Arc::clone(&registered.handler), revoked(task)).await
+    let left_off = async {
+        if over.wait_for(|over| *over).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    drive(absurd.handlers(), context, Arc::clone(&registered.handler), revoked(task), left_off).await
 }
 
 async fn revoked(task: &ClaimedTask) -> Signal {
