@@ -1,5 +1,7 @@
 //! The `absurd` command, as a user runs it.
 
+use absurd_client::ConnectOptions;
+use absurd_client::durable::testing::TestClock;
 use absurd_tests::{Absurd, Server, absurd, eventually, in_time};
 
 async fn run(args: &[&str], url: &str) -> (bool, String, String) {
@@ -65,7 +67,7 @@ async fn dev_brings_everything_and_the_demo_shows_it() {
     std::fs::set_permissions(home.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let data = home.path().join("data").to_string_lossy().into_owned();
     for round in 0..2 {
-        let mut dev = Absurd::start(absurd(&["dev", "--listen", "127.0.0.1:0", "--data-dir", &data]));
+        let mut dev = Absurd::start(absurd(&["dev", "--test-clock", "--listen", "127.0.0.1:0", "--data-dir", &data]));
         let line = dev.line("gRPC").await;
         let url = line.split_whitespace().nth(1).unwrap().to_owned();
         dev.line("ABSURD_DATABASE_URL=").await;
@@ -76,6 +78,9 @@ async fn dev_brings_everything_and_the_demo_shows_it() {
         dev.line("spawned").await;
         let (ok, text, error) = run(&["demo"], &url).await;
         assert!(ok && text.contains("charges: 1"), "{text}{error}");
+        let clock = TestClock::connect(&ConnectOptions::new(url)).unwrap();
+        let now = clock.now().await.unwrap();
+        assert_eq!(clock.set(now).await.unwrap(), clock.now().await.unwrap());
         dev.signal("INT");
         assert_eq!(dev.exit_code().await, Some(0));
     }
