@@ -19,6 +19,9 @@ async fn a_trace_goes_from_the_spawner_through_tasks_steps_and_children() {
     let provider = SdkTracerProvider::builder().with_simple_exporter(exporter.clone()).build();
     opentelemetry::global::set_text_map_propagator(TraceContextPropagator::new());
     let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("test"));
+    // With a single subscriber in the process, other tests' threads, which have none, would decide for all threads that nobody
+    // is interested in a span. With a second one each of both is asked.
+    let _second = tracing::Dispatch::new(tracing_subscriber::registry());
     let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(layer));
 
     let server = Server::start().await;
