@@ -296,7 +296,8 @@ impl Engine {
         }
     }
 
-    /// Emits an event; woken runs are offered at once.
+    /// Emits an event. Who waits is woken batch by batch, and offered at once; what is not done within `lock_wait` is done by
+    /// the next look of a replica.
     pub async fn emit_event(
         &self,
         scope: &Scope,
@@ -304,11 +305,40 @@ impl Engine {
         payload: Option<&JsonText>,
         lock_wait: Duration,
     ) -> Result<(bool, i64), Error> {
-        let (applied, woken) = self.store.event_emit(scope, event, payload, lock_wait).await?;
-        if woken > 0 {
+        let until = Deadline::now() + lock_wait;
+        let first = self.store.event_emit(scope, event, payload, lock_wait).await?;
+        if first.woken > 0 {
             self.new_work(scope);
         }
-        Ok((applied, woken))
+        let mut woken = first.woken;
+        if first.more {
+            woken += self.emit_more(scope, event, until).await;
+        }
+        Ok((first.applied, woken))
+    }
+
+    /// Goes on waking those who wait for an emitted event; says how many it woke.
+    pub async fn emit_more(&self, scope: &Scope, event: &EventName, until: Deadline) -> i64 {
+        let mut woken = 0;
+        while let Some(left) = until.checked_duration_since(Deadline::now()).filter(|left| !left.is_zero()) {
+            match self.store.event_emit_more(scope, event, left).await {
+                Ok(batch) => {
+                    woken += batch.woken;
+                    if batch.woken > 0 {
+                        self.new_work(scope);
+                    }
+                    if !batch.more {
+                        break;
+                    }
+                }
+                Err(error) => {
+                    // The event stands: this is not the caller's trouble.
+                    tracing::debug!(queue.name = %scope.queue(), %error, "could not wake all that wait for an event yet");
+                    break;
+                }
+            }
+        }
+        woken
     }
 
     /// Cancels a task; says whether this call did it, and the state now.

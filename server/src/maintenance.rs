@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::dispatch::random;
-use crate::domain::{Error, QueueName};
+use crate::domain::{Error, EventName, QueueName};
 use crate::doorbell;
 use crate::engine::Engine;
 use crate::scope::{Caller, Scope};
@@ -23,6 +23,8 @@ const WIDE_TICK: Duration = Duration::from_secs(15);
 const EXPIRED_MAX: i64 = 500;
 /// Tasks cancelled by policy in one sweep of a queue.
 const CANCELLED_MAX: usize = 200;
+/// Time that one look spends on an unfinished emission.
+const EMISSION_MAX: Duration = Duration::from_secs(5);
 /// Queues looked at in one wide statement.
 const QUEUES_MAX: i64 = 500;
 
@@ -55,6 +57,7 @@ async fn wide(engine: &Arc<Engine>, cursors: &mut Cursors) {
     if let Err(fault) = engine.store.release_forget().await {
         tracing::debug!(?fault, "could not forget old release counts");
     }
+    finish_emissions(engine).await;
     let mut after = String::new();
     loop {
         let rows = match engine.store.queue_list(None, &after, QUEUES_MAX).await {
@@ -72,6 +75,20 @@ async fn wide(engine: &Arc<Engine>, cursors: &mut Cursors) {
         sweep(engine, &ticks, cursors).await;
         // Queues made by plain SQL get their doorbell here.
         engine.hang_doorbells(&refs).await;
+    }
+}
+
+/// Goes on with emissions that whoever began them did not finish.
+async fn finish_emissions(engine: &Arc<Engine>) {
+    let unfinished = engine.store.event_list_unfinished().await.unwrap_or_else(|fault| {
+        tracing::debug!(?fault, "could not list unfinished emissions");
+        Vec::new()
+    });
+    for (queue, event) in unfinished {
+        let (Ok(queue), Ok(event)) = (QueueName::parse("queue", &queue), EventName::parse("event_name", &event)) else {
+            continue;
+        };
+        engine.emit_more(&Caller::anonymous().scope(queue), &event, Instant::now() + EMISSION_MAX).await;
     }
 }
 

@@ -143,3 +143,39 @@ async fn a_stopping_worker_gives_back_what_does_not_finish() {
     let status = server.client().get_task_status(id).await.unwrap().unwrap();
     assert_eq!((status.state, status.attempts), (absurd_client::State::Pending, 1), "{status:?}");
 }
+
+/// Every measurement runs against a server of one's own, prints JSON, and two results are set side by side.
+#[tokio::test(flavor = "multi_thread")]
+async fn measurements_print_figures_and_leave_nothing_behind() {
+    let server = Server::start().await;
+    let (url, database) = (server.url(), server.database().url().to_owned());
+    let home = tempfile::tempdir().unwrap();
+    let mut results = Vec::new();
+    for line in [
+        "spawn --tasks 40 --in-flight 4",
+        "spawn --tasks 40 --batch 20",
+        "drain --tasks 30",
+        "steady --time 300ms",
+        "steps --tasks 5 --steps 3",
+        "backlog --pending 0,20 --samples 3",
+    ] {
+        let flags = ["bench"].into_iter().chain(line.split(' ')).chain(["--database-url", &database, "-o", "json"]);
+        let (ok, text, error) = run(&flags.collect::<Vec<_>>(), &url).await;
+        assert!(ok, "{line}: {error}");
+        let name = line.split(' ').next().unwrap();
+        let figures: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert!(figures[name].is_object(), "{line}: {text}");
+        if let Some(rate) = figures[name]["tasks_per_s"].as_f64() {
+            assert!(rate > 0.0, "{line}: {text}");
+        }
+        let file = home.path().join(format!("{}.json", results.len()));
+        std::fs::write(&file, text).unwrap();
+        results.push(file.to_string_lossy().into_owned());
+    }
+    let (ok, text, error) = run(&["bench", "compare", &results[0], &results[1]], &url).await;
+    assert!(ok && text.contains("spawn.tasks_per_s") && text.contains("ratio"), "{text}{error}");
+    let (ok, _, error) = run(&["bench", "compare", &results[0], &results[3]], &url).await;
+    assert!(!ok && error.contains("no figure in common"), "{error}");
+    let (_, text, _) = run(&["queue", "list", "-o", "json"], &url).await;
+    assert!(!text.contains("absurd-bench"), "{text}");
+}

@@ -2,9 +2,13 @@
 
 use std::time::Duration;
 
-use absurd_client::{Awaited, ClaimStream, ClaimedTask, Emitted, Json, Reason, SpawnOptions, State, StreamOptions};
+use absurd_client::durable::testing::TestClock;
+use absurd_client::{
+    Awaited, ClaimStream, ClaimedTask, ConnectOptions, Emitted, Json, Reason, SpawnOptions, State, StreamOptions,
+};
 use absurd_proto::v1 as pb;
-use absurd_tests::{Server, eventually, in_time};
+use absurd_server::settings::Settings;
+use absurd_tests::{Database, Server, ServerOptions, eventually, in_time};
 use serde_json::json as j;
 use tonic_types::StatusExt as _;
 
@@ -265,4 +269,52 @@ async fn the_helpers_do_what_their_names_say() {
     let spawned = spawn_cancellable_task(&client, "n", &j!(null), rules).await.unwrap();
     let stored = client.get_task_status(spawned.task_id).await.unwrap().unwrap();
     assert_eq!((stored.cancellation.unwrap().as_str(), stored.max_attempts), ("{\"max_delay\": 86400}", Some(1)));
+}
+
+/// Thousands wait for one event: they are woken batch by batch, each batch whole, and a server that dies in between leaves
+/// nothing undone.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_who_wait_are_woken_in_batches() {
+    let settings = Settings { test_clock: Some(true), ..Settings::default() };
+    let server =
+        Server::start_with(Database::new().await, ServerOptions { settings, ..ServerOptions::default() }).await;
+    let sql = server.database().connect().await;
+    let wait = |event: &str| {
+        format!(
+            "select absurd.spawn_task('q', 'n', 'null') from generate_series(1, 2500);
+             select absurd.await_event('q', c.task_id, c.run_id, 'wait', '{event}', null)
+               from absurd.claim_task('q', 'w', 600, 2500) c"
+        )
+    };
+    let left = async || -> (i64, i64, i64) {
+        let query =
+            "select (select count(*) from absurd.r_q where state = 'sleeping'), (select count(*) from absurd.w_q),
+                            (select count(*) from absurd_server.emission)";
+        let row = sql.query_one(query, &[]).await.unwrap();
+        (row.get(0), row.get(1), row.get(2))
+    };
+    sql.batch_execute(&wait("go")).await.unwrap();
+    assert_eq!(left().await, (2500, 2500, 0));
+    let emitted = server.client().emit_event("go", &j!({"x": 1})).await.unwrap();
+    assert_eq!((emitted.applied, emitted.woken), (true, 2500));
+    assert_eq!(left().await, (0, 0, 0));
+    let stored = "select count(*) from absurd.c_q c join absurd.r_q r on r.run_id = c.owner_run_id join absurd.t_q t on t.task_id = r.task_id
+                   where c.state = '{\"x\": 1}' and r.state = 'pending' and r.event_payload = c.state and t.state = 'pending'";
+    assert_eq!(sql.query_one(stored, &[]).await.unwrap().get::<_, i64>(0), 2500);
+    // Those are taken, so that the others can wait.
+    sql.batch_execute("select absurd.complete_run('q', run_id, null) from absurd.claim_task('q', 'w', 600, 2500)")
+        .await
+        .unwrap();
+    sql.batch_execute(&wait("other")).await.unwrap();
+    // A server that dies after its first batch.
+    sql.batch_execute("begin; select absurd_server.emit_event('q', 'other', '2', 1000)").await.unwrap();
+    assert_eq!(left().await, (1500, 1500, 1));
+    sql.batch_execute("commit").await.unwrap();
+    let again = server.client().emit_event("other", &j!(3)).await.unwrap();
+    assert_eq!((again.applied, again.woken), (false, 0), "the first emission wins");
+    let clock = TestClock::connect(&ConnectOptions::new(server.url())).unwrap();
+    clock.advance(Duration::ZERO).await.unwrap();
+    assert_eq!(left().await, (0, 0, 0));
+    let stored = "select count(*) from absurd.c_q where state = '2'";
+    assert_eq!(sql.query_one(stored, &[]).await.unwrap().get::<_, i64>(0), 2500);
 }

@@ -2,6 +2,8 @@
 
 mod idle;
 mod latency;
+mod load;
+mod report;
 mod rpcs;
 
 use std::fs;
@@ -35,6 +37,26 @@ pub(super) enum BenchCommand {
     #[command(after_help = "Examples:\n  absurd bench idle\n  absurd bench idle --streams 10000\n  \
         absurd bench idle --streams 1000 --queues 1000")]
     Idle(idle::IdleArgs),
+    /// Spawns, many calls at once
+    #[command(after_help = "Examples:\n  absurd bench spawn\n  absurd bench spawn --batch 250 --in-flight 4")]
+    Spawn(load::SpawnArgs),
+    /// One worker process takes a preloaded queue and completes each task by itself, beside plain SQL on the same tables
+    #[command(after_help = "Examples:\n  absurd bench drain\n  absurd bench drain --tasks 100000 -o json >drain.json")]
+    Drain(load::DrainArgs),
+    /// Spawners and a worker at the same time
+    #[command(after_help = "Example:\n  absurd bench steady --time 30s")]
+    Steady(load::SteadyArgs),
+    /// Tasks with steps, carried out by the durable worker
+    #[command(after_help = "Example:\n  absurd bench steps --steps 10 --concurrency 50")]
+    Steps(load::StepsArgs),
+    /// What one claim takes with more and more tasks waiting
+    #[command(after_help = "Example:\n  absurd bench backlog --pending 0,100000,1000000")]
+    Backlog(load::BacklogArgs),
+    /// Two results side by side
+    #[command(
+        after_help = "Example:\n  absurd bench drain -o json >before.json\n  absurd bench compare before.json after.json"
+    )]
+    Compare(report::CompareArgs),
 }
 
 /// The smallest write that Postgres must flush: it needs no table, only a transaction.
@@ -75,6 +97,12 @@ pub(super) fn run(command: BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Latency(args) => on_stage(&args.stage, async |stage| latency::run(&args, stage).await),
         BenchCommand::Rpcs(args) => on_stage(&args.stage, async |stage| rpcs::run(&args, stage).await),
         BenchCommand::Idle(args) => on_stage(&args.stage, async |stage| idle::run(&args, stage).await),
+        BenchCommand::Spawn(args) => on_stage(&args.stage, async |stage| load::spawn(&args, stage).await),
+        BenchCommand::Drain(args) => on_stage(&args.stage, async |stage| load::drain(&args, stage).await),
+        BenchCommand::Steady(args) => on_stage(&args.stage, async |stage| load::steady(&args, stage).await),
+        BenchCommand::Steps(args) => on_stage(&args.stage, async |stage| load::steps(&args, stage).await),
+        BenchCommand::Backlog(args) => on_stage(&args.stage, async |stage| load::backlog(&args, stage).await),
+        BenchCommand::Compare(args) => report::compare(&args),
     }
 }
 

@@ -5,7 +5,10 @@ use std::time::Duration;
 use postgres_types::ToSql;
 
 use super::batch::RunRef;
-use super::statement::{EVENT_AWAIT, EVENT_EMIT, Statement, TASK_AWAIT, TASK_LIST_AWAITED, TASK_SETTLE_AWAITED};
+use super::statement::{
+    EVENT_AWAIT, EVENT_EMIT, EVENT_EMIT_MORE, EVENT_LIST_UNFINISHED, Statement, TASK_AWAIT, TASK_LIST_AWAITED,
+    TASK_SETTLE_AWAITED,
+};
 use super::{Fault, Store, Wait};
 use crate::domain::{CheckpointName, Digest, Error, EventName, Instant, JsonText, QueueName, TaskId};
 use crate::scope::Scope;
@@ -19,6 +22,20 @@ pub enum Awaited {
     Suspended(Option<Instant>),
     /// The time was over first.
     TimedOut,
+}
+
+/// Runs that one transaction wakes at most.
+const WOKEN_MAX: i32 = 1000;
+
+/// What a batch of an emission did.
+#[derive(Debug, Clone, Copy)]
+pub struct Emission {
+    /// False when the event had been emitted before.
+    pub applied: bool,
+    /// Runs that were woken.
+    pub woken: i64,
+    /// More of them wait.
+    pub more: bool,
 }
 
 /// A run that waits, as a step.
@@ -124,27 +141,56 @@ impl Store {
         Ok(rows.iter().map(|row| row.get("waiting_queue")).collect())
     }
 
-    /// Emits an event; says whether this was the first time, and how many runs it woke.
+    /// Emits an event and wakes up to a limit of those who wait for it.
     pub async fn event_emit(
         &self,
         scope: &Scope,
         event: &EventName,
         payload: Option<&JsonText>,
         lock_wait: Duration,
-    ) -> Result<(bool, i64), Error> {
+    ) -> Result<Emission, Error> {
+        let params: [&(dyn ToSql + Sync); 4] = [&scope.queue().as_str(), &event.as_str(), &payload, &WOKEN_MAX];
+        self.emission(scope, &EVENT_EMIT, &params, lock_wait, |row| row.get("applied")).await
+    }
+
+    /// Wakes the next of those who wait for an event that was emitted.
+    pub async fn event_emit_more(
+        &self,
+        scope: &Scope,
+        event: &EventName,
+        lock_wait: Duration,
+    ) -> Result<Emission, Error> {
+        let params: [&(dyn ToSql + Sync); 3] = [&scope.queue().as_str(), &event.as_str(), &WOKEN_MAX];
+        self.emission(scope, &EVENT_EMIT_MORE, &params, lock_wait, |_| true).await
+    }
+
+    async fn emission(
+        &self,
+        scope: &Scope,
+        statement: &Statement,
+        params: &[&(dyn ToSql + Sync)],
+        lock_wait: Duration,
+        applied: impl FnOnce(&tokio_postgres::Row) -> bool,
+    ) -> Result<Emission, Error> {
         let fail = |fault: Fault| fault.into_error(scope);
         let tx = self.begin(lock_wait).await.map_err(fail)?;
-        let params: [&(dyn ToSql + Sync); 3] = [&scope.queue().as_str(), &event.as_str(), &payload];
-        match tx.rows(&EVENT_EMIT, Wait::Block, None, &params).await {
+        match tx.rows(statement, Wait::Block, None, params).await {
             Ok(rows) => {
                 tx.commit().await.map_err(fail)?;
-                Ok(rows.first().map_or((false, 0), |row| (row.get("applied"), row.get("woken"))))
+                let row = rows.first().ok_or_else(|| Error::Internal("no answer".into()))?;
+                Ok(Emission { applied: applied(row), woken: row.get("woken"), more: row.get("more") })
             }
             Err(fault) => {
                 tx.rollback().await;
                 Err(fail(fault))
             }
         }
+    }
+
+    /// Emissions that have not woken all who wait, at most 100: queues and events.
+    pub async fn event_list_unfinished(&self) -> Result<Vec<(String, String)>, Fault> {
+        let rows = self.rows(&EVENT_LIST_UNFINISHED, Wait::Skip, None, &[]).await?;
+        Ok(rows.iter().map(|row| (row.get("queue_name"), row.get("event_name"))).collect())
     }
 }
 

@@ -62,6 +62,7 @@ const MIGRATIONS: &[Migration] = &[
     Migration { version: 4, name: "time", min_server: 1, sql: &[include_str!("../../sql/side/05_time.sql")] },
     Migration { version: 5, name: "workflows", min_server: 1, sql: &[include_str!("../../sql/side/06_workflows.sql")] },
     Migration { version: 6, name: "awaited", min_server: 1, sql: &[include_str!("../../sql/side/07_awaited.sql")] },
+    Migration { version: 7, name: "emissions", min_server: 1, sql: &[include_str!("../../sql/side/08_emissions.sql")] },
 ];
 
 /// Where the storage contract in a database comes from.

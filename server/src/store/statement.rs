@@ -80,6 +80,8 @@ statements! {
     EVENT_AWAIT = "event_await";
     EVENT_CLEANUP = "event_cleanup";
     EVENT_EMIT = "event_emit";
+    EVENT_EMIT_MORE = "event_emit_more";
+    EVENT_LIST_UNFINISHED = "event_list_unfinished";
     KEY_RESERVE = "key_reserve";
     QUEUE_COLLISION = "queue_collision";
     QUEUE_CREATE = "queue_create";
