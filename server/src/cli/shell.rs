@@ -24,8 +24,6 @@ use talk::{Answer, Ask, exchange};
 pub(super) const SOCKET: &str = "ABSURD_TASK_SOCKET";
 /// Exit code of a wait that has timed out, as of `timeout`.
 const TIMED_OUT: u8 = 124;
-/// Exit code when the execution is over: the run sleeps, or is not ours any more. `EX_TEMPFAIL`.
-const OVER: u8 = 75;
 
 pub(super) const STEP_EXAMPLES: &str = "\
 Examples (inside of `absurd worker --exec`):
@@ -117,14 +115,10 @@ fn show(value: &Json) {
     }
 }
 
-fn ended(answer: Answer) -> anyhow::Result<ExitCode> {
+fn wrong(answer: Answer) -> anyhow::Error {
     match answer {
-        Answer::Over { signal } => {
-            eprintln!("{signal}");
-            Ok(OVER.into())
-        }
-        Answer::Failed { message } => anyhow::bail!(message),
-        other => anyhow::bail!("the worker answered {other:?}"),
+        Answer::Failed { message } => anyhow::anyhow!(message),
+        other => anyhow::anyhow!("the worker answered {other:?}"),
     }
 }
 
@@ -137,7 +131,7 @@ pub(super) async fn step(args: StepArgs) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::SUCCESS);
         }
         Answer::ToDo => {}
-        other => return ended(other),
+        other => return Err(wrong(other)),
     }
     let (program, arguments) = args.command.split_first().context("there is no command")?;
     let mut child = Command::new(program)
@@ -164,7 +158,7 @@ pub(super) async fn step(args: StepArgs) -> anyhow::Result<ExitCode> {
             show(&value);
             Ok(ExitCode::SUCCESS)
         }
-        other => ended(other),
+        other => Err(wrong(other)),
     }
 }
 
@@ -177,7 +171,7 @@ pub(super) async fn sleep(args: SleepArgs) -> anyhow::Result<ExitCode> {
     };
     match exchange(&mut connect().await?, &ask).await? {
         Answer::Done => Ok(ExitCode::SUCCESS),
-        other => ended(other),
+        other => Err(wrong(other)),
     }
 }
 
@@ -191,7 +185,7 @@ pub(super) async fn await_event(args: AwaitArgs) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Answer::TimedOut => Ok(TIMED_OUT.into()),
-        other => ended(other),
+        other => Err(wrong(other)),
     }
 }
 
@@ -200,7 +194,7 @@ pub(super) async fn emit(args: EmitArgs) -> anyhow::Result<ExitCode> {
     let payload = serde_json::value::RawValue::from_string(result(args.payload.as_bytes()).to_string())?;
     match exchange(&mut connect().await?, &Ask::Emit { event: args.event, payload }).await? {
         Answer::Done => Ok(ExitCode::SUCCESS),
-        other => ended(other),
+        other => Err(wrong(other)),
     }
 }
 

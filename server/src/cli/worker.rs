@@ -188,6 +188,7 @@ async fn execute(args: &WorkerArgs, task: &ClaimedTask, context: &Context, mut o
     };
     let group = child.id();
     let params = task.params.as_ref().map_or("null", Json::as_str).as_bytes().to_vec();
+    let mut serving = std::pin::pin!(socket.serve(context));
     let end = tokio::select! {
         biased;
         // First: what a program prints after its run was suspended is no result.
@@ -195,9 +196,9 @@ async fn execute(args: &WorkerArgs, task: &ClaimedTask, context: &Context, mut o
         why = task.revoked() => End::Revoked(why),
         end = talk(&mut child, params) => end,
         _ = over.wait_for(|over| *over) => End::Released,
-        () = socket.serve(context) => End::Released,
+        () = &mut serving => End::Released,
     };
-    // Whatever the program has started dies with it.
+    // Whatever the program has started dies with it, before any of it can see that nobody listens any more.
     kill_group(group);
     let _ = child.wait().await;
     end

@@ -51,8 +51,6 @@ pub(crate) enum Answer {
     Done,
     /// It did not come in time.
     TimedOut,
-    /// The execution is over.
-    Over { signal: String },
     /// It went wrong.
     Failed { message: String },
 }
@@ -63,7 +61,8 @@ where
     S: AsyncBufRead + AsyncRead + AsyncWrite + Unpin,
 {
     write(worker, ask).await?;
-    let line = read(worker).await?.context("the worker has gone: the execution is over")?;
+    // When the execution is over there is no answer: the worker ends this program instead.
+    let line = read(worker).await?.context("the execution is over")?;
     Ok(serde_json::from_str(&line)?)
 }
 
@@ -126,7 +125,11 @@ async fn serve_one(context: Context, stream: UnixStream) {
     let begun = Arc::new(Mutex::new(None));
     while let Ok(Some(line)) = read(&mut stream).await {
         let answer = match serde_json::from_str(&line) {
-            Ok(ask) => answer(&context, &begun, ask).await.unwrap_or_else(refused),
+            Ok(ask) => match answer(&context, &begun, ask).await {
+                // A program that heard of it could go on until it is killed.
+                Err(TaskError::Signal(_)) => std::future::pending().await,
+                answer => answer.unwrap_or_else(refused),
+            },
             Err(error) => Answer::Failed { message: error.to_string() },
         };
         if write(&mut stream, &answer).await.is_err() {
@@ -137,7 +140,6 @@ async fn serve_one(context: Context, stream: UnixStream) {
 
 fn refused(error: TaskError) -> Answer {
     match error {
-        TaskError::Signal(signal) => Answer::Over { signal: signal.to_string() },
         TaskError::Timeout { .. } => Answer::TimedOut,
         other => Answer::Failed { message: other.to_string() },
     }
