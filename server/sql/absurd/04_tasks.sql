@@ -105,12 +105,30 @@ language plpgsql as $$
 declare
   v_now timestamptz := absurd.current_time();
   v_state text;
+  v_locked uuid[];
+  v_missed boolean;
 begin
-  execute format('select 1 from absurd.%I r
-                   where r.task_id = $1 and r.state in (''pending'', ''running'', ''sleeping'')
-                   order by r.run_id for update', 'r_' || p_queue_name) using p_task_id;
-  execute format('select t.state from absurd.%I t where t.task_id = $1 for update', 't_' || p_queue_name)
-    into v_state using p_task_id;
+  loop
+    begin
+      execute format('select array(select r.run_id from absurd.%I r
+                                    where r.task_id = $1 and r.state in (''pending'', ''running'', ''sleeping'')
+                                    order by r.run_id for update)', 'r_' || p_queue_name)
+        into v_locked using p_task_id;
+      execute format('select t.state from absurd.%I t where t.task_id = $1 for update', 't_' || p_queue_name)
+        into v_state using p_task_id;
+      -- A failure or a retry may have made a run since; its lock comes before the task's. Give all back, and begin anew.
+      execute format('select exists (select from absurd.%I r
+                                      where r.task_id = $1 and r.state in (''pending'', ''running'', ''sleeping'')
+                                        and r.run_id <> all ($2))', 'r_' || p_queue_name)
+        into v_missed using p_task_id, v_locked;
+      if v_missed then
+        raise exception using errcode = 'AB999', message = 'another run was made meanwhile';
+      end if;
+      exit;
+    exception when sqlstate 'AB999' then
+      null;
+    end;
+  end loop;
   if v_state is null then
     raise exception 'Task % not found in queue "%"', p_task_id, p_queue_name;
   end if;
