@@ -22,7 +22,7 @@ with item as materialized (
          from locked l cross join clock
         where r.run_id = l.run_id and l.able and l.owned and l.seconds > 0 and l.state = 'running'
           and l.claim_expires_at is not null
-       returning r.run_id, r.claim_expires_at),
+       returning r.run_id),
      stored as (
        insert into {c} as c (task_id, checkpoint_name, state, status, owner_run_id, updated_at)
        select l.task_id, l.checkpoint_name, l.value, 'committed', l.run_id, clock.now
@@ -40,12 +40,12 @@ select i.item, coalesce(l.run_id, seen.run_id) is not null as found, l.run_id is
        coalesce(l.state, seen.state) as state, coalesce(l.owned, false) as owned,
        coalesce(l.able and l.owned, false) as done, coalesce(l.task_id, seen.task_id) as task_id, false as same,
        coalesce(l.failure_reason ->> 'name' = '$ClaimTimeout', false) as expired,
-       stored.owner_run_id is not null as applied,
-       coalesce(extended.claim_expires_at, l.claim_expires_at) as claim_expires_at
+       (i.run_id, i.checkpoint_name) in (select stored.owner_run_id, stored.checkpoint_name from stored) as applied,
+       case when i.run_id in (select extended.run_id from extended) then clock.now + make_interval(secs => i.seconds)
+            else l.claim_expires_at end as claim_expires_at
   from item i
+  cross join clock
   left join locked l on l.item = i.item
   left join lateral (select r.run_id, r.task_id, r.state from {r} r where l.run_id is null and r.run_id = i.run_id
                      offset 0) seen on true
-  left join extended on extended.run_id = i.run_id
-  left join stored on stored.owner_run_id = i.run_id and stored.checkpoint_name = i.checkpoint_name
  order by i.item

@@ -28,23 +28,22 @@ with item as materialized (
          from (select item.*, clock.now from item cross join clock order by item.run_id) i
          cross join lateral (select * from {r} r where r.run_id = i.run_id for update {wait}) r),
      held as materialized (
-       select t.*
-         from (select l.task_id from locked l where l.able and l.owned order by l.task_id) l
+       select l.*, t.retry_strategy, t.max_attempts, t.cancellation, t.first_started_at
+         from (select * from locked l where l.able and l.owned order by l.task_id) l
          cross join lateral (
-           select t.task_id, t.retry_strategy, t.max_attempts, t.cancellation, t.first_started_at
+           select t.retry_strategy, t.max_attempts, t.cancellation, t.first_started_at
              from {t} t where t.task_id = l.task_id for update {wait}) t),
      plan as materialized (
-       select l.item, l.run_id, l.task_id, l.attempt, l.next_run_id, l.reason, h.cancellation, h.first_started_at,
-              case when h.max_attempts is null or l.attempt < h.max_attempts
-                   then greatest(clock.now, coalesce(l.retry_at, clock.now
-                                                     + absurd_server.retry_delay(h.retry_strategy, l.attempt)))
+       select h.item, h.run_id, h.task_id, h.attempt, h.next_run_id, h.reason, h.cancellation, h.first_started_at,
+              case when h.max_attempts is null or h.attempt < h.max_attempts
+                   then greatest(clock.now, coalesce(h.retry_at, clock.now
+                                                     + absurd_server.retry_delay(h.retry_strategy, h.attempt)))
                         -- greatest() skips nulls: an unusable strategy must not become "now".
-                        + case when l.retry_at is null
-                                    and absurd_server.retry_delay(h.retry_strategy, l.attempt) is null
+                        + case when h.retry_at is null
+                                    and absurd_server.retry_delay(h.retry_strategy, h.attempt) is null
                                then null else interval '0' end
               end as next_at
-         from locked l join held h using (task_id) cross join clock
-        where l.able and l.owned),
+         from held h cross join clock),
      decided as materialized (
        select p.*,
               case when p.next_at is null then 'failed'

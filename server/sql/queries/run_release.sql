@@ -16,8 +16,8 @@ with item as materialized (
          from (select * from item order by run_id) i
          cross join lateral (select * from {r} r where r.run_id = i.run_id for update {wait}) r),
      held as materialized (
-       select t.task_id
-         from (select l.task_id from locked l where l.state = 'running' and l.owned order by l.task_id) l
+       select l.*
+         from (select * from locked l where l.state = 'running' and l.owned order by l.task_id) l
          cross join lateral (select t.task_id from {t} t where t.task_id = l.task_id for update {wait}) t),
      runs as (
        update {r} r
@@ -26,8 +26,8 @@ with item as materialized (
               started_at = case when l.first_claim then null else r.started_at end,
               available_at = case when l.delay_ms > 0 then clock.now + l.delay_ms * interval '1 millisecond'
                                   else least(coalesce(l.available_at, r.available_at), clock.now) end
-         from locked l join held using (task_id) cross join clock
-        where r.run_id = l.run_id and l.state = 'running' and l.owned
+         from held l cross join clock
+        where r.run_id = l.run_id
        returning r.run_id, r.task_id, r.state, l.first_claim),
      tasks as (
        update {t} t
@@ -35,7 +35,7 @@ with item as materialized (
          from runs
         where t.task_id = runs.task_id)
 select i.item, coalesce(l.run_id, seen.run_id) is not null as found, l.run_id is null as skipped,
-       coalesce(l.state, seen.state) as state, coalesce(l.owned, false) as owned, runs.run_id is not null as done,
+       coalesce(l.state, seen.state) as state, coalesce(l.owned, false) as owned, i.run_id in (select runs.run_id from runs) as done,
        coalesce(l.task_id, seen.task_id) as task_id,
        l.state in ('pending', 'sleeping') and l.claimed_by is null as same,
        coalesce(l.failure_reason ->> 'name' = '$ClaimTimeout', false) as expired
@@ -43,5 +43,4 @@ select i.item, coalesce(l.run_id, seen.run_id) is not null as found, l.run_id is
   left join locked l on l.item = i.item
   left join lateral (select r.run_id, r.task_id, r.state from {r} r where l.run_id is null and r.run_id = i.run_id
                      offset 0) seen on true
-  left join runs on runs.run_id = i.run_id
  order by i.item
