@@ -40,11 +40,11 @@ async fn main() -> Result<(), BoxError> {
     let absurd = Absurd::connect()?;
     absurd.client().create_queue().await?;
     absurd.register(REPORT, report);
-    let worker = absurd.start_worker(WorkerOptions::default()).await?;
     let first = Round { at: SystemTime::now(), every: Duration::from_millis(500), left: 2 };
     let spawned = absurd.spawn(&REPORT, &first).idempotency_key(first.key()).await?;
     let again = absurd.spawn(&REPORT, &first).idempotency_key(first.key()).await?;
     println!("a second scheduler spawns the same task: {}", spawned.task_id == again.task_id);
+    let worker = absurd.start_worker(WorkerOptions::default()).await?;
     // Keys lead from round to round.
     let mut round = first;
     loop {

@@ -36,6 +36,11 @@ fn shrunk(line: &str) -> Option<String> {
     if line.starts_with("absurd bench rpcs") {
         return Some(format!("{line} --samples 2 --warm-up 0"));
     }
+    for (bench, few) in [("drain", "--tasks 20"), ("steady", "--time 200ms"), ("steps", "--tasks 3")] {
+        if line.starts_with(&format!("absurd bench {bench}")) {
+            return Some(format!("{line} {few}"));
+        }
+    }
     let line = line.strip_prefix("absurd bench idle")?;
     Some(format!("absurd bench idle{} --time 1s", line.replace("000", "0")))
 }
