@@ -1,10 +1,9 @@
-//! Outcomes travel together: while one `SettleTasks` call is in flight, the next one gathers; when many wait, a second call
-//! goes beside it, so that the server has work while an answer is on its way.
+//! Outcomes travel together: while one `SettleTasks` call is in flight, the next one gathers.
 //!
 //! Guarantees: each caller gets its own outcome; writes about one run keep their order; a call whose answer was lost is
 //! repeated, which the server answers as the first time.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -21,8 +20,6 @@ use crate::{Error, Reason};
 const ITEMS_MAX: usize = 1000;
 /// Bytes of one call at most, unless a single item has more.
 const BYTES_MAX: usize = 2 * 1024 * 1024;
-/// Waiting items from which on a second call pays.
-const SECOND_AT: usize = 64;
 
 struct Entry {
     item: pb::SettleItem,
@@ -30,22 +27,13 @@ struct Entry {
     answer: oneshot::Sender<Result<pb::SettleResult, Error>>,
 }
 
-/// What waits for one queue, and what is on its way.
-#[derive(Default)]
-struct Lane {
-    waiting: VecDeque<Entry>,
-    calls: usize,
-    /// Runs that a call in flight speaks of: what else is said of them waits for its answer.
-    runs: HashSet<String>,
-}
-
-type Lanes = Arc<Mutex<HashMap<String, Lane>>>;
+type Lanes = Arc<Mutex<HashMap<String, VecDeque<Entry>>>>;
 
 /// See the module.
 #[derive(Clone)]
 pub(crate) struct Settler {
     replicas: Replicas,
-    /// A lane exists while calls are made for it.
+    /// A lane exists while a task drives it.
     lanes: Lanes,
 }
 
@@ -71,10 +59,10 @@ impl Settler {
         let entry = Entry { item, deadline, answer };
         {
             let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-            let lane = lanes.entry(queue.to_owned()).or_default();
-            lane.waiting.push_back(entry);
-            if lane.calls == 0 || (lane.calls == 1 && lane.waiting.len() >= SECOND_AT) {
-                lane.calls += 1;
+            if let Some(lane) = lanes.get_mut(queue) {
+                lane.push_back(entry);
+            } else {
+                lanes.insert(queue.to_owned(), VecDeque::from([entry]));
                 tokio::spawn(drive(self.replicas.clone(), Arc::clone(&self.lanes), queue.to_owned()));
             }
         }
@@ -82,54 +70,32 @@ impl Settler {
     }
 }
 
-/// Makes calls, one after the other, until there is nothing that it may send.
 async fn drive(replicas: Replicas, lanes: Lanes, queue: String) {
-    let mut sent: Vec<String> = Vec::new();
     loop {
         let batch = {
             let mut lanes = lanes.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(lane) = lanes.get_mut(&queue) else { return };
-            for run in sent.drain(..) {
-                lane.runs.remove(&run);
-            }
-            let batch = take(lane);
-            if batch.is_empty() {
-                lane.calls -= 1;
-                // What waits now waits for the other call, whose driver goes on with it.
-                if lane.calls == 0 {
-                    lanes.remove(&queue);
-                }
+            if lane.is_empty() {
+                lanes.remove(&queue);
                 return;
             }
-            sent.extend(batch.iter().map(|entry| entry.item.run_id.clone()));
-            lane.runs.extend(sent.iter().cloned());
-            batch
+            take(lane)
         };
         send(&replicas, &queue, batch).await;
     }
 }
 
-/// The next batch, in order. Items of runs that another call speaks of stay.
-fn take(lane: &mut Lane) -> Vec<Entry> {
+fn take(lane: &mut VecDeque<Entry>) -> Vec<Entry> {
     let mut bytes = 0;
     let mut batch = Vec::new();
-    let mut staying = VecDeque::new();
     while batch.len() < ITEMS_MAX {
-        let Some(entry) = lane.waiting.pop_front() else { break };
-        if lane.runs.contains(&entry.item.run_id) {
-            staying.push_back(entry);
-            continue;
-        }
-        let size = size(&entry.item);
+        let Some(size) = lane.front().map(|entry| size(&entry.item)) else { break };
         if bytes + size > BYTES_MAX && !batch.is_empty() {
-            staying.push_back(entry);
             break;
         }
         bytes += size;
-        batch.push(entry);
+        batch.extend(lane.pop_front());
     }
-    staying.append(&mut lane.waiting);
-    lane.waiting = staying;
     batch
 }
 
