@@ -20,25 +20,24 @@ begin
          from absurd.%1$I w join absurd.%2$I r using (run_id)
         where w.event_name = $1 and r.state = ''sleeping'' limit $4),
      locked as materialized (
-       select r.run_id from (select run_id from waiting order by run_id) u
+       select r.run_id, u.task_id, u.step_name from (select * from waiting order by run_id) u
         cross join lateral (select * from absurd.%2$I r where r.run_id = u.run_id for update) r
         where r.state = ''sleeping''),
+     -- It carries along what the rest needs: parts that are joined would be compared pair by pair.
      woken as (
        update absurd.%2$I r
           set state = ''pending'', available_at = $3, wake_event = null, event_payload = $2, claimed_by = null,
               claim_expires_at = null
          from locked where r.run_id = locked.run_id
-       returning r.run_id),
+       returning r.run_id, locked.task_id, locked.step_name),
      stored as (
        insert into absurd.%3$I (task_id, checkpoint_name, state, status, owner_run_id, updated_at)
-       select waiting.task_id, waiting.step_name, $2, ''committed'', waiting.run_id, $3
-         from waiting join woken using (run_id)
+       select woken.task_id, woken.step_name, $2, ''committed'', woken.run_id, $3 from woken
            on conflict (task_id, checkpoint_name) do update
           set state = excluded.state, status = excluded.status, owner_run_id = excluded.owner_run_id,
               updated_at = excluded.updated_at),
      tasks as (
-       update absurd.%4$I t set state = ''pending''
-         from waiting join woken using (run_id) where t.task_id = waiting.task_id),
+       update absurd.%4$I t set state = ''pending'' from woken where t.task_id = woken.task_id),
      gone as (
        delete from absurd.%1$I w using woken where w.event_name = $1 and w.run_id = woken.run_id)
      select count(*) from woken',
