@@ -120,6 +120,11 @@ const QUEUE: &str = "default";
 /// Name of a task in memory.
 const NAME: &str = "test-task";
 
+/// A value of the test. One that is no JSON is the test's own mistake, and ends it.
+fn json<T: Serialize + ?Sized>(value: &T) -> Json {
+    Json::of(value).unwrap_or_else(|error| panic!("a value of the test cannot be written as JSON: {error}"))
+}
+
 impl<R: DeserializeOwned> TestTask<R> {
     /// A task for an async handler. Params and result pass through JSON, as they do in a worker.
     pub fn new<P, E, F, Fut>(handler: F, params: &P) -> Self
@@ -148,7 +153,7 @@ impl<R: DeserializeOwned> TestTask<R> {
         Self {
             handlers: Arc::new(Handlers::new(QUEUE, DEFAULT_MAX_ATTEMPTS, Hooks::default())),
             handler,
-            params: serde_json::to_value(params).map_or_else(|_| Json::null(), Json::from),
+            params: json(params),
             headers: Map::new(),
             max_attempts: Some(DEFAULT_MAX_ATTEMPTS),
             attempt: 1,
@@ -307,7 +312,7 @@ impl<R> TestTask<R> {
 
     /// Emits an event; the first of a name stays.
     pub fn emit<T: Serialize + ?Sized>(&mut self, event: &str, payload: &T) {
-        let payload = serde_json::to_value(payload).map_or_else(|_| Json::null(), Json::from);
+        let payload = json(payload);
         self.memory.lock().events.entry(event.to_owned()).or_insert(payload);
     }
 
@@ -323,7 +328,7 @@ impl<R> TestTask<R> {
 
     /// Ends another task, which this one may wait for: it completes with a value.
     pub fn complete<T: Serialize + ?Sized>(&mut self, task_id: Uuid, result: &T) {
-        let result = serde_json::to_value(result).map_or_else(|_| Json::null(), Json::from);
+        let result = json(result);
         self.end_task(TaskResult { task_id, state: State::Completed, result: Some(result), failure: None });
     }
 
@@ -355,7 +360,7 @@ impl<R> TestTask<R> {
 
     /// Stores a value, as an earlier version of the handler may have left it.
     pub fn set_checkpoint<T: Serialize + ?Sized>(&mut self, name: &str, value: &T) {
-        let value = serde_json::to_value(value).map_or_else(|_| Json::null(), Json::from);
+        let value = json(value);
         self.memory.lock().store(name.to_owned(), value);
     }
 }
