@@ -7,7 +7,7 @@ pub(super) mod talk;
 
 use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use absurd_client::Json;
 use anyhow::Context as _;
@@ -196,9 +196,4 @@ pub(super) async fn emit(args: EmitArgs) -> anyhow::Result<ExitCode> {
         Answer::Done => Ok(ExitCode::SUCCESS),
         other => Err(wrong(other)),
     }
-}
-
-/// Milliseconds as a duration.
-fn span(ms: u64) -> Duration {
-    Duration::from_millis(ms)
 }

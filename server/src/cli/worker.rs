@@ -33,6 +33,8 @@ It starts from its beginning each time; steps that are stored are not done again
 
 /// Largest output that becomes a result.
 pub(super) const OUTPUT_BYTES_MAX: u64 = 8 * 1024 * 1024;
+/// How long a task waits whose checkpoints could not be read: at once it would come back to the same trouble.
+const READ_AGAIN: Duration = Duration::from_secs(1);
 /// Bytes of standard error that are recorded.
 const ERRORS_BYTES_MAX: usize = 8 * 1024;
 
@@ -148,7 +150,7 @@ async fn carry_out(work: Arc<Work>, task: ClaimedTask, over: watch::Receiver<boo
         }
         Err(error) => {
             eprintln!("{} {}: its checkpoints could not be read: {error}", task.task_name, task.task_id);
-            End::Released
+            End::Released(READ_AGAIN)
         }
     };
     let (said, what) = match end {
@@ -160,7 +162,7 @@ async fn carry_out(work: Arc<Work>, task: ClaimedTask, over: watch::Receiver<boo
         End::Revoked(why) => (Ok(()), format!("stopped: the claim is {why:?}").to_lowercase()),
         End::Over(Signal::Suspended) => (Ok(()), "suspended".to_owned()),
         End::Over(signal) => (Ok(()), format!("stopped: {signal}")),
-        End::Released => (task.release(Duration::ZERO).await.map(drop), "given back".to_owned()),
+        End::Released(delay) => (task.release(delay).await.map(drop), "given back".to_owned()),
     };
     let took = started.elapsed().as_millis();
     match said {
@@ -174,7 +176,8 @@ enum End {
     Failure(serde_json::Value),
     Revoked(absurd_client::Revoked),
     Over(Signal),
-    Released,
+    /// Given back, to be offered again after this long.
+    Released(Duration),
 }
 
 async fn execute(args: &WorkerArgs, task: &ClaimedTask, context: &Context, mut over: watch::Receiver<bool>) -> End {
@@ -195,8 +198,8 @@ async fn execute(args: &WorkerArgs, task: &ClaimedTask, context: &Context, mut o
         signal = context.over() => End::Over(signal),
         why = task.revoked() => End::Revoked(why),
         end = talk(&mut child, params) => end,
-        _ = over.wait_for(|over| *over) => End::Released,
-        () = &mut serving => End::Released,
+        _ = over.wait_for(|over| *over) => End::Released(Duration::ZERO),
+        () = &mut serving => End::Released(Duration::ZERO),
     };
     // Whatever the program has started dies with it, before any of it can see that nobody listens any more.
     kill_group(group);

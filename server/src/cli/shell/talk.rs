@@ -1,8 +1,7 @@
 //! What an execution's programs and its worker say to each other: one JSON line asks, one answers.
 
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
 
 use absurd_client::Json;
 use absurd_client::durable::{Context, Step, TaskError};
@@ -16,10 +15,10 @@ use tokio::io::{
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
 
-use super::span;
-
 /// Longest line.
 const LINE_BYTES_MAX: u64 = 17 * 1024 * 1024;
+/// Name of the socket in its directory.
+const NAME: &str = "task";
 /// Commands of one execution at the same time.
 const COMMANDS_MAX: usize = 64;
 
@@ -69,6 +68,8 @@ where
 async fn write<T: Serialize>(to: &mut (impl AsyncWrite + Unpin), what: &T) -> anyhow::Result<()> {
     let mut line = serde_json::to_vec(what)?;
     line.push(b'\n');
+    // Whoever reads would stop there, and this end would not learn why.
+    anyhow::ensure!(line.len() as u64 <= LINE_BYTES_MAX, "the value has more than {LINE_BYTES_MAX} bytes as JSON");
     to.write_all(&line).await?;
     to.flush().await?;
     Ok(())
@@ -92,16 +93,12 @@ impl Socket {
     /// A socket that only this user can reach.
     pub(crate) fn open() -> std::io::Result<Self> {
         let home = tempfile::Builder::new().prefix("absurd-").tempdir()?;
-        Ok(Self { listener: UnixListener::bind(home.path().join("task"))?, home })
+        Ok(Self { listener: UnixListener::bind(home.path().join(NAME))?, home })
     }
 
     /// Where it is.
     pub(crate) fn path(&self) -> PathBuf {
-        self.directory().join("task")
-    }
-
-    fn directory(&self) -> &Path {
-        self.home.path()
+        self.home.path().join(NAME)
     }
 
     /// Answers for ever.
@@ -109,11 +106,14 @@ impl Socket {
         let mut commands = JoinSet::new();
         loop {
             tokio::select! {
-                accepted = self.listener.accept(), if commands.len() < COMMANDS_MAX => {
-                    if let Ok((stream, _)) = accepted {
-                        commands.spawn(serve_one(context.clone(), stream));
+                accepted = self.listener.accept(), if commands.len() < COMMANDS_MAX => match accepted {
+                    Ok((stream, _)) => drop(commands.spawn(serve_one(context.clone(), stream))),
+                    // No descriptor is free, for one: it will not be better at once.
+                    Err(error) => {
+                        eprintln!("a step's command could not be heard: {error}");
+                        tokio::time::sleep(Duration::from_millis(50)).await;
                     }
-                }
+                },
                 Some(_) = commands.join_next() => {}
             }
         }
@@ -122,10 +122,10 @@ impl Socket {
 
 async fn serve_one(context: Context, stream: UnixStream) {
     let mut stream = BufReader::new(stream);
-    let begun = Arc::new(Mutex::new(None));
+    let mut begun = None;
     while let Ok(Some(line)) = read(&mut stream).await {
         let answer = match serde_json::from_str(&line) {
-            Ok(ask) => match answer(&context, &begun, ask).await {
+            Ok(ask) => match answer(&context, &mut begun, ask).await {
                 // A program that heard of it could go on until it is killed.
                 Err(TaskError::Signal(_)) => std::future::pending().await,
                 answer => answer.unwrap_or_else(refused),
@@ -145,32 +145,31 @@ fn refused(error: TaskError) -> Answer {
     }
 }
 
-async fn answer(context: &Context, begun: &Mutex<Option<Step>>, ask: Ask) -> Result<Answer, TaskError> {
+async fn answer(context: &Context, begun: &mut Option<Step>, ask: Ask) -> Result<Answer, TaskError> {
     match ask {
         Ask::Begin { step } => {
             let step = context.begin_step(&step)?;
             if let Some(stored) = &step.state {
                 return value(stored);
             }
-            *begun.lock().unwrap_or_else(PoisonError::into_inner) = Some(step);
+            *begun = Some(step);
             Ok(Answer::ToDo)
         }
         Ask::Complete { value: state } => {
-            let step = begun.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let step = step.ok_or_else(|| TaskError::failure("NoStep", "no step was begun"))?;
+            let step = begun.take().ok_or_else(|| TaskError::failure("NoStep", "no step was begun"))?;
             value(&context.complete_step(step, &state).await?)
         }
         Ask::Sleep { step, ms, until } => {
             match until {
                 Some(until) => context.sleep_until(&step, until).await?,
-                None => context.sleep_for(&step, span(ms.unwrap_or(0))).await?,
+                None => context.sleep_for(&step, Duration::from_millis(ms.unwrap_or(0))).await?,
             }
             Ok(Answer::Done)
         }
         Ask::Await { event, step, ms } => {
             let mut wait = context.await_event::<Box<RawValue>>(&event).step_name(step.as_deref().unwrap_or(""));
             if let Some(ms) = ms {
-                wait = wait.timeout(span(ms));
+                wait = wait.timeout(Duration::from_millis(ms));
             }
             Ok(Answer::Value { value: wait.await? })
         }
