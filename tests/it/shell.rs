@@ -129,6 +129,7 @@ async fn wrong_uses_say_what_is_wrong() {
         set -e
         case $ABSURD_TASK_NAME in
         large) absurd step large -- sh -c "yes | head -c 2000000" ;;
+        escaped) absurd step escaped -- sh -c "head -c 4000000 /dev/zero | tr '\\0' '\\1'" ;;
         blank) absurd step " " -- true ;;
         missing) absurd step s -- /no/such/program ;;
         killed) absurd step s -- sh -c 'kill -9 $$' ;;
@@ -137,6 +138,7 @@ async fn wrong_uses_say_what_is_wrong() {
     let worker = worker(&server, program).await;
     for (name, message) in [
         ("large", "at most 1048576 are allowed"),
+        ("escaped", "bytes as JSON"),
         ("blank", "must not be blank"),
         ("missing", "cannot run \"/no/such/program\""),
         ("killed", "exit status: 137"),

@@ -123,3 +123,34 @@ fn a_blocking_handler_s_errors_and_panics_are_recorded() {
         assert_eq!((&recorded["name"], &recorded["message"]), (&j!(name), &j!(message)));
     }
 }
+
+/// A thread cannot be stopped: the worker ends all the same, and the task is free when its lease ends, not before.
+#[test]
+fn a_worker_that_stops_leaves_a_stuck_thread_behind() {
+    let (_runtime, _server, absurd) = world();
+    let (tell, told) = mpsc::channel();
+    let (go, goes) = mpsc::channel::<()>();
+    let goes = std::sync::Mutex::new(goes);
+    let stuck = absurd.register("stuck", move |ctx: Context, _: Value| {
+        if ctx.attempt() == 1 {
+            tell.send(None).unwrap();
+            goes.lock().unwrap().recv().unwrap();
+            tell.send(ctx.heartbeat().unwrap_err().signal()).unwrap();
+        }
+        Ok::<_, BoxError>(ctx.attempt())
+    });
+    let options = WorkerOptions::default().claim_timeout(Duration::from_secs(5)).grace(Duration::from_millis(100));
+    let worker = absurd.start_worker(options).unwrap();
+    let spawned = absurd.spawn(&stuck, &j!(null)).max_attempts(2).wait().unwrap();
+    assert_eq!(told.recv_timeout(PATIENCE).unwrap(), None, "it runs");
+    // The server has heard that the task has arrived: it does not give it back by itself.
+    absurd.client().extend_claim(spawned.run_id, Duration::from_secs(5)).unwrap();
+    worker.stop().unwrap();
+    let run = absurd.client().get_run_status(spawned.run_id).unwrap().unwrap();
+    assert_eq!((run.state, run.attempt), (State::Running, 1), "the thread still runs");
+    let worker = absurd.start_worker(WorkerOptions::default()).unwrap();
+    assert_eq!(result(&absurd, spawned.task_id), 2);
+    go.send(()).unwrap();
+    assert_eq!(told.recv_timeout(PATIENCE).unwrap(), Some(Signal::Lost));
+    worker.stop().unwrap();
+}
