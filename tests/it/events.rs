@@ -282,6 +282,7 @@ async fn many_who_wait_are_woken_in_batches() {
     let wait = |event: &str| {
         format!(
             "select absurd.spawn_task('q', 'n', 'null') from generate_series(1, 2500);
+             analyze absurd.r_q, absurd.t_q, absurd.w_q; -- statistics of a time when nobody slept
              select absurd.await_event('q', c.task_id, c.run_id, 'wait', '{event}', null)
                from absurd.claim_task('q', 'w', 600, 2500) c"
         )
@@ -295,6 +296,18 @@ async fn many_who_wait_are_woken_in_batches() {
     };
     sql.batch_execute(&wait("go")).await.unwrap();
     assert_eq!(left().await, (2500, 2500, 0));
+    // As the server's sessions are.
+    sql.batch_execute("begin; set local enable_seqscan = off; set local enable_bitmapscan = off").await.unwrap();
+    let explain = "explain (analyze, buffers, format json) select absurd_server.emit_event('q', 'go', '{}', 1000)";
+    let plan: serde_json::Value = match &sql.simple_query(explain).await.unwrap()[1] {
+        tokio_postgres::SimpleQueryMessage::Row(row) => serde_json::from_str(row.get(0).unwrap()).unwrap(),
+        other => panic!("{other:?}"),
+    };
+    // Some 45 pages for each that is woken; with a walk over all sleepers for each it would be 110 already here.
+    let pages = plan[0]["Plan"]["Shared Hit Blocks"].as_u64().unwrap();
+
+    assert!(pages < 70_000, "{pages} pages");
+    sql.batch_execute("rollback").await.unwrap();
     let emitted = server.client().emit_event("go", &j!({"x": 1})).await.unwrap();
     assert_eq!((emitted.applied, emitted.woken), (true, 2500));
     assert_eq!(left().await, (0, 0, 0));
@@ -307,7 +320,8 @@ async fn many_who_wait_are_woken_in_batches() {
         .unwrap();
     sql.batch_execute(&wait("other")).await.unwrap();
     // A server that dies after its first batch.
-    sql.batch_execute("begin; select absurd_server.emit_event('q', 'other', '2', 1000)").await.unwrap();
+    sql.batch_execute("begin").await.unwrap();
+    sql.batch_execute("select absurd_server.emit_event('q', 'other', '2', 1000)").await.unwrap();
     assert_eq!(left().await, (1500, 1500, 1));
     sql.batch_execute("commit").await.unwrap();
     let again = server.client().emit_event("other", &j!(3)).await.unwrap();

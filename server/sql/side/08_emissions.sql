@@ -14,14 +14,17 @@ language plpgsql as $$
 declare
   v_now timestamptz := absurd.current_time();
 begin
+  -- Runs are looked up one by one, by their key (offset 0 keeps it so): without statistics a planner expects few sleeping
+  -- runs, and would go through all of them for each wait.
   execute format(
     'with waiting as materialized (
        select w.run_id, w.task_id, w.step_name
-         from absurd.%1$I w join absurd.%2$I r using (run_id)
+         from absurd.%1$I w
+        cross join lateral (select r.state from absurd.%2$I r where r.run_id = w.run_id offset 0) r
         where w.event_name = $1 and r.state = ''sleeping'' limit $4),
      locked as materialized (
-       select r.run_id, u.task_id, u.step_name from (select * from waiting order by run_id) u
-        cross join lateral (select * from absurd.%2$I r where r.run_id = u.run_id for update) r
+       select u.run_id, u.task_id, u.step_name from (select * from waiting order by run_id) u
+        cross join lateral (select r.state from absurd.%2$I r where r.run_id = u.run_id for update offset 0) r
         where r.state = ''sleeping''),
      -- It carries along what the rest needs: parts that are joined would be compared pair by pair.
      woken as (
@@ -39,12 +42,14 @@ begin
      tasks as (
        update absurd.%4$I t set state = ''pending'' from woken where t.task_id = woken.task_id),
      gone as (
-       delete from absurd.%1$I w using woken where w.event_name = $1 and w.run_id = woken.run_id)
+       delete from absurd.%1$I w using woken where w.run_id = woken.run_id and w.step_name = woken.step_name)
      select count(*) from woken',
     'w_' || p_queue, 'r_' || p_queue, 'c_' || p_queue, 't_' || p_queue)
     into woken using p_event, p_payload, v_now, p_limit;
   execute format(
-    'select exists (select from absurd.%I w join absurd.%I r using (run_id) where w.event_name = $1 and r.state = ''sleeping'')',
+    'select exists (select from absurd.%I w
+                     cross join lateral (select r.state from absurd.%I r where r.run_id = w.run_id offset 0) r
+                     where w.event_name = $1 and r.state = ''sleeping'')',
     'w_' || p_queue, 'r_' || p_queue) into more using p_event;
   if more then
     insert into absurd_server.emission (queue_name, event_name) values (p_queue, p_event) on conflict do nothing;
