@@ -281,5 +281,10 @@ async fn claim_backlog(database: &Database) -> bool {
 async fn cleanup_history(database: &Database) -> bool {
     let sql = queue(database).await;
     sql.batch_execute(&finished(500, "null")).await.unwrap();
-    growth(&sql, "select absurd.cleanup_tasks('q', 60, 50)", &finished(60_000, "null")).await < 2.5
+    let cleanup = "select absurd.cleanup_tasks('q', 60, 50)";
+    let few = pages(&sql, cleanup).await;
+    let grown = growth(&sql, cleanup, &finished(60_000, "null")).await;
+    eprintln!("{few} pages without statistics");
+    // Some 24 pages for each that goes, whatever the statistics say: a walk over the history would be thousands.
+    grown < 2.5 && few < 1500
 }

@@ -17,33 +17,37 @@ begin
   end if;
   v_cutoff := absurd.current_time() - make_interval(secs => p_ttl_seconds);
 
-  -- Runs are locked before their task, as everywhere; a task with a run that somebody holds is passed over.
+  -- Runs are locked before their task, as everywhere; a task with a run that somebody holds is passed over. Rows are looked up
+  -- one by one, by their keys (offset 0 keeps it so): without statistics a planner would walk the whole history for them.
   execute format(
     'with ended as (
-       (select t.task_id, r.completed_at as at
-          from absurd.%2$I r join absurd.%1$I t on t.task_id = r.task_id
+       (select r.task_id, r.completed_at as at
+          from absurd.%2$I r
+         cross join lateral (select t.state, t.last_attempt_run from absurd.%1$I t where t.task_id = r.task_id offset 0) t
          where r.completed_at < $1 and t.state = ''completed'' and t.last_attempt_run = r.run_id
          order by r.completed_at limit $2)
        union all
-       (select t.task_id, r.failed_at
-          from absurd.%2$I r join absurd.%1$I t on t.task_id = r.task_id
+       (select r.task_id, r.failed_at
+          from absurd.%2$I r
+         cross join lateral (select t.state, t.last_attempt_run from absurd.%1$I t where t.task_id = r.task_id offset 0) t
          where r.failed_at < $1 and t.state = ''failed'' and t.last_attempt_run = r.run_id
          order by r.failed_at limit $2)
        union all
        (select t.task_id, t.cancelled_at
           from absurd.%1$I t
+         cross join lateral (select r.run_id from absurd.%2$I r where r.run_id = t.last_attempt_run offset 0) r
          where t.cancelled_at < $1 and t.state = ''cancelled''
-           and exists (select from absurd.%2$I r where r.run_id = t.last_attempt_run)
          order by t.cancelled_at limit $2)),
      oldest as materialized (select e.task_id from ended e order by e.at limit $2),
+     owned as materialized (
+       select o.task_id, r.run_id from oldest o
+        cross join lateral (select r.run_id from absurd.%2$I r where r.task_id = o.task_id offset 0) r),
      free as materialized (
-       select r.run_id, r.task_id from absurd.%2$I r
-        where r.task_id in (select o.task_id from oldest o)
-        order by r.run_id for update skip locked)
+       select u.run_id from (select * from owned order by run_id) u
+        cross join lateral (select from absurd.%2$I r where r.run_id = u.run_id for update skip locked) r)
      select array_agg(o.task_id) from oldest o
       where o.task_id not in (
-        select r.task_id from oldest h join absurd.%2$I r on r.task_id = h.task_id
-         where r.run_id not in (select f.run_id from free f))',
+        select u.task_id from owned u where u.run_id not in (select f.run_id from free f))',
     't_' || p_queue_name, 'r_' || p_queue_name) into v_tasks using v_cutoff, p_limit;
   if v_tasks is null then
     return 0;
