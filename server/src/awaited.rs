@@ -12,7 +12,6 @@ use tokio::time::Instant;
 use crate::dispatch::random;
 use crate::domain::{QueueName, TaskId};
 use crate::engine::Engine;
-use crate::scope::Caller;
 use crate::store::Fault;
 
 /// Between looks while runs wait.
@@ -126,7 +125,7 @@ async fn settle(engine: &Engine, ended: Vec<(QueueName, TaskId)>) -> Result<(), 
 fn offer(engine: &Engine, queues: &[String]) {
     for queue in queues {
         if let Ok(queue) = QueueName::parse("queue", queue) {
-            engine.new_work(&Caller::anonymous().scope(queue));
+            engine.dispatcher.new_work(&queue);
         }
     }
 }

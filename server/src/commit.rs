@@ -14,6 +14,7 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::dispatch::Dispatcher;
 use crate::domain::{Error, Settled};
 use crate::scope::Scope;
 use crate::store::batch::{Answer, Kind, RunRef, Via, Write};
@@ -254,9 +255,44 @@ fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B
 }
 
 /// Spawns. Keyed ones go apart, because they may have to wait for others.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Spawns {
     pub(crate) store: Store,
+    pub(crate) dispatcher: Dispatcher,
+}
+
+impl Spawns {
+    /// Spawns tasks, all of them or each on its own. Those that idle workers wait for go straight to them.
+    pub(crate) async fn spawn(
+        &self,
+        scope: &Scope,
+        tasks: &[&NewTask],
+        lock_wait: Duration,
+        all: bool,
+    ) -> Result<Vec<Result<Spawned, Error>>, Fault> {
+        let hand_over = self.dispatcher.hand_over(scope, tasks);
+        let slotted = hand_over.slotted(tasks);
+        let spawning = match all {
+            true => self.store.task_spawn_all(scope, &slotted, lock_wait, true).await,
+            false => self.store.task_spawn(scope, &slotted, lock_wait).await,
+        };
+        match spawning {
+            Ok(spawning) => {
+                hand_over.deliver(spawning.claims);
+                let mut spawned = spawning.answers.iter().flatten();
+                if spawned.any(|spawned| spawned.fresh && !spawned.claimed) {
+                    self.dispatcher.new_work(scope.queue());
+                }
+                Ok(spawning.answers)
+            }
+            Err(fault) => {
+                if matches!(fault, Fault::Unknown(_) | Fault::Timeout) {
+                    hand_over.lost();
+                }
+                Err(fault)
+            }
+        }
+    }
 }
 
 impl Batch for Spawns {
@@ -279,9 +315,8 @@ impl Batch for Spawns {
         items: &[&NewTask],
         lock_wait: Option<Duration>,
     ) -> Result<Outcomes<Self>, Fault> {
-        let tasks: Vec<NewTask> = items.iter().map(|item| (*item).clone()).collect();
         let wait = lock_wait.unwrap_or(Duration::from_millis(50));
-        let spawned = self.store.task_spawn(scope, &tasks, wait).await?;
+        let spawned = self.spawn(scope, items, wait, false).await?;
         Ok(spawned.into_iter().map(Some).collect())
     }
 }

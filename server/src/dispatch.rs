@@ -2,6 +2,7 @@
 //!
 //! Nothing is claimed that was not first reserved in a stream's credit. What a transport never took comes back.
 
+mod hand_over;
 pub mod outbox;
 pub mod state;
 
@@ -286,6 +287,12 @@ impl Dispatcher {
         }
     }
 
+    /// This replica wrote something that can be claimed: others hear of it too.
+    pub fn new_work(&self, queue: &QueueName) {
+        self.note_work(queue);
+        self.shared.hints.dirty(queue);
+    }
+
     /// There may be something to claim on a queue.
     pub fn note_work(&self, queue: &QueueName) {
         if let Some(queue) = self.find(queue) {
@@ -504,8 +511,7 @@ impl Dispatcher {
             });
             self.give_back(queue, returns.collect());
         }
-        let jitter = || Duration::from_secs(15).mul_f64(1.0 + random());
-        let returns = queue.lock().deliver(plan, claims, cursor, more, Instant::now(), jitter);
+        let returns = queue.lock().deliver(plan, claims, cursor, more, Instant::now(), put_off);
         self.give_back(queue, returns);
     }
 
@@ -612,10 +618,13 @@ impl Dispatcher {
             }
         });
         futures_util::future::join_all(submitted).await;
-        queue.lock().note_work();
-        queue.bell.notify_one();
-        self.shared.hints.dirty(queue.scope.queue());
+        self.new_work(queue.scope.queue());
     }
+}
+
+/// How long a task is put off that fits into no message of its stream.
+fn put_off() -> Duration {
+    Duration::from_secs(15).mul_f64(1.0 + random())
 }
 
 /// Room for one look in a pull that does not wait.

@@ -15,7 +15,7 @@ use crate::doorbell::Hints;
 use crate::scope::{Caller, Scope};
 use crate::store::batch::{Kind, RunRef, Write};
 use crate::store::event::{Awaited, StepWait};
-use crate::store::task::{NewTask, Spawned};
+use crate::store::task::{NewTask, Slotted, Spawned};
 use crate::store::{Fault, Store};
 use crate::wait::Waits;
 
@@ -34,7 +34,8 @@ pub struct Engine {
     pub hints: Arc<Hints>,
     /// The live lines of `dev`.
     pub feed: Feed,
-    spawns: Committer<Spawns>,
+    spawns: Spawns,
+    spawner: Committer<Spawns>,
     settles: Committer<Settles>,
 }
 
@@ -43,11 +44,14 @@ impl Engine {
     pub fn new(store: Store, hints: Arc<Hints>, options: DispatchOptions) -> Self {
         let settles = Committer::new(Settles { store: store.clone() });
         let feed = Feed::default();
+        let dispatcher = Dispatcher::new(store.clone(), settles.clone(), Arc::clone(&hints), feed.clone(), options);
+        let spawns = Spawns { store: store.clone(), dispatcher: dispatcher.clone() };
         Self {
-            dispatcher: Dispatcher::new(store.clone(), settles.clone(), Arc::clone(&hints), feed.clone(), options),
+            dispatcher,
             waits: Waits::default(),
             awaited: AwaitedTasks::default(),
-            spawns: Committer::new(Spawns { store: store.clone() }),
+            spawner: Committer::new(spawns.clone()),
+            spawns,
             settles,
             hints,
             feed,
@@ -76,7 +80,7 @@ impl Engine {
     pub async fn spawn(&self, scope: &Scope, task: NewTask, deadline: Deadline) -> Result<Spawned, Error> {
         let name = task.name.as_str().to_owned();
         let keyed = task.idempotency_key.is_some();
-        let spawned = self.spawns.submit((scope.clone(), keyed), task, deadline).await?;
+        let spawned = self.spawner.submit((scope.clone(), keyed), task, deadline).await?;
         self.spawned(scope, &spawned, name);
         Ok(spawned)
     }
@@ -88,12 +92,13 @@ impl Engine {
         tasks: Vec<NewTask>,
         deadline: Deadline,
     ) -> Result<Vec<Spawned>, Error> {
+        let all: Vec<&NewTask> = tasks.iter().collect();
         let outcomes = loop {
             let left = deadline.saturating_duration_since(Deadline::now());
             if left.is_zero() {
                 return Err(Error::DeadlineExceeded);
             }
-            match self.store.task_spawn_all(scope, &tasks, left, true).await {
+            match self.spawns.spawn(scope, &all, left, true).await {
                 Ok(outcomes) => break outcomes,
                 Err(fault) if fault.is_passing() => {
                     if deadline <= Deadline::now() + Duration::from_millis(50) {
@@ -120,7 +125,8 @@ impl Engine {
         let (mut from, mut to) = (0, tasks.len());
         while to - from > 1 {
             let middle = from.midpoint(to);
-            match self.store.task_spawn_all(scope, &tasks[from..middle], Duration::from_secs(1), false).await {
+            let half: Vec<Slotted<'_>> = tasks[from..middle].iter().map(|task| (task, None)).collect();
+            match self.store.task_spawn_all(scope, &half, Duration::from_secs(1), false).await {
                 Ok(_) => from = middle,
                 Err(Fault::Data(_)) => to = middle,
                 Err(fault) => return fault.into_error(scope),
@@ -136,14 +142,7 @@ impl Engine {
                 task_id: spawned.task_id,
                 what: What::Spawned { name },
             });
-            self.new_work(scope);
         }
-    }
-
-    /// There is something to claim.
-    pub fn new_work(&self, scope: &Scope) {
-        self.dispatcher.note_work(scope.queue());
-        self.hints.dirty(scope.queue());
     }
 
     /// Carries out one write about a run, together with what else is being written.
@@ -190,13 +189,13 @@ impl Engine {
             }
             (Kind::Release, Ok(_)) => {
                 self.dispatcher.left(queue, run_id);
-                self.new_work(scope);
+                self.dispatcher.new_work(scope.queue());
             }
             (Kind::Fail, Ok(settled)) => {
                 self.dispatcher.left(queue, run_id);
                 let Some(failed) = settled.failed else { return };
                 match failed.task_state {
-                    State::Pending => self.new_work(scope),
+                    State::Pending => self.dispatcher.new_work(scope.queue()),
                     State::Sleeping => {
                         let ms = failed.next_in_ms.max(0).unsigned_abs();
                         self.dispatcher.note_available(queue, Duration::from_millis(ms));
@@ -308,7 +307,7 @@ impl Engine {
         let until = Deadline::now() + lock_wait;
         let first = self.store.event_emit(scope, event, payload, lock_wait).await?;
         if first.woken > 0 {
-            self.new_work(scope);
+            self.dispatcher.new_work(scope.queue());
         }
         let mut woken = first.woken;
         if first.more {
@@ -325,7 +324,7 @@ impl Engine {
                 Ok(batch) => {
                     woken += batch.woken;
                     if batch.woken > 0 {
-                        self.new_work(scope);
+                        self.dispatcher.new_work(scope.queue());
                     }
                     if !batch.more {
                         break;

@@ -19,6 +19,7 @@ pub mod upkeep;
 pub mod workflow;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant as Monotonic};
 
@@ -34,6 +35,8 @@ pub use statement::{Statement, Wait};
 
 /// Prepared statements kept per connection; beyond it the connection's cache starts anew.
 const STATEMENTS_MAX: usize = 256;
+/// Ids may run ahead of the time by this much, in 1/4096 ms; beyond it the clock was set back.
+const IDS_AHEAD_MAX: u64 = 1000 << 12;
 /// Rendered texts kept per replica.
 const TEXTS_MAX: usize = 8192;
 
@@ -66,6 +69,8 @@ struct Inner {
     texts: Mutex<HashMap<TextKey, Arc<str>>>,
     /// A reading of the database's clock, and when it was taken.
     clock: Mutex<Option<(Monotonic, i64)>>,
+    /// Time and place of the newest minted id.
+    last_id: AtomicU64,
     /// Only with `--test-clock`.
     test_clock: Option<clock::TestClock>,
 }
@@ -107,6 +112,7 @@ impl Store {
                 options,
                 texts: Mutex::new(HashMap::new()),
                 clock: Mutex::new(None),
+                last_id: AtomicU64::new(0),
             }),
         })
     }
@@ -199,14 +205,20 @@ impl Store {
         clock.map(|(read_at, _)| read_at.elapsed())
     }
 
-    /// A new `UUIDv7` by the database's time.
+    /// A new `UUIDv7` by the database's time, later than those before it: runs of one call are claimed in its order.
     pub fn mint_id(&self) -> Uuid {
         let micros = self.now().map_or(0, Instant::micros).max(0).unsigned_abs();
-        let mut random = [0_u8; 10];
-        if getrandom::fill(&mut random).is_err() {
+        let mut bytes = [0_u8; 10];
+        if getrandom::fill(&mut bytes).is_err() {
             return Uuid::new_v4();
         }
-        uuid::Builder::from_unix_timestamp_millis(micros / 1000, &random).into_uuid()
+        // Twelve bits below the millisecond, a step at least from one id to the next (RFC 9562, 6.2, method 3).
+        let now = ((micros / 1000) << 12) | ((micros % 1000) * 4096 / 1000);
+        let step = |last: u64| Some(if last < now || last - now > IDS_AHEAD_MAX { now } else { last + 1 });
+        let last = self.inner.last_id.fetch_update(Ordering::Relaxed, Ordering::Relaxed, step).unwrap_or(now);
+        let place = step(last).unwrap_or(now);
+        bytes[..2].copy_from_slice(&place.to_be_bytes()[6..]);
+        uuid::Builder::from_unix_timestamp_millis(place >> 12, &bytes).into_uuid()
     }
 }
 

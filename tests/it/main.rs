@@ -13,6 +13,7 @@ mod durable;
 mod events;
 mod examples;
 mod faults;
+mod hand_over;
 mod input;
 mod migrations;
 mod mixed;

@@ -32,6 +32,7 @@ const HOT: &[&str] = &[
     "task_get",
     "task_result",
     "task_spawn",
+    "task_spawn_claimed",
 ];
 /// Statements of the tick and of checks, which may fall into the story or not.
 const WARM: &[&str] = &["run_check", "run_list_expired", "task_list_cancellable", "tick"];
@@ -175,6 +176,23 @@ async fn work(server: &Server) {
         .unwrap();
     if let Some(task) = failed.items.first() {
         client.retry_task(task.task_id, RetryOptions::default()).await.unwrap();
+    }
+    stream.close(Duration::from_secs(5)).await.unwrap();
+    hand_over(server).await;
+}
+
+/// Tasks that a worker waits for.
+async fn hand_over(server: &Server) {
+    let client = server.client().with_queue("waited_for");
+    client.create_queue().await.unwrap();
+    let mut stream = client.claim_stream(StreamOptions::default()).await.unwrap();
+    let sql = server.database().connect().await;
+    let mut handed = 0;
+    while handed < 10 {
+        client.spawn_task("n", &j!(1), SpawnOptions::default()).await.unwrap();
+        in_time("a task", stream.next()).await.unwrap().complete(&j!(1)).await.unwrap();
+        let count = sql.query_one("select count(*) from absurd.r_waited_for where started_at = created_at", &[]);
+        handed = count.await.unwrap().get::<_, i64>(0);
     }
     stream.close(Duration::from_secs(5)).await.unwrap();
 }

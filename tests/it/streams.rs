@@ -11,7 +11,7 @@ use serde_json::json as j;
 use tonic::{Code, Streaming};
 use tonic_types::StatusExt as _;
 
-type Messages = Streaming<pb::ClaimStreamResponse>;
+pub(crate) type Messages = Streaming<pb::ClaimStreamResponse>;
 
 pub(crate) fn request(max_in_flight: i32) -> pb::ClaimStreamRequest {
     pb::ClaimStreamRequest { queue: "q".into(), worker_id: "w".into(), max_in_flight, ..Default::default() }

@@ -1,4 +1,4 @@
--- Spawns tasks with their first runs; returns the ids that were new. A task id or key that exists is left alone.
+-- Spawns tasks with their first runs; returns the runs that were new. A task id or key that exists is left alone.
 with item as materialized (
        select * from unnest($1::uuid[],     -- task ids
                             $2::uuid[],     -- run ids
@@ -24,4 +24,4 @@ with item as materialized (
 insert into {r} (run_id, task_id, attempt, state, available_at, created_at)
 select tasks.last_attempt_run, tasks.task_id, 1, 'pending', clock.now, clock.now
   from tasks cross join clock
-returning task_id, run_id
+returning run_id, false as claimed

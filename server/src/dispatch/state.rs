@@ -66,6 +66,8 @@ struct Stream {
     options: StreamOptions,
     outbox: Arc<Outbox>,
     runs: HashMap<RunId, Held>,
+    /// Credit that is set aside for tasks that are being spawned.
+    set_aside: usize,
     unproven_bytes: usize,
     ending: bool,
     queued: bool,
@@ -78,7 +80,7 @@ impl Stream {
         if self.ending {
             return 0;
         }
-        let free = self.options.max_in_flight.saturating_sub(self.runs.len());
+        let free = self.options.max_in_flight.saturating_sub(self.runs.len() + self.set_aside);
         let waiting = self.unproven_bytes + self.outbox.task_bytes();
         if waiting >= UNPROVEN_BYTES_MAX { 0 } else { free }
     }
@@ -148,6 +150,8 @@ pub struct State {
     timers: BinaryHeap<Reverse<(Instant, Timer)>>,
     cursors: HashMap<Arc<[String]>, Cursor>,
     work: bool,
+    /// Claim statements are under way.
+    claiming: bool,
     /// There may be more than credit allowed to take: returned credit is worth a look.
     unserved: bool,
     next_available: Option<Instant>,
@@ -209,6 +213,7 @@ impl State {
             options,
             outbox,
             runs: HashMap::new(),
+            set_aside: 0,
             unproven_bytes: 0,
             ending: false,
             queued: false,
@@ -428,6 +433,7 @@ impl State {
             turn.plans = self.reserve();
             self.unserved = self.streams.len() > self.ready.len();
         }
+        self.claiming = !turn.plans.is_empty();
         turn.arm = !self.armed && !self.work && !self.closing && turn.plans.is_empty() && self.wants();
         self.armed |= turn.arm;
         turn

@@ -24,6 +24,13 @@ pub struct Slot {
     pub lease_seconds: u32,
 }
 
+impl Slot {
+    /// The lease as a statement takes it.
+    pub(super) fn lease(&self) -> i32 {
+        i32::try_from(self.lease_seconds).unwrap_or(i32::MAX)
+    }
+}
+
 /// Where a filtered walk stands.
 #[derive(Debug, Clone, Copy)]
 pub struct Cursor {
@@ -85,7 +92,7 @@ impl Store {
     ) -> Result<Claimed, Fault> {
         let workers: Vec<&str> = slots.iter().map(|slot| slot.worker_id.as_str()).collect();
         let digests: Vec<String> = slots.iter().map(|slot| slot.secret.digest().as_str().to_owned()).collect();
-        let leases: Vec<i32> = slots.iter().map(|slot| i32::try_from(slot.lease_seconds).unwrap_or(i32::MAX)).collect();
+        let leases: Vec<i32> = slots.iter().map(Slot::lease).collect();
         let quantity = i32::try_from(slots.len()).unwrap_or(i32::MAX);
         let rows = if names.is_empty() {
             self.rows(&RUN_CLAIM, Wait::Skip, Some(scope), &[&workers, &digests, &leases, &quantity]).await?

@@ -128,6 +128,7 @@ statements! {
     TASK_RETRY = "task_retry";
     TASK_SETTLE_AWAITED = "task_settle_awaited";
     TASK_SPAWN = "task_spawn";
+    TASK_SPAWN_CLAIMED = "task_spawn_claimed";
     TICK = "tick";
     UPKEEP_NOTE = "upkeep_note";
     UPKEEP_RUN = "upkeep_run";

@@ -1,17 +1,20 @@
 //! Tasks: spawn, read, list, cancel, retry.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use tokio_postgres::Row;
 use uuid::Uuid;
 
+use super::run::Slot;
 use super::statement::{
-    KEY_RESERVE, QUEUE_GET, RUN_LOCK, TASK_CANCEL, TASK_CANCELLED, TASK_ENDED, TASK_FIND, TASK_FIND_KEYED, TASK_GET,
-    TASK_LIST, TASK_LIST_CANCELLABLE, TASK_LIST_EDGE, TASK_RESPAWN, TASK_RESULT, TASK_RETRY, TASK_SPAWN,
+    KEY_RESERVE, QUEUE_GET, RUN_LOCK, Statement, TASK_CANCEL, TASK_CANCELLED, TASK_ENDED, TASK_FIND, TASK_FIND_KEYED,
+    TASK_GET, TASK_LIST, TASK_LIST_CANCELLABLE, TASK_LIST_EDGE, TASK_RESPAWN, TASK_RESULT, TASK_RETRY, TASK_SPAWN,
+    TASK_SPAWN_CLAIMED,
 };
 use super::text::{ANSWER_BYTES_MAX, FIELD_BYTES_MAX, Part};
 use super::{Fault, Store, Tx, Wait};
-use crate::domain::{Error, JsonText, QueueName, RunId, State, TaskId, TaskName};
+use crate::domain::{Claim, ClaimToken, Error, Instant, JsonText, QueueName, RunId, State, TaskId, TaskName};
 use crate::scope::Scope;
 
 /// A task to be spawned, valid.
@@ -48,9 +51,23 @@ pub struct Spawned {
     pub attempt: i32,
     /// False: the key's owner existed before.
     pub created: bool,
-    /// Whether this very call made it; then the queue has new work.
+    /// Whether this very call made it.
     pub fresh: bool,
+    /// Whether it was claimed as it was made; else, if it is fresh, the queue has new work.
+    pub claimed: bool,
 }
+
+/// What a spawn brought about.
+#[derive(Debug)]
+pub struct Spawning {
+    /// One per task, in order.
+    pub answers: Vec<Result<Spawned, Error>>,
+    /// Tasks that were claimed as they were made, with their index. Empty unless it has been committed.
+    pub claims: Vec<(usize, Claim)>,
+}
+
+/// A task to be spawned, and the credit that it takes if nothing older waits.
+pub type Slotted<'a> = (&'a NewTask, Option<&'a Slot>);
 
 /// State and result of a task.
 #[derive(Debug, Clone)]
@@ -70,23 +87,21 @@ impl Store {
     pub async fn task_spawn(
         &self,
         scope: &Scope,
-        tasks: &[NewTask],
+        tasks: &[Slotted<'_>],
         lock_wait: Duration,
-    ) -> Result<Vec<Result<Spawned, Error>>, Fault> {
-        if tasks.iter().all(|task| task.idempotency_key.is_none()) {
-            let params = Columns::of(tasks.iter());
-            let made = self.rows(&TASK_SPAWN, Wait::Skip, Some(scope), &params.as_sql()).await?;
-            if made.len() == tasks.len() {
-                return Ok(tasks.iter().map(|task| Ok(fresh(task))).collect());
-            }
-            let old = self.task_find(scope, None, tasks, false).await?;
-            return Ok(answers(tasks, &made, &old));
+    ) -> Result<Spawning, Fault> {
+        if tasks.iter().all(|(task, _)| task.idempotency_key.is_none()) {
+            let params = Columns::of(tasks);
+            let made = self.rows(params.statement(), Wait::Skip, Some(scope), &params.as_sql()).await?;
+            let old =
+                if made.len() == tasks.len() { vec![] } else { self.task_find(scope, None, tasks, false).await? };
+            return Ok(spawning(tasks, &made, &old));
         }
         let tx = self.begin(lock_wait).await?;
         match self.task_spawn_in(scope, &tx, tasks).await {
-            Ok(answered) => {
+            Ok(spawning) => {
                 tx.commit().await?;
-                Ok(answered)
+                Ok(spawning)
             }
             Err(fault) => {
                 tx.rollback().await;
@@ -99,30 +114,30 @@ impl Store {
     pub async fn task_spawn_all(
         &self,
         scope: &Scope,
-        tasks: &[NewTask],
+        tasks: &[Slotted<'_>],
         lock_wait: Duration,
         keep: bool,
-    ) -> Result<Vec<Result<Spawned, Error>>, Fault> {
+    ) -> Result<Spawning, Fault> {
         let tx = self.begin(lock_wait).await?;
-        let answered = self.task_spawn_in(scope, &tx, tasks).await;
-        match &answered {
-            Ok(answers) if keep && answers.iter().all(Result::is_ok) => tx.commit().await?,
-            _ => tx.rollback().await,
+        let mut spawning = self.task_spawn_in(scope, &tx, tasks).await;
+        match &mut spawning {
+            Ok(made) if keep && made.answers.iter().all(Result::is_ok) => tx.commit().await?,
+            Ok(made) => {
+                tx.rollback().await;
+                made.claims.clear();
+            }
+            Err(_) => tx.rollback().await,
         }
-        answered
+        spawning
     }
 
-    async fn task_spawn_in(
-        &self,
-        scope: &Scope,
-        tx: &Tx,
-        tasks: &[NewTask],
-    ) -> Result<Vec<Result<Spawned, Error>>, Fault> {
+    async fn task_spawn_in(&self, scope: &Scope, tx: &Tx, tasks: &[Slotted<'_>]) -> Result<Spawning, Fault> {
         let queue = tx.rows(&QUEUE_GET, Wait::Skip, None, &[&scope.queue().as_str()]).await?;
         let parted = queue.first().is_some_and(|row| row.get("keyed"));
-        let mut wanted: Vec<&NewTask> = tasks.iter().collect();
+        let mut wanted = tasks.to_vec();
         if parted {
-            let keyed: Vec<&NewTask> = tasks.iter().filter(|task| task.idempotency_key.is_some()).collect();
+            let keyed: Vec<&NewTask> =
+                tasks.iter().map(|(task, _)| *task).filter(|task| task.idempotency_key.is_some()).collect();
             let keys: Vec<&str> = keyed.iter().filter_map(|task| task.idempotency_key.as_deref()).collect();
             let ids: Vec<Uuid> = keyed.iter().map(|task| task.task_id).collect();
             let reserved: Vec<String> = tx
@@ -133,32 +148,33 @@ impl Store {
                 .collect();
             // Of several items with one key only the first may be inserted.
             let mut open: std::collections::HashSet<String> = reserved.into_iter().collect();
-            wanted.retain(|task| task.idempotency_key.as_ref().is_none_or(|key| open.remove(key)));
+            wanted.retain(|(task, _)| task.idempotency_key.as_ref().is_none_or(|key| open.remove(key)));
         }
-        let params = Columns::of(wanted.into_iter());
-        let made = tx.rows(&TASK_SPAWN, Wait::Skip, Some(scope), &params.as_sql()).await?;
-        if made.len() == tasks.len() {
-            return Ok(tasks.iter().map(|task| Ok(fresh(task))).collect());
+        let params = Columns::of(&wanted);
+        let made = tx.rows(params.statement(), Wait::Skip, Some(scope), &params.as_sql()).await?;
+        let mut old = Vec::new();
+        if made.len() < tasks.len() {
+            old = self.task_find(scope, Some(tx), tasks, parted).await?;
+            if old.iter().any(|row| row.get::<_, Option<Uuid>>("task_id").is_none()) {
+                // The owner of a key was removed in between.
+                return Err(Fault::Conflict);
+            }
         }
-        let old = self.task_find(scope, Some(tx), tasks, parted).await?;
-        if old.iter().any(|row| row.get::<_, Option<Uuid>>("task_id").is_none()) {
-            // The owner of a key was removed in between.
-            return Err(Fault::Conflict);
-        }
-        Ok(answers(tasks, &made, &old))
+        Ok(spawning(tasks, &made, &old))
     }
 
     async fn task_find(
         &self,
         scope: &Scope,
         tx: Option<&Tx>,
-        tasks: &[NewTask],
+        tasks: &[Slotted<'_>],
         parted: bool,
     ) -> Result<Vec<Row>, Fault> {
-        let ids: Vec<Uuid> = tasks.iter().map(|task| task.task_id).collect();
-        let keys: Vec<Option<&str>> = tasks.iter().map(|task| task.idempotency_key.as_deref()).collect();
-        let names: Vec<&str> = tasks.iter().map(|task| task.name.as_str()).collect();
-        let params: Vec<Option<&JsonText>> = tasks.iter().map(|task| task.params.as_ref()).collect();
+        let tasks = || tasks.iter().map(|(task, _)| *task);
+        let ids: Vec<Uuid> = tasks().map(|task| task.task_id).collect();
+        let keys: Vec<Option<&str>> = tasks().map(|task| task.idempotency_key.as_deref()).collect();
+        let names: Vec<&str> = tasks().map(|task| task.name.as_str()).collect();
+        let params: Vec<Option<&JsonText>> = tasks().map(|task| task.params.as_ref()).collect();
         let statement = if parted { &TASK_FIND_KEYED } else { &TASK_FIND };
         match tx {
             Some(tx) => tx.rows(statement, Wait::Skip, Some(scope), &[&ids, &keys, &names, &params]).await,
@@ -322,7 +338,7 @@ impl Store {
             .await
             .map_err(|fault| fault.into_error(scope))?;
         let row = rows.first().ok_or(Error::TaskNotFound(task_id))?;
-        let spawned = |attempt, fresh| Spawned { task_id, run_id, attempt, created: false, fresh };
+        let spawned = |attempt, fresh| Spawned { task_id, run_id, attempt, created: false, fresh, claimed: false };
         if let Some(attempt) = row.get::<_, Option<i32>>("made") {
             return Ok(spawned(attempt, true));
         }
@@ -354,7 +370,7 @@ impl Store {
         let before: Option<Uuid> = row.get("before");
         if let Some(run_id) = made.or(before) {
             let fresh = made.is_some();
-            return Ok(Spawned { task_id: new_task_id, run_id, attempt: 1, created: true, fresh });
+            return Ok(Spawned { task_id: new_task_id, run_id, attempt: 1, created: true, fresh, claimed: false });
         }
         let state: String = row.get("state");
         if state == "failed" {
@@ -381,37 +397,67 @@ fn end(row: &Row) -> TaskEnd {
     }
 }
 
-fn fresh(task: &NewTask) -> Spawned {
-    Spawned { task_id: task.task_id, run_id: task.run_id, attempt: 1, created: true, fresh: true }
+/// Joins what was made with what was found in the way.
+fn spawning(tasks: &[Slotted<'_>], made: &[Row], old: &[Row]) -> Spawning {
+    let mut made: HashMap<Uuid, &Row> = made.iter().map(|row| (row.get("run_id"), row)).collect();
+    let mut claims = Vec::new();
+    let mut answers = Vec::with_capacity(tasks.len());
+    for (index, (task, slot)) in tasks.iter().enumerate() {
+        let Some(row) = made.remove(&task.run_id) else {
+            answers.push(old.get(index).map_or_else(|| Err(Error::Internal("no answer".into())), found));
+            continue;
+        };
+        let claimed: bool = row.get("claimed");
+        let NewTask { task_id, run_id, .. } = **task;
+        answers.push(Ok(Spawned { task_id, run_id, attempt: 1, created: true, fresh: true, claimed }));
+        if let Some(slot) = slot.filter(|_| claimed) {
+            claims.push((index, claim(task, slot, row)));
+        }
+    }
+    Spawning { answers, claims }
 }
 
-/// Joins what was made with what was found in the way.
-fn answers(tasks: &[NewTask], made: &[Row], old: &[Row]) -> Vec<Result<Spawned, Error>> {
-    let mut made: std::collections::HashSet<Uuid> = made.iter().map(|row| row.get("run_id")).collect();
-    tasks
-        .iter()
-        .zip(old)
-        .map(|(task, row)| {
-            if made.remove(&task.run_id) {
-                return Ok(fresh(task));
+/// The answer for a task that was there before.
+fn found(row: &Row) -> Result<Spawned, Error> {
+    let Some(task_id) = row.get::<_, Option<Uuid>>("task_id") else {
+        return Err(Error::Unavailable("the task was removed at the same time".into()));
+    };
+    let first: Option<Uuid> = row.get("first_run_id");
+    if row.get::<_, bool>("same_id") {
+        // The same request again: the same answer as the first time.
+        return match first {
+            Some(run_id) if row.get::<_, bool>("same_task") => {
+                Ok(Spawned { task_id, run_id, attempt: 1, created: true, fresh: false, claimed: false })
             }
-            let Some(task_id) = row.get::<_, Option<Uuid>>("task_id") else {
-                return Err(Error::Unavailable("the task was removed at the same time".into()));
-            };
-            let first: Option<Uuid> = row.get("first_run_id");
-            if row.get::<_, bool>("same_id") {
-                // The same request again: the same answer as the first time.
-                return match first {
-                    Some(run_id) if row.get::<_, bool>("same_task") => {
-                        Ok(Spawned { task_id, run_id, attempt: 1, created: true, fresh: false })
-                    }
-                    _ => Err(Error::TaskIdConflict(task_id)),
-                };
-            }
-            let run_id = row.get::<_, Option<Uuid>>("last_attempt_run").or(first).unwrap_or_default();
-            Ok(Spawned { task_id, run_id, attempt: row.get("attempts"), created: false, fresh: false })
-        })
-        .collect()
+            _ => Err(Error::TaskIdConflict(task_id)),
+        };
+    }
+    let run_id = row.get::<_, Option<Uuid>>("last_attempt_run").or(first).unwrap_or_default();
+    Ok(Spawned { task_id, run_id, attempt: row.get("attempts"), created: false, fresh: false, claimed: false })
+}
+
+/// The claim that a task was made with.
+fn claim(task: &NewTask, slot: &Slot, row: &Row) -> Claim {
+    let now: Instant = row.get("now");
+    let lease = Duration::from_secs(slot.lease_seconds.into());
+    Claim {
+        token: ClaimToken::new(task.run_id, slot.secret, slot.lease_seconds, now, true),
+        run_id: task.run_id,
+        task_id: task.task_id,
+        attempt: 1,
+        task_name: task.name.as_str().to_owned(),
+        params: row.get("params"),
+        retry_strategy: row.get("retry_strategy"),
+        max_attempts: task.max_attempts,
+        headers: row.get("headers"),
+        wake_event: None,
+        event_payload: None,
+        claim_expires_at: (!lease.is_zero()).then(|| now.plus(lease)),
+        resumed: false,
+        checkpoints: Vec::new(),
+        checkpoints_complete: true,
+        params_omitted: false,
+    }
 }
 
 /// The parameters of `task_spawn`, column by column.
@@ -425,10 +471,13 @@ struct Columns<'a> {
     max_attempts: Vec<Option<i32>>,
     cancellations: Vec<Option<&'a JsonText>>,
     keys: Vec<Option<&'a str>>,
+    workers: Vec<Option<&'a str>>,
+    digests: Vec<Option<String>>,
+    leases: Vec<Option<i32>>,
 }
 
 impl<'a> Columns<'a> {
-    fn of(tasks: impl Iterator<Item = &'a NewTask>) -> Self {
+    fn of(tasks: &[Slotted<'a>]) -> Self {
         let mut columns = Self {
             task_ids: Vec::new(),
             run_ids: Vec::new(),
@@ -439,8 +488,11 @@ impl<'a> Columns<'a> {
             max_attempts: Vec::new(),
             cancellations: Vec::new(),
             keys: Vec::new(),
+            workers: Vec::new(),
+            digests: Vec::new(),
+            leases: Vec::new(),
         };
-        for task in tasks {
+        for (task, slot) in tasks {
             columns.task_ids.push(task.task_id);
             columns.run_ids.push(task.run_id);
             columns.names.push(task.name.as_str());
@@ -450,12 +502,24 @@ impl<'a> Columns<'a> {
             columns.max_attempts.push(task.max_attempts);
             columns.cancellations.push(task.cancellation.as_ref());
             columns.keys.push(task.idempotency_key.as_deref());
+            columns.workers.push(slot.map(|slot| slot.worker_id.as_str()));
+            columns.digests.push(slot.map(|slot| slot.secret.digest().as_str().to_owned()));
+            columns.leases.push(slot.map(Slot::lease));
         }
         columns
     }
 
-    fn as_sql(&self) -> [&(dyn postgres_types::ToSql + Sync); 9] {
-        [
+    /// Slots cost a look at what waits.
+    fn statement(&self) -> &'static Statement {
+        if self.has_slots() { &TASK_SPAWN_CLAIMED } else { &TASK_SPAWN }
+    }
+
+    fn has_slots(&self) -> bool {
+        self.workers.iter().any(Option::is_some)
+    }
+
+    fn as_sql(&self) -> Vec<&(dyn postgres_types::ToSql + Sync)> {
+        let mut params: Vec<&(dyn postgres_types::ToSql + Sync)> = vec![
             &self.task_ids,
             &self.run_ids,
             &self.names,
@@ -465,6 +529,10 @@ impl<'a> Columns<'a> {
             &self.max_attempts,
             &self.cancellations,
             &self.keys,
-        ]
+        ];
+        if self.has_slots() {
+            params.extend([&self.workers as &(dyn postgres_types::ToSql + Sync), &self.digests, &self.leases]);
+        }
+        params
     }
 }

@@ -50,7 +50,7 @@ impl Service {
             store.task_retry(&scope, task_id, id, request.max_attempts).await?
         };
         if spawned.fresh {
-            self.engine.new_work(&scope);
+            self.engine.dispatcher.new_work(scope.queue());
         }
         Ok(pb::RetryTaskResponse { task: Some(pb_spawned(&spawned, None)) })
     }

@@ -15,6 +15,8 @@ use crate::store::run::{Cursor, Slot};
 
 /// Runs that one claim statement takes at most.
 const CLAIM_MAX: usize = 500;
+/// Streams that are asked at most whether they take a task that is being spawned.
+const ASKED_MAX: usize = 64;
 
 /// Where a claimed run goes.
 #[derive(Debug, Clone, Copy)]
@@ -100,6 +102,44 @@ impl State {
         plans
     }
 
+    /// Sets credit aside for tasks about to be spawned, in turn: for each the stream that takes it, if one is idle and nothing
+    /// else is known to wait.
+    pub fn set_aside(&mut self, names: &mut dyn Iterator<Item = Option<&str>>) -> Vec<Option<(StreamId, Slot)>> {
+        let busy = self.work || self.claiming || self.closing || !self.pulls.is_empty();
+        let mut taken = Vec::new();
+        for name in names {
+            taken.push(name.filter(|_| !busy).and_then(|name| self.set_aside_one(name)));
+        }
+        taken
+    }
+
+    fn set_aside_one(&mut self, name: &str) -> Option<(StreamId, Slot)> {
+        let takes = |id: &StreamId| {
+            let Some(stream) = self.streams.get(id) else { return false };
+            let names = &stream.options.names;
+            stream.credit() > 0
+                && (names.is_empty() || names.binary_search_by(|known| known.as_str().cmp(name)).is_ok())
+        };
+        let index = self.ready.iter().take(ASKED_MAX).position(takes)?;
+        let secret = Secret::new().ok()?;
+        let id = self.ready.remove(index)?;
+        let stream = self.streams.get_mut(&id)?;
+        stream.queued = false;
+        stream.set_aside += 1;
+        let slot =
+            Slot { worker_id: stream.options.worker_id.clone(), secret, lease_seconds: stream.options.lease_seconds };
+        self.requeue(id);
+        Some((id, slot))
+    }
+
+    /// Credit that was set aside is free again.
+    pub fn put_back(&mut self, id: StreamId) {
+        if let Some(stream) = self.streams.get_mut(&id) {
+            stream.set_aside = stream.set_aside.saturating_sub(1);
+            self.credit_returned(id);
+        }
+    }
+
     /// Hands claimed runs to their streams and pulls. Returns what has to go back, and whether there may be more work.
     pub fn deliver(
         &mut self,
@@ -135,7 +175,8 @@ impl State {
         returns
     }
 
-    fn send(
+    /// Hands a claimed run to a stream.
+    pub fn send(
         &mut self,
         id: StreamId,
         claim: Claim,

@@ -1,0 +1,78 @@
+//! Direct hand-over: a task that is spawned while a worker waits is made already claimed, for credit set aside before, and
+//! pushed as soon as it is committed. Never past older work: the statement that makes it looks (`task_spawn.sql`).
+
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use super::state::StreamId;
+use super::{Dispatcher, Queue, put_off};
+use crate::domain::{Claim, Instant as DbTime};
+use crate::scope::Scope;
+use crate::store::run::Slot;
+use crate::store::task::{NewTask, Slotted};
+
+/// Credit set aside for tasks; what was not used is free again when this is dropped.
+#[derive(Debug)]
+pub(crate) struct HandOver {
+    dispatcher: Dispatcher,
+    /// None: the queue has no streams here.
+    queue: Option<Arc<Queue>>,
+    /// One per task.
+    taken: Vec<Option<(StreamId, Slot)>>,
+    since: Option<DbTime>,
+}
+
+impl Dispatcher {
+    /// Sets credit of idle workers aside for tasks that are about to be spawned.
+    pub(crate) fn hand_over(&self, scope: &Scope, tasks: &[&NewTask]) -> HandOver {
+        let queue = self.find(scope.queue());
+        // A cancellation policy may be due at once; that is for a claim to find out.
+        let mut names = tasks.iter().map(|task| task.cancellation.is_none().then(|| task.name.as_str()));
+        let taken = queue.as_ref().map_or_else(Vec::new, |queue| queue.lock().set_aside(&mut names));
+        HandOver { dispatcher: self.clone(), queue, taken, since: self.shared.store.now() }
+    }
+}
+
+impl HandOver {
+    /// Each task with its slot.
+    pub(crate) fn slotted<'a>(&'a self, tasks: &[&'a NewTask]) -> Vec<Slotted<'a>> {
+        let slot = |index| self.taken.get(index).and_then(|taken: &Option<(StreamId, Slot)>| taken.as_ref());
+        tasks.iter().enumerate().map(|(index, task)| (*task, slot(index).map(|(_, slot)| slot))).collect()
+    }
+
+    /// Pushes what was claimed, by index of its task.
+    pub(crate) fn deliver(mut self, claims: Vec<(usize, Claim)>) {
+        let Some(queue) = &self.queue else { return };
+        let mut returns = Vec::new();
+        let mut state = queue.lock();
+        for (index, claim) in claims {
+            let Some((id, _)) = self.taken[index].take() else { continue };
+            state.put_back(id);
+            state.send(id, claim, Instant::now(), &mut put_off, &mut returns);
+        }
+        drop(state);
+        queue.bell.notify_one();
+        self.dispatcher.give_back(queue, returns);
+    }
+
+    /// The answer was lost: what was claimed, if anything was, goes back.
+    pub(crate) fn lost(self) {
+        let slots: Vec<Slot> = self.taken.iter().flatten().map(|(_, slot)| slot.clone()).collect();
+        if let Some(queue) = self.queue.as_ref().filter(|_| !slots.is_empty()) {
+            self.dispatcher.find_lost_claims(queue, slots, self.since);
+        }
+    }
+}
+
+impl Drop for HandOver {
+    fn drop(&mut self) {
+        let Some(queue) = self.queue.as_ref().filter(|_| self.taken.iter().any(Option::is_some)) else { return };
+        let mut state = queue.lock();
+        for (id, _) in self.taken.drain(..).flatten() {
+            state.put_back(id);
+        }
+        drop(state);
+        queue.bell.notify_one();
+    }
+}
