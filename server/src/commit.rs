@@ -15,9 +15,11 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::dispatch::Dispatcher;
-use crate::domain::{Error, Settled};
+use crate::domain::{Error, EventName, JsonText, Settled};
 use crate::scope::Scope;
 use crate::store::batch::{Answer, Kind, RunRef, Via, Write};
+use crate::store::event::Emission;
+use crate::store::suspend::{Awaited, Suspend, SuspendKind};
 use crate::store::task::{NewTask, Spawned};
 use crate::store::{Fault, Store, Wait, batch};
 
@@ -25,6 +27,8 @@ use crate::store::{Fault, Store, Wait, batch};
 const WAITING_MAX: usize = 50_000;
 /// Items that wait for locks at the same time, each on a connection.
 const SLOW_MAX: usize = 6;
+/// Longest pause between tries of an item whose rows are held.
+const SLOW_PAUSE_MAX: Duration = Duration::from_millis(200);
 /// Longest wait of an item for locks.
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(30);
 
@@ -36,11 +40,13 @@ pub(crate) trait Batch: Send + Sync + 'static {
     type Item: Send + Sync + 'static;
     /// One caller's answer.
     type Out: Send + 'static;
+    /// What tells items apart.
+    type Id: Eq + Hash + Send;
     /// Items in one statement at most.
     const ITEMS_MAX: usize;
 
     /// Two items of one identity never share a statement.
-    fn identity(item: &Self::Item) -> Uuid;
+    fn identity(item: &Self::Item) -> Self::Id;
     /// The scope of a key.
     fn scope(key: &Self::Key) -> &Scope;
     /// Carries out a batch; `None` for items whose rows are locked.
@@ -67,7 +73,7 @@ struct Shared<B: Batch> {
     batch: B,
     /// A lane exists while a task drives it.
     lanes: Mutex<HashMap<B::Key, VecDeque<Entry<B>>>>,
-    slow: Arc<Semaphore>,
+    slow: Semaphore,
     room: Arc<Semaphore>,
 }
 
@@ -94,7 +100,7 @@ impl<B: Batch> Committer<B> {
             shared: Arc::new(Shared {
                 batch,
                 lanes: Mutex::new(HashMap::new()),
-                slow: Arc::new(Semaphore::new(SLOW_MAX)),
+                slow: Semaphore::new(SLOW_MAX),
                 room: Arc::new(Semaphore::new(WAITING_MAX)),
             }),
         }
@@ -171,7 +177,7 @@ async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry
         let items: Vec<&B::Item> = part.iter().map(|entry| &entry.item).collect();
         match shared.batch.execute(key, &items, None).await {
             Ok(outcomes) => settle(shared, key, part, outcomes),
-            Err(Fault::Data(_)) if part.len() > 1 => {
+            Err(Fault::Data(_) | Fault::Raised { .. }) if part.len() > 1 => {
                 let second = part.split_off(part.len() / 2);
                 parts.push(second);
                 parts.push(part);
@@ -218,38 +224,35 @@ fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B
     let shared = Arc::clone(shared);
     let key = key.clone();
     tokio::spawn(async move {
-        let slow = Arc::clone(&shared.slow);
-        let permit = tokio::select! {
-            permit = slow.acquire_owned() => permit,
-            () = entry.answer.closed() => return,
-            () = tokio::time::sleep_until(entry.deadline) => {
-                let _ = entry.answer.send(Err(Error::DeadlineExceeded));
-                return;
-            }
-        };
-        let Ok(_permit) = permit else { return };
         let mut unknown = false;
+        let mut pause = Duration::from_millis(10);
         loop {
+            let permit = tokio::select! {
+                permit = shared.slow.acquire() => permit,
+                () = entry.answer.closed() => return,
+                () = tokio::time::sleep_until(entry.deadline) => {
+                    let error = if unknown { Error::OutcomeUnknown } else { Error::DeadlineExceeded };
+                    let _ = entry.answer.send(Err(error));
+                    return;
+                }
+            };
             let left = entry.deadline.saturating_duration_since(Instant::now()).min(LOCK_WAIT_MAX);
-            if left.is_zero() || entry.answer.is_closed() {
-                let error = if unknown { Error::OutcomeUnknown } else { Error::DeadlineExceeded };
-                let _ = entry.answer.send(Err(error));
-                return;
-            }
             let outcome = match shared.batch.execute(&key, &[&entry.item], Some(left)).await {
-                Ok(mut outcomes) => match outcomes.pop().flatten() {
-                    Some(outcome) => outcome,
-                    None => continue,
-                },
+                Ok(mut outcomes) => outcomes.pop().flatten(),
+                Err(Fault::Locked) => None,
                 Err(fault) if fault.is_passing() => {
                     unknown |= matches!(fault, Fault::Unknown(_));
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                    continue;
+                    None
                 }
-                Err(fault) => Err(fault.into_error(B::scope(&key))),
+                Err(fault) => Some(Err(fault.into_error(B::scope(&key)))),
             };
-            let _ = entry.answer.send(outcome);
-            return;
+            drop(permit);
+            if let Some(outcome) = outcome {
+                let _ = entry.answer.send(outcome);
+                return;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(SLOW_PAUSE_MAX);
         }
     });
 }
@@ -299,6 +302,7 @@ impl Batch for Spawns {
     type Key = (Scope, bool);
     type Item = NewTask;
     type Out = Spawned;
+    type Id = Uuid;
     const ITEMS_MAX: usize = 500;
 
     fn identity(item: &NewTask) -> Uuid {
@@ -331,6 +335,7 @@ impl Batch for Settles {
     type Key = (Scope, Kind);
     type Item = (RunRef, Write);
     type Out = Settled;
+    type Id = Uuid;
     const ITEMS_MAX: usize = 500;
 
     fn identity(item: &Self::Item) -> Uuid {
@@ -370,6 +375,75 @@ impl Batch for Settles {
             Answer::Busy => None,
         };
         Ok(answers.into_iter().map(settled).collect())
+    }
+}
+
+/// Sleeps and waits.
+#[derive(Debug)]
+pub(crate) struct Suspends {
+    pub(crate) store: Store,
+}
+
+impl Batch for Suspends {
+    type Key = (Scope, SuspendKind);
+    type Item = (RunRef, Suspend);
+    type Out = Awaited;
+    type Id = Uuid;
+    // A function call each, and the events of all of them are held for as long as that takes.
+    const ITEMS_MAX: usize = 100;
+
+    fn identity(item: &Self::Item) -> Uuid {
+        item.0.run_id
+    }
+
+    fn scope(key: &Self::Key) -> &Scope {
+        &key.0
+    }
+
+    async fn execute(
+        &self,
+        (scope, kind): &Self::Key,
+        items: &[&Self::Item],
+        _: Option<Duration>,
+    ) -> Result<Outcomes<Self>, Fault> {
+        let items: Vec<(&RunRef, &Suspend)> = items.iter().map(|(run, what)| (run, what)).collect();
+        self.store.suspend(scope, *kind, &items).await
+    }
+}
+
+/// Emissions.
+#[derive(Debug)]
+pub(crate) struct Emits {
+    pub(crate) store: Store,
+}
+
+impl Batch for Emits {
+    type Key = Scope;
+    type Item = (EventName, Option<JsonText>);
+    type Out = Emission;
+    type Id = String;
+    const ITEMS_MAX: usize = 500;
+
+    fn identity(item: &Self::Item) -> String {
+        item.0.as_str().to_owned()
+    }
+
+    fn scope(key: &Self::Key) -> &Scope {
+        key
+    }
+
+    async fn execute(
+        &self,
+        scope: &Scope,
+        items: &[&Self::Item],
+        lock_wait: Option<Duration>,
+    ) -> Result<Outcomes<Self>, Fault> {
+        let items: Vec<(&EventName, Option<&JsonText>)> =
+            items.iter().map(|(event, payload)| (event, payload.as_ref())).collect();
+        let wait = if lock_wait.is_some() { Wait::Block } else { Wait::Skip };
+        let lock_wait = lock_wait.unwrap_or(Duration::from_millis(50));
+        let emitted = self.store.event_emit(scope, &items, wait, lock_wait).await?;
+        Ok(emitted.into_iter().map(|emission| emission.map(Ok)).collect())
     }
 }
 

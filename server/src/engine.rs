@@ -8,13 +8,14 @@ use uuid::Uuid;
 
 use crate::activity::{Activity, Feed, What};
 use crate::awaited::AwaitedTasks;
-use crate::commit::{self, Committer, Settles, Spawns};
+use crate::commit::{self, Committer, Emits, Settles, Spawns, Suspends};
 use crate::dispatch::{DispatchOptions, Dispatcher};
 use crate::domain::{Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};
 use crate::doorbell::Hints;
 use crate::scope::{Caller, Scope};
 use crate::store::batch::{Kind, RunRef, Write};
-use crate::store::event::{Awaited, StepWait};
+use crate::store::event::StepWait;
+use crate::store::suspend::{Awaited, Suspend};
 use crate::store::task::{NewTask, Slotted, Spawned};
 use crate::store::{Fault, Store};
 use crate::wait::Waits;
@@ -37,6 +38,8 @@ pub struct Engine {
     spawns: Spawns,
     spawner: Committer<Spawns>,
     settles: Committer<Settles>,
+    suspends: Committer<Suspends>,
+    emits: Committer<Emits>,
 }
 
 impl Engine {
@@ -53,6 +56,8 @@ impl Engine {
             spawner: Committer::new(spawns.clone()),
             spawns,
             settles,
+            suspends: Committer::new(Suspends { store: store.clone() }),
+            emits: Committer::new(Emits { store: store.clone() }),
             hints,
             feed,
             store,
@@ -231,17 +236,18 @@ impl Engine {
         self.feed.tell(|| Activity::ended(scope, task_id, state));
     }
 
-    /// Waits for an event as a step of a run; a run that sleeps is in flight no more.
-    pub async fn await_event(
+    /// Lets a run wait, together with others; a run that sleeps is in flight no more.
+    pub async fn suspend(
         &self,
         scope: &Scope,
-        wait: &StepWait<'_>,
-        event: &EventName,
-        lock_wait: Duration,
+        run: RunRef,
+        what: Suspend,
+        deadline: Deadline,
     ) -> Result<Awaited, Error> {
-        self.dispatcher.alive(scope.queue(), wait.run.run_id, None);
-        let outcome = self.store.event_await(scope, wait, event, lock_wait).await;
-        self.waited(scope, wait.run.run_id, outcome)
+        let run_id = run.run_id;
+        self.dispatcher.alive(scope.queue(), run_id, None);
+        let outcome = self.suspends.submit((scope.clone(), what.kind()), (run, what), deadline).await;
+        self.waited(scope, run_id, outcome)
     }
 
     /// Waits for the end of a task as a step of a run.
@@ -272,21 +278,6 @@ impl Engine {
         outcome
     }
 
-    /// Takes in that a run has been moved to a time, if it has.
-    pub fn slept(
-        &self,
-        scope: &Scope,
-        run_id: Uuid,
-        outcome: Result<Option<Instant>, Error>,
-    ) -> Result<Option<Instant>, Error> {
-        match &outcome {
-            Ok(Some(wake_at)) => self.sleeps(scope, run_id, Some(*wake_at)),
-            Err(Error::TaskCancelled(_) | Error::ClaimExpired(_)) => self.dispatcher.left(scope.queue(), run_id),
-            Ok(None) | Err(_) => {}
-        }
-        outcome
-    }
-
     fn sleeps(&self, scope: &Scope, run_id: Uuid, wake_at: Option<Instant>) {
         self.dispatcher.left(scope.queue(), run_id);
         let wait = wake_at.zip(self.store.now()).map(|(at, now)| at.micros().saturating_sub(now.micros()).max(0));
@@ -295,23 +286,22 @@ impl Engine {
         }
     }
 
-    /// Emits an event. Who waits is woken batch by batch, and offered at once; what is not done within `lock_wait` is done by
-    /// the next look of a replica.
+    /// Emits an event. Who waits is woken batch by batch, and offered at once; what is not done by the deadline is done by the
+    /// next look of a replica.
     pub async fn emit_event(
         &self,
         scope: &Scope,
-        event: &EventName,
-        payload: Option<&JsonText>,
-        lock_wait: Duration,
+        event: EventName,
+        payload: Option<JsonText>,
+        deadline: Deadline,
     ) -> Result<(bool, i64), Error> {
-        let until = Deadline::now() + lock_wait;
-        let first = self.store.event_emit(scope, event, payload, lock_wait).await?;
+        let first = self.emits.submit(scope.clone(), (event.clone(), payload), deadline).await?;
         if first.woken > 0 {
             self.dispatcher.new_work(scope.queue());
         }
         let mut woken = first.woken;
         if first.more {
-            woken += self.emit_more(scope, event, until).await;
+            woken += self.emit_more(scope, &event, deadline).await;
         }
         Ok((first.applied, woken))
     }
@@ -330,9 +320,9 @@ impl Engine {
                         break;
                     }
                 }
-                Err(error) => {
+                Err(fault) => {
                     // The event stands: this is not the caller's trouble.
-                    tracing::debug!(queue.name = %scope.queue(), %error, "could not wake all that wait for an event yet");
+                    tracing::debug!(queue.name = %scope.queue(), ?fault, "could not wake all that wait for an event yet");
                     break;
                 }
             }

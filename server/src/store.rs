@@ -11,10 +11,10 @@ pub mod policy;
 pub mod queue;
 pub mod run;
 pub mod statement;
+pub mod suspend;
 pub mod task;
 pub mod text;
 pub mod tick;
-pub mod time;
 pub mod upkeep;
 pub mod workflow;
 
@@ -170,6 +170,28 @@ impl Store {
             }
             Err(error) => Err(Fault::from_postgres(&error)),
             Ok(rows) => Ok(rows),
+        }
+    }
+
+    /// Runs a statement in a transaction of its own, which waits for locks at most this long.
+    pub(crate) async fn rows_within(
+        &self,
+        lock_wait: Duration,
+        statement: &Statement,
+        wait: Wait,
+        scope: Option<&Scope>,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, Fault> {
+        let tx = self.begin(lock_wait).await?;
+        match tx.rows(statement, wait, scope, params).await {
+            Ok(rows) => {
+                tx.commit().await?;
+                Ok(rows)
+            }
+            Err(fault) => {
+                tx.rollback().await;
+                Err(fault)
+            }
         }
     }
 

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use absurd_client::durable::testing::TestClock;
 use absurd_client::{
-    Awaited, ClaimStream, ClaimedTask, ConnectOptions, Emitted, Json, Reason, SpawnOptions, State, StreamOptions,
+    Awaited, ClaimOptions, ClaimStream, ClaimedTask, ConnectOptions, Emitted, Json, NewTask, Reason, Slept,
+    SpawnOptions, State, StreamOptions,
 };
 use absurd_proto::v1 as pb;
 use absurd_server::settings::Settings;
@@ -298,7 +299,7 @@ async fn many_who_wait_are_woken_in_batches() {
     assert_eq!(left().await, (2500, 2500, 0));
     // As the server's sessions are.
     sql.batch_execute("begin; set local enable_seqscan = off; set local enable_bitmapscan = off").await.unwrap();
-    let explain = "explain (analyze, buffers, format json) select absurd_server.emit_event('q', 'go', '{}', 1000)";
+    let explain = "explain (analyze, buffers, format json) select absurd_server.emit_events('q', '{go}', array[jsonb '{}'], 1000)";
     let plan: serde_json::Value = match &sql.simple_query(explain).await.unwrap()[1] {
         tokio_postgres::SimpleQueryMessage::Row(row) => serde_json::from_str(row.get(0).unwrap()).unwrap(),
         other => panic!("{other:?}"),
@@ -321,7 +322,7 @@ async fn many_who_wait_are_woken_in_batches() {
     sql.batch_execute(&wait("other")).await.unwrap();
     // A server that dies after its first batch.
     sql.batch_execute("begin").await.unwrap();
-    sql.batch_execute("select absurd_server.emit_event('q', 'other', '2', 1000)").await.unwrap();
+    sql.batch_execute("select absurd_server.emit_events('q', '{other}', '{2}', 1000)").await.unwrap();
     assert_eq!(left().await, (1500, 1500, 1));
     sql.batch_execute("commit").await.unwrap();
     let again = server.client().emit_event("other", &j!(3)).await.unwrap();
@@ -331,4 +332,79 @@ async fn many_who_wait_are_woken_in_batches() {
     assert_eq!(left().await, (0, 0, 0));
     let stored = "select count(*) from absurd.c_q where state = '2'";
     assert_eq!(sql.query_one(stored, &[]).await.unwrap().get::<_, i64>(0), 2500);
+}
+
+/// Many sleeps, waits and emissions at once share transactions; a run and an event that somebody holds delay nobody else's.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_at_once_share_transactions() {
+    const COUNT: usize = 200;
+    let server = Server::start().await;
+    let client = server.client();
+    let sql = server.database().connect().await;
+    let transactions = async |table: &str| -> i64 {
+        let query = format!("select count(distinct xmin::text) from absurd.{table}_q");
+        sql.query_one(&query, &[]).await.unwrap().get(0)
+    };
+    let new = |_| NewTask::new("n", &j!(null), SpawnOptions::default()).unwrap();
+    client.spawn_tasks((0..COUNT).map(new).collect()).await.unwrap();
+    let claim = async || {
+        let options = ClaimOptions { qty: 200, wait: Duration::from_secs(30), ..ClaimOptions::default() };
+        let mut claimed = Vec::new();
+        while claimed.len() < COUNT {
+            claimed.extend(in_time("tasks", client.claim_task(options.clone())).await.unwrap());
+        }
+        claimed
+    };
+    let tasks = claim().await;
+    // One run is held, and one event is being emitted, by somebody who takes his time.
+    let other = server.database().connect().await;
+    other.batch_execute("begin").await.unwrap();
+    other.execute("select from absurd.r_q where run_id = $1 for update", &[&tasks[0].run_id]).await.unwrap();
+    sql.batch_execute("insert into absurd.e_q (event_name, emitted_at) values ('e1', 'epoch')").await.unwrap();
+    other.batch_execute("update absurd.e_q set payload = '1' where event_name = 'e1'").await.unwrap();
+    let event = |index: usize| format!("e{}", if index == 1 { 1 } else { 2 + index % 10 });
+    let waits = tasks.iter().enumerate().map(|(index, task)| {
+        let (client, event, run_id) = (client.clone(), event(index), task.run_id);
+        tokio::spawn(async move { client.await_event(None, run_id, "s", &event, None).await })
+    });
+    let mut waits: Vec<_> = waits.collect();
+    for wait in waits.drain(2..) {
+        assert_eq!(in_time("a free one", wait).await.unwrap().unwrap(), Awaited::Suspended { wake_at: None });
+    }
+    assert!(waits.iter().all(|wait| !wait.is_finished()));
+    let shared = transactions("w").await;
+    assert!(shared < 50, "{shared} transactions for {COUNT} waits");
+    other.batch_execute("commit").await.unwrap();
+    let event_held = in_time("the emitted one", waits.remove(1)).await.unwrap().unwrap();
+    assert_eq!(payload(&event_held), "1");
+    let run_held = in_time("the held one", waits.remove(0)).await.unwrap().unwrap();
+    assert_eq!(run_held, Awaited::Suspended { wake_at: None });
+    let emissions = (2..12).map(|number| {
+        let client = client.clone();
+        tokio::spawn(async move { client.emit_event(&format!("e{number}"), &j!(number)).await })
+    });
+    let mut woken = 0;
+    for emission in emissions.collect::<Vec<_>>() {
+        let emitted = in_time("an emission", emission).await.unwrap().unwrap();
+        assert!(emitted.applied);
+        woken += emitted.woken;
+    }
+    assert_eq!(woken, 199);
+    client.schedule_task_after(tasks[1].run_id, Duration::ZERO).await.unwrap();
+    let tasks = claim().await;
+    let right = "select count(*) from absurd.c_q c join absurd.w_q using (task_id)";
+    assert_eq!(sql.query_one(right, &[]).await.unwrap().get::<_, i64>(0), 0, "who has the payload waits no more");
+    let sleeps = tasks.iter().map(|task| {
+        let (client, run_id) = (client.clone(), task.run_id);
+        tokio::spawn(async move { client.sleep(run_id, Duration::from_secs(3600), Some("nap")).await })
+    });
+    for sleep in sleeps.collect::<Vec<_>>() {
+        assert!(matches!(in_time("a sleep", sleep).await.unwrap().unwrap(), Slept::Suspended { .. }));
+    }
+    sql.batch_execute("delete from absurd.c_q where checkpoint_name <> 'nap'").await.unwrap();
+    let shared = transactions("c").await;
+    assert!(shared < 50, "{shared} transactions for {COUNT} sleeps");
+    let asleep = "select count(*) from absurd.r_q r join absurd.c_q c on c.owner_run_id = r.run_id
+                   where r.state = 'sleeping' and r.available_at > now() and c.checkpoint_name = 'nap'";
+    assert_eq!(sql.query_one(asleep, &[]).await.unwrap().get::<_, i64>(0), 200);
 }

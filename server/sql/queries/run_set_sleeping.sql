@@ -1,3 +1,15 @@
--- Puts a run to sleep until an event.
-select known, owned, state, expired, done, wake_at
-  from absurd_server.set_run_sleeping($1::text, $2::uuid, $3::text, $4::text)
+-- Puts runs to sleep, each until an event.
+-- One row per run that could be had; for the others somebody holds the run, its task or its event.
+with item as materialized (
+       select * from unnest($2::uuid[], $3::text[], $4::text[])
+                with ordinality as i (run_id, digest, event_name, place)),
+     runs as materialized (
+       select r.run_id, r.task_id from (select run_id from item order by run_id) i
+        cross join lateral (select r.run_id, r.task_id from {r} r where r.run_id = i.run_id offset 0 for update skip locked) r),
+     held as materialized (
+       select runs.run_id from (select * from runs order by task_id) runs
+        cross join lateral (select from {t} t where t.task_id = runs.task_id offset 0 for update skip locked) t)
+select i.place, s.known, s.owned, s.state, s.expired, case when s.done then 'suspended' end as outcome, null::jsonb as payload, s.wake_at
+  from item i
+ cross join lateral absurd_server.set_run_sleeping($1::text, i.run_id, i.digest, i.event_name) s
+ where i.run_id in (select run_id from held) or not exists (select from {r} r where r.run_id = i.run_id)

@@ -12,11 +12,14 @@ declare
   v_now timestamptz := absurd.current_time();
   v_run record;
   v_task_id uuid;
+  v_live boolean;
   v_event record;
   v_mark record;
   v_deadline timestamptz;
 begin
-  execute format('select r.task_id from absurd.%I r where r.run_id = $1', 'r_' || p_queue) into v_task_id using p_run_id;
+  execute format('select r.task_id, r.state = ''running'' and coalesce($2 is null or right(r.claimed_by, 23) = ''#'' || $2, false)
+                    from absurd.%I r where r.run_id = $1', 'r_' || p_queue)
+    into v_task_id, v_live using p_run_id, p_digest;
   known := v_task_id is not null;
   if not known then
     return next;
@@ -24,13 +27,16 @@ begin
   end if;
   task_id := v_task_id;
 
-  -- The event before the run, on both sides: no emission falls between "not there yet" and "now I wait".
+  -- The event before the run, on both sides: no emission falls between "not there yet" and "now I wait". A wait that will be
+  -- refused makes no event.
   loop
-    execute format('insert into absurd.%I (event_name, payload, emitted_at) values ($1, null, ''epoch'')
-                        on conflict (event_name) do nothing', 'e_' || p_queue) using p_event;
+    if v_live then
+      execute format('insert into absurd.%I (event_name, payload, emitted_at) values ($1, null, ''epoch'')
+                          on conflict (event_name) do nothing', 'e_' || p_queue) using p_event;
+    end if;
     execute format('select e.payload, true as there from absurd.%I e where e.event_name = $1 for share', 'e_' || p_queue)
       into v_event using p_event;
-    exit when v_event.there;
+    exit when v_event.there or not v_live;
   end loop;
   execute format('select r.state, r.claimed_by, r.wake_event, r.event_payload, r.available_at,
                          coalesce(r.failure_reason ->> ''name'' = ''$ClaimTimeout'', false) as expired
@@ -57,6 +63,8 @@ begin
   elsif state <> 'running' or not owned then
     return next;
     return;
+  elsif not v_live then
+    raise exception 'the run was claimed at the same time' using errcode = 'serialization_failure';
   end if;
 
   if v_run.event_payload is not null then

@@ -1,28 +1,19 @@
-//! Events: waiting for one as a step of a run, and emitting one. The end of a task is one too, for whoever waits for it.
+//! Events: emitting them, and waking those who wait. The end of a task is one too, for whoever waits for it.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use postgres_types::ToSql;
+use tokio_postgres::Row;
 
 use super::batch::RunRef;
 use super::statement::{
-    EVENT_AWAIT, EVENT_EMIT, EVENT_EMIT_MORE, EVENT_LIST_UNFINISHED, Statement, TASK_AWAIT, TASK_LIST_AWAITED,
-    TASK_SETTLE_AWAITED,
+    EVENT_EMIT, EVENT_EMIT_MORE, EVENT_LIST_UNFINISHED, TASK_AWAIT, TASK_LIST_AWAITED, TASK_SETTLE_AWAITED,
 };
+use super::suspend::{Awaited, awaited, millis};
 use super::{Fault, Store, Wait};
-use crate::domain::{CheckpointName, Digest, Error, EventName, Instant, JsonText, QueueName, TaskId};
+use crate::domain::{CheckpointName, Digest, Error, EventName, JsonText, QueueName, TaskId};
 use crate::scope::Scope;
-
-/// How a wait stands.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Awaited {
-    /// The event was emitted.
-    Payload(JsonText),
-    /// The run sleeps, until then at most.
-    Suspended(Option<Instant>),
-    /// The time was over first.
-    TimedOut,
-}
 
 /// Runs that one transaction wakes at most.
 const WOKEN_MAX: i32 = 1000;
@@ -49,31 +40,7 @@ pub struct StepWait<'a> {
     pub timeout: Option<Duration>,
 }
 
-impl StepWait<'_> {
-    fn digest(&self) -> Option<&str> {
-        self.run.digest.as_ref().map(Digest::as_str)
-    }
-
-    fn timeout_ms(&self) -> Option<i64> {
-        self.timeout.map(|timeout| i64::try_from(timeout.as_millis()).unwrap_or(i64::MAX))
-    }
-}
-
 impl Store {
-    /// Waits for an event under the name of a step. Repeating it is harmless.
-    pub async fn event_await(
-        &self,
-        scope: &Scope,
-        wait: &StepWait<'_>,
-        event: &EventName,
-        lock_wait: Duration,
-    ) -> Result<Awaited, Error> {
-        let (digest, timeout) = (wait.digest(), wait.timeout_ms());
-        let params: [&(dyn ToSql + Sync); 6] =
-            [&scope.queue().as_str(), &wait.run.run_id, &digest, &wait.step.as_str(), &event.as_str(), &timeout];
-        self.wait(scope, &EVENT_AWAIT, &params, lock_wait, |row| awaited(wait.run, row)).await
-    }
-
     /// Waits for the end of a task under the name of a step; the payload is how it ended. Repeating it is harmless.
     pub async fn task_await(
         &self,
@@ -82,7 +49,7 @@ impl Store {
         (awaited_queue, task_id): (&QueueName, TaskId),
         lock_wait: Duration,
     ) -> Result<Awaited, Error> {
-        let (digest, timeout) = (wait.digest(), wait.timeout_ms());
+        let (digest, timeout) = (wait.run.digest.as_ref().map(Digest::as_str), wait.timeout.map(millis));
         let params: [&(dyn ToSql + Sync); 7] = [
             &scope.queue().as_str(),
             &wait.run.run_id,
@@ -92,27 +59,15 @@ impl Store {
             &task_id,
             &timeout,
         ];
-        self.wait(scope, &TASK_AWAIT, &params, lock_wait, |row| match row.get("found_task") {
-            true => awaited(wait.run, row),
-            false => Err(Error::TaskNotFound(task_id)),
-        })
-        .await
-    }
-
-    /// Carries out a wait in a transaction that takes effect only when the wait stands.
-    async fn wait(
-        &self,
-        scope: &Scope,
-        statement: &Statement,
-        params: &[&(dyn ToSql + Sync)],
-        lock_wait: Duration,
-        read: impl FnOnce(&tokio_postgres::Row) -> Result<Awaited, Error>,
-    ) -> Result<Awaited, Error> {
         let fail = |fault: Fault| fault.into_error(scope);
         let tx = self.begin(lock_wait).await.map_err(fail)?;
-        let outcome = match tx.rows(statement, Wait::Block, None, params).await {
-            Ok(rows) => rows.first().map_or_else(|| Err(Error::Internal("no answer".into())), read),
-            // The only thing that these functions refuse by themselves.
+        let outcome = match tx.rows(&TASK_AWAIT, Wait::Block, None, &params).await {
+            Ok(rows) => match rows.first() {
+                Some(row) if row.get("found_task") => awaited(wait.run, row),
+                Some(_) => Err(Error::TaskNotFound(task_id)),
+                None => Err(Error::Internal("no answer".into())),
+            },
+            // The only thing that this function refuses by itself.
             Err(Fault::Raised { message, .. }) => Err(Error::invalid("awaited_task_id", message)),
             Err(fault) => Err(fail(fault)),
         };
@@ -141,16 +96,23 @@ impl Store {
         Ok(rows.iter().map(|row| row.get("waiting_queue")).collect())
     }
 
-    /// Emits an event and wakes up to a limit of those who wait for it.
+    /// Emits events of different names and wakes up to a limit of those who wait for them; one answer each, in order, `None`
+    /// where somebody holds the event. Rows are waited for at most `lock_wait`; an event that another transaction has
+    /// emitted, only if `wait` says so.
     pub async fn event_emit(
         &self,
         scope: &Scope,
-        event: &EventName,
-        payload: Option<&JsonText>,
+        items: &[(&EventName, Option<&JsonText>)],
+        wait: Wait,
         lock_wait: Duration,
-    ) -> Result<Emission, Error> {
-        let params: [&(dyn ToSql + Sync); 4] = [&scope.queue().as_str(), &event.as_str(), &payload, &WOKEN_MAX];
-        self.emission(scope, &EVENT_EMIT, &params, lock_wait, |row| row.get("applied")).await
+    ) -> Result<Vec<Option<Emission>>, Fault> {
+        let names: Vec<&str> = items.iter().map(|(event, _)| event.as_str()).collect();
+        let payloads: Vec<Option<&JsonText>> = items.iter().map(|(_, payload)| *payload).collect();
+        let params: [&(dyn ToSql + Sync); 4] = [&scope.queue().as_str(), &names, &payloads, &WOKEN_MAX];
+        let rows = self.rows_within(lock_wait, &EVENT_EMIT, wait, Some(scope), &params).await?;
+        let found: HashMap<&str, Emission> =
+            rows.iter().map(|row| (row.get("event_name"), emission(row, row.get("applied")))).collect();
+        Ok(names.iter().map(|name| found.get(name).copied()).collect())
     }
 
     /// Wakes the next of those who wait for an event that was emitted.
@@ -159,32 +121,10 @@ impl Store {
         scope: &Scope,
         event: &EventName,
         lock_wait: Duration,
-    ) -> Result<Emission, Error> {
+    ) -> Result<Emission, Fault> {
         let params: [&(dyn ToSql + Sync); 3] = [&scope.queue().as_str(), &event.as_str(), &WOKEN_MAX];
-        self.emission(scope, &EVENT_EMIT_MORE, &params, lock_wait, |_| true).await
-    }
-
-    async fn emission(
-        &self,
-        scope: &Scope,
-        statement: &Statement,
-        params: &[&(dyn ToSql + Sync)],
-        lock_wait: Duration,
-        applied: impl FnOnce(&tokio_postgres::Row) -> bool,
-    ) -> Result<Emission, Error> {
-        let fail = |fault: Fault| fault.into_error(scope);
-        let tx = self.begin(lock_wait).await.map_err(fail)?;
-        match tx.rows(statement, Wait::Block, None, params).await {
-            Ok(rows) => {
-                tx.commit().await.map_err(fail)?;
-                let row = rows.first().ok_or_else(|| Error::Internal("no answer".into()))?;
-                Ok(Emission { applied: applied(row), woken: row.get("woken"), more: row.get("more") })
-            }
-            Err(fault) => {
-                tx.rollback().await;
-                Err(fail(fault))
-            }
-        }
+        let rows = self.rows_within(lock_wait, &EVENT_EMIT_MORE, Wait::Block, None, &params).await?;
+        rows.first().map(|row| emission(row, true)).ok_or_else(|| Fault::Bug("no answer".into()))
     }
 
     /// Emissions that have not woken all who wait, at most 100: queues and events.
@@ -194,16 +134,6 @@ impl Store {
     }
 }
 
-fn awaited(run: &RunRef, row: &tokio_postgres::Row) -> Result<Awaited, Error> {
-    let run_id = run.run_id;
-    if !row.get::<_, bool>("known") {
-        return Err(Error::RunNotFound(run_id));
-    }
-    match row.get::<_, Option<&str>>("outcome") {
-        Some("payload") => return Ok(Awaited::Payload(row.get("payload"))),
-        Some("suspended") => return Ok(Awaited::Suspended(row.get("wake_at"))),
-        Some(_) => return Ok(Awaited::TimedOut),
-        None => {}
-    }
-    Err(super::time::refused(run, row))
+fn emission(row: &Row, applied: bool) -> Emission {
+    Emission { applied, woken: row.get("woken"), more: row.get("more") }
 }

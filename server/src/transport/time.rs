@@ -8,13 +8,20 @@ use tokio::time::Instant as Deadline;
 use super::convert::{self, duration, duration_between, run_ref, scope, timestamp};
 use super::service::{Service, left};
 use crate::domain::id::parse_uuid;
-use crate::domain::{CheckpointName, Error, EventName, JsonText, QueueName};
-use crate::store::event::{Awaited, StepWait};
+use crate::domain::{CheckpointName, Error, EventName, Instant, JsonText, QueueName};
+use crate::store::event::StepWait;
+use crate::store::suspend::{Awaited, Suspend, When};
 use crate::store::text::ANSWER_BYTES_MAX;
-use crate::store::time::When;
 
 /// Longest wait, sleep and delay.
 const SPAN_MAX: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
+
+fn wake_at(slept: &Awaited) -> Option<Instant> {
+    match slept {
+        Awaited::Suspended(wake_at) => *wake_at,
+        Awaited::Payload(_) | Awaited::TimedOut => None,
+    }
+}
 
 /// What stands in for a payload that is too large for an answer.
 fn omitted(json: &JsonText) -> Option<pb::PayloadOmitted> {
@@ -36,8 +43,8 @@ impl Service {
         let event = EventName::parse("event_name", &request.event_name)?;
         let timeout = duration_between("timeout", request.timeout, Duration::ZERO, SPAN_MAX)?;
         self.same_task(&scope, run.run_id, &request.task_id).await?;
-        let wait = StepWait { run: &run, step: &step, timeout };
-        let outcome = match self.engine.await_event(&scope, &wait, &event, left(deadline)).await? {
+        let wait = Suspend::Event { step, event, timeout };
+        let outcome = match self.engine.suspend(&scope, run, wait, deadline).await? {
             Awaited::Payload(json) => match omitted(&json) {
                 Some(omitted) => Outcome::PayloadOmitted(omitted),
                 None => Outcome::Payload(pb::Json { text: json.into_string() }),
@@ -86,7 +93,7 @@ impl Service {
         let scope = scope(&request.queue)?;
         let event = EventName::parse("event_name", &request.event_name)?;
         let payload = convert::json("payload", request.payload, self.limits.payload_bytes_max)?;
-        let (applied, woken) = self.engine.emit_event(&scope, &event, payload.as_ref(), left(deadline)).await?;
+        let (applied, woken) = self.engine.emit_event(&scope, event, payload, deadline).await?;
         Ok(pb::EmitEventResponse { applied, woken })
     }
 
@@ -103,9 +110,8 @@ impl Service {
             Some(Asked::Delay(delay)) => When::After(duration("delay", delay, SPAN_MAX)?),
             None => return Err(Error::invalid("when", "wake_at or delay must be set")),
         };
-        let slept = self.engine.store.run_schedule(&scope, &run, when, left(deadline)).await;
-        let wake_at = self.engine.slept(&scope, run.run_id, slept)?;
-        Ok(pb::ScheduleTaskResponse { wake_at: wake_at.and_then(timestamp) })
+        let slept = self.engine.suspend(&scope, run, Suspend::Schedule { when }, deadline).await?;
+        Ok(pb::ScheduleTaskResponse { wake_at: wake_at(&slept).and_then(timestamp) })
     }
 
     pub(super) async fn sleep_step(
@@ -127,8 +133,8 @@ impl Service {
         };
         let name = if request.step_name.is_empty() { &default_name } else { &request.step_name };
         let step = CheckpointName::parse("step_name", name)?;
-        let slept = self.engine.store.run_sleep(&scope, &run, &step, when, left(deadline)).await;
-        let outcome = match self.engine.slept(&scope, run.run_id, slept)? {
+        let slept = self.engine.suspend(&scope, run, Suspend::Sleep { step, when }, deadline).await?;
+        let outcome = match wake_at(&slept) {
             Some(wake_at) => Outcome::Suspended(pb::Suspended { wake_at: timestamp(wake_at) }),
             None => Outcome::Elapsed(pb::Elapsed {}),
         };
@@ -143,10 +149,7 @@ impl Service {
         let scope = scope(&request.queue)?;
         let (run, _) = run_ref(&request.run_id, request.claim_token.as_deref(), &self.limits)?;
         let event = EventName::parse("event_name", &request.event_name)?;
-        let slept = self.engine.store.run_set_sleeping(&scope, &run, &event, left(deadline)).await;
-        let wake_at = self.engine.slept(&scope, run.run_id, slept)?;
-        // It left its claim also when nothing wakes it by itself.
-        self.engine.dispatcher.left(scope.queue(), run.run_id);
-        Ok(pb::SetRunSleepingResponse { wake_at: wake_at.and_then(timestamp) })
+        let slept = self.engine.suspend(&scope, run, Suspend::SetSleeping { event }, deadline).await?;
+        Ok(pb::SetRunSleepingResponse { wake_at: wake_at(&slept).and_then(timestamp) })
     }
 }
