@@ -25,6 +25,8 @@ use crate::store::{Fault, Store, Wait, batch};
 
 /// Items that may wait over all lanes of a committer; beyond it callers are turned away.
 const WAITING_MAX: usize = 50_000;
+/// So many that wait get a second batch in flight.
+const CROWD: usize = 250;
 /// Items that wait for locks at the same time, each on a connection.
 const SLOW_MAX: usize = 6;
 /// Longest pause between tries of an item whose rows are held.
@@ -44,6 +46,8 @@ pub(crate) trait Batch: Send + Sync + 'static {
     type Id: Eq + Hash + Send;
     /// Items in one statement at most.
     const ITEMS_MAX: usize;
+    /// Batches of one key in flight at most: one gathers more, a second one works while the first is being flushed.
+    const DRIVERS_MAX: usize = 1;
 
     /// Two items of one identity never share a statement.
     fn identity(item: &Self::Item) -> Self::Id;
@@ -69,10 +73,17 @@ struct Entry<B: Batch> {
     answer: oneshot::Sender<Result<B::Out, Error>>,
 }
 
+/// Items of one key that wait.
+struct Lane<B: Batch> {
+    waiting: VecDeque<Entry<B>>,
+    /// Batches in flight.
+    drivers: usize,
+}
+
 struct Shared<B: Batch> {
     batch: B,
-    /// A lane exists while a task drives it.
-    lanes: Mutex<HashMap<B::Key, VecDeque<Entry<B>>>>,
+    /// A lane exists while tasks drive it.
+    lanes: Mutex<HashMap<B::Key, Lane<B>>>,
     slow: Semaphore,
     room: Arc<Semaphore>,
 }
@@ -115,10 +126,10 @@ impl<B: Batch> Committer<B> {
         let entry = Entry { item, deadline, answer };
         {
             let mut lanes = self.shared.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(lane) = lanes.get_mut(&key) {
-                lane.push_back(entry);
-            } else {
-                lanes.insert(key.clone(), VecDeque::from([entry]));
+            let lane = lanes.entry(key.clone()).or_insert_with(|| Lane { waiting: VecDeque::new(), drivers: 0 });
+            lane.waiting.push_back(entry);
+            if lane.drivers == 0 || lane.drivers < B::DRIVERS_MAX && lane.waiting.len() >= CROWD {
+                lane.drivers += 1;
                 tokio::spawn(drive(Arc::clone(&self.shared), key));
             }
         }
@@ -136,11 +147,14 @@ async fn drive<B: Batch>(shared: Arc<Shared<B>>, key: B::Key) {
         let entries = {
             let mut lanes = shared.lanes.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(lane) = lanes.get_mut(&key) else { return };
-            if lane.is_empty() {
-                lanes.remove(&key);
+            if lane.waiting.is_empty() {
+                lane.drivers -= 1;
+                if lane.drivers == 0 {
+                    lanes.remove(&key);
+                }
                 return;
             }
-            take::<B>(lane)
+            take::<B>(&mut lane.waiting)
         };
         run(&shared, &key, entries).await;
     }
@@ -337,6 +351,7 @@ impl Batch for Settles {
     type Out = Settled;
     type Id = Uuid;
     const ITEMS_MAX: usize = 500;
+    const DRIVERS_MAX: usize = 2;
 
     fn identity(item: &Self::Item) -> Uuid {
         item.0.run_id
@@ -354,7 +369,7 @@ impl Batch for Settles {
     ) -> Result<Outcomes<Self>, Fault> {
         let refs: Vec<(&RunRef, &Write)> = items.iter().map(|(run, write)| (run, write)).collect();
         let answers = match lock_wait {
-            None => batch::write(&self.store, Via::Store(&self.store), scope, Wait::Skip, &refs).await?,
+            None => self.store.settle(scope, &refs).await?,
             Some(lock_wait) => {
                 let tx = self.store.begin(lock_wait).await?;
                 let answers = batch::write(&self.store, Via::Tx(&tx), scope, Wait::Block, &refs).await;

@@ -2,12 +2,7 @@
 -- that a queue full of other names costs the same each time; the caller moves the cursor on or back to the head. Runs of
 -- the same time are walked by their place in the table, which is the order of the index: nothing is sorted before the page
 -- is full.
-with slot as materialized (
-       select * from unnest($1::text[],     -- worker ids
-                            $2::text[],     -- digests of the claim secrets
-                            $3::integer[])  -- leases in seconds, 0 for ever
-                with ordinality as s (worker_id, digest, lease, slot)),
-     clock as materialized (select absurd.current_time() as now),
+with clock as materialized (select absurd.current_time() as now),
      seen as materialized (
        (select r.run_id, r.task_id, r.available_at, r.ctid as place
           from {r} r
@@ -42,38 +37,45 @@ with slot as materialized (
                                                      (select now from clock)))
           for update of r, t skip locked),
      chosen as materialized (
-       select x.*, row_number() over (order by x.available_at, x.run_id) as slot
-         from locked x
-        order by x.available_at, x.run_id
-        limit $4::integer),
+       select * from locked order by available_at, run_id limit $4::integer),
+     slot as materialized (
+       select s.*
+         from (select array_agg(run_id) as run_ids, array_agg(available_at) as available_at,
+                      array_agg(started_at is not null) as resumed, array_agg(first_started_at is null) as first_claim
+                 from chosen) c
+        cross join lateral unnest($1::text[],     -- worker ids
+                                  $2::text[],     -- digests of the claim secrets
+                                  $3::integer[],  -- leases in seconds, 0 for ever
+                                  c.run_ids, c.available_at, c.resumed, c.first_claim)
+          with ordinality as s (worker_id, digest, lease, run_id, available_at, resumed, first_claim, slot)
+        where s.run_id is not null),
      runs as (
        update {r} r
           set state = 'running', claimed_by = slot.worker_id || '#' || slot.digest, started_at = clock.now,
               available_at = clock.now,
               claim_expires_at = case when slot.lease > 0 then clock.now + make_interval(secs => slot.lease) end
-         from chosen join slot on slot.slot = chosen.slot cross join clock
-        where r.run_id = chosen.run_id
-       returning r.run_id, r.task_id, r.attempt, r.wake_event, r.event_payload, r.claim_expires_at, chosen.slot,
-                 chosen.available_at as was_available_at, chosen.started_at is not null as resumed,
-                 chosen.first_started_at is null as first_claim),
-     tasks as (
+         from slot cross join clock
+        where r.run_id = slot.run_id
+       returning r.run_id, r.task_id, r.attempt, r.wake_event, r.event_payload, r.claim_expires_at, slot.slot,
+                 slot.available_at as was_available_at, slot.resumed, slot.first_claim),
+     due as (
+       delete from {w} w using runs, clock where runs.resumed and w.run_id = runs.run_id and w.timeout_at <= clock.now),
+     claimed as (
        update {t} t
           set state = 'running', attempts = greatest(t.attempts, runs.attempt), last_attempt_run = runs.run_id,
               first_started_at = coalesce(t.first_started_at, clock.now)
          from runs cross join clock
         where t.task_id = runs.task_id
-       returning t.task_id, t.task_name, t.params, t.retry_strategy, t.max_attempts, t.headers),
-     due as (
-       delete from {w} w using runs, clock where w.run_id = runs.run_id and w.timeout_at <= clock.now),
+       returning runs.slot, runs.run_id, runs.task_id, runs.attempt, t.task_name, t.params, t.retry_strategy,
+                 t.max_attempts, t.headers, runs.wake_event, runs.event_payload, runs.claim_expires_at,
+                 runs.was_available_at, runs.resumed, runs.first_claim),
      -- The cursor moves only when a full page was looked at; else the next look starts at the head again.
      edge as (
        select available_at, place from looked
         where (select count(*) from looked) = 1000 and (select count(*) from wanted) < $4::integer * 2
         order by available_at desc, place desc limit 1)
-select runs.slot, runs.run_id, runs.task_id, runs.attempt, tasks.task_name, tasks.params, tasks.retry_strategy,
-       tasks.max_attempts, tasks.headers, runs.wake_event, runs.event_payload, runs.claim_expires_at,
-       runs.was_available_at, runs.resumed, runs.first_claim, edge.available_at as edge_at, edge.place::text as edge_place
+select claimed.*, edge.available_at as edge_at, edge.place::text as edge_place
   from (select 1) as one
   left join edge on true
-  left join (runs join tasks on tasks.task_id = runs.task_id) on true
- order by runs.slot
+  left join claimed on true
+ order by claimed.slot

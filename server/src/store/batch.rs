@@ -121,6 +121,14 @@ impl Via<'_> {
     }
 }
 
+impl Store {
+    /// Carries out writes of one kind about different runs, in a transaction of its own; one answer per item, in order. What
+    /// somebody else has locked is passed over.
+    pub async fn settle(&self, scope: &Scope, items: &[(&RunRef, &Write)]) -> Result<Vec<Answer>, Fault> {
+        write(self, Via::Store(self), scope, Wait::Skip, items).await
+    }
+}
+
 /// Carries out writes of one kind about different runs; one answer per item, in order.
 pub(crate) async fn write(
     store: &Store,

@@ -179,7 +179,7 @@ impl World {
         all.push(format!("{} where queue_name = '{queue}'", rows("absurd.queues")));
         all.push(format!("{} where waiting_queue = '{queue}'", rows("absurd_server.awaited_task")));
         let all = all.join(" union all ");
-        let read = format!("select coalesce(md5(string_agg(line, '|' order by line)), '') from ({all}) a");
+        let read = format!("select coalesce(string_agg(line, E'\\n' order by line), '') from ({all}) a");
         match self.sql.query_one(&read, &[]).await {
             Ok(row) => row.get(0),
             // The queue was dropped, or never was.

@@ -47,7 +47,7 @@ pub(in crate::cli) struct DrainArgs {
     #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     tasks: u32,
     /// Credit of the worker's stream
-    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(i32).range(1..=10_000))]
+    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(i32).range(1..=10_000))]
     credit: i32,
 }
 
@@ -63,7 +63,7 @@ pub(in crate::cli) struct SteadyArgs {
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     in_flight: u32,
     /// Credit of the worker's stream
-    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(i32).range(1..=10_000))]
+    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(i32).range(1..=10_000))]
     credit: i32,
 }
 
