@@ -27,6 +27,7 @@ def arguments():
     parser.add_argument("--quick", action="store_true", help="one round, smaller")
     parser.add_argument("--only", default="", help="peers, by the beginnings of their names, separated by ;")
     parser.add_argument("--measures", default=",".join(MEASURES), help="default: %(default)s")
+    parser.add_argument("--keep", action="store_true", help="keep what the file has of other measures")
     parser.add_argument("--out", default=str(HERE / "results.json"), help="file for the results (default: %(default)s)")
     return parser.parse_args()
 
@@ -41,6 +42,13 @@ class Bench:
         self.out = Path(asked.out)
         self.postgres = machine.Machine()
         self.results = {"about": self.about(), "limits": {}, "peers": {peer: {} for peer in self.peers}, "failed": {}}
+        if asked.keep:
+            # What is measured anew takes the place of what was there.
+            self.results |= {name: value for name, value in json.loads(self.out.read_text()).items() if name != "about"}
+            for found in self.results["peers"].values():
+                for measure in self.measures:
+                    found.pop(measure, None)
+                    found.pop(measure + "_quick", None)
         self.prepared = set()
 
     def about(self):
@@ -94,10 +102,9 @@ class Bench:
 
     # --- what is measured ------------------------------------------------------------------------------------------
 
-    def spawn(self, peer, batch=1, task="noop", count=None):
+    def spawn(self, peer, count, batch=1, task="noop"):
         """Spawns into a fresh database; returns what it cost."""
         database, server = self.fresh(peer)
-        count = count or int(max(2000, PEERS[peer]["tasks"] / 3) * self.scale)
         try:
             before = self.postgres.transactions(database)
             asked = {"count": count, "at_once": 32 if batch == 1 else 4, "batch": batch}
@@ -108,16 +115,17 @@ class Bench:
             server.stop()
         time.sleep(0.3)
         transactions = self.postgres.transactions(database) - before
-        return database, count, {"per_second": count / seconds, "transactions_per_task": transactions / count}
+        return database, {"per_second": count / seconds, "transactions_per_task": transactions / count}
 
     def measure_spawn(self, peer):
-        self.note(peer, "spawn", self.spawn(peer)[2])
+        count = 10_000 if PEERS[peer].get("server") else 3000
+        self.note(peer, "spawn", self.spawn(peer, int(count * self.scale))[1])
 
     def measure_batch(self, peer):
-        self.note(peer, "batch", self.spawn(peer, batch=250, count=int(50_000 * self.scale))[2])
+        self.note(peer, "batch", self.spawn(peer, int(50_000 * self.scale), batch=250)[1])
 
     def drain(self, peer, measure, task, count):
-        database, _, _ = self.spawn(peer, task=task, count=count)
+        database, _ = self.spawn(peer, count, batch=250 if PEERS[peer].get("batch") else 1, task=task)
         server = Server(peer, database)
         try:
             self.postgres.sql.execute("checkpoint")

@@ -17,7 +17,7 @@ import machine
 from peers import HERE, LISTEN, OURS_LEFT, TARGET, Adapter, Server, prepare, slug
 
 GRPC = "ours, gRPC"
-MEASURES = ["replicas", "partitioned", "snapshot", "indexes", "growth", "extremes"]
+MEASURES = ["replicas", "partitioned", "snapshot", "autovacuum", "indexes", "growth", "extremes"]
 FILL = """
 with ids as materialized (
        select absurd.portable_uuidv7() as task, absurd.portable_uuidv7() as run, i from generate_series(1, %(count)s::int) i),
@@ -110,6 +110,20 @@ class Own:
                     self.fill(sql, self.tasks)
                     rate = self.drain(database, sql, self.tasks)
                     self.note("snapshot", "pinned" if pinned else "free", rate)
+            sql.close()
+
+    def autovacuum(self):
+        """Six drains in a row on a queue with a history, with the settings of the database and with eager ones."""
+        for eager in (False, True):
+            database, sql = self.fresh()
+            if eager:
+                for table in ("t_q", "r_q"):
+                    sql.execute(f"alter table absurd.{table} set (autovacuum_vacuum_scale_factor = 0.01,"
+                                " autovacuum_vacuum_cost_limit = 2000)")
+            self.fill(sql, self.tasks * 20, "completed")
+            for _ in range(6):
+                sql.execute(FILL, {"count": self.tasks, "state": "pending"})
+                self.note("autovacuum", "eager" if eager else "default", self.drain(database, sql, self.tasks))
             sql.close()
 
     def indexes(self):

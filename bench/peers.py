@@ -32,10 +32,10 @@ def _node(name):
 OURS_LEFT = "select from absurd.r_q where state in ('pending', 'running', 'sleeping')"
 PEERS = {
     "ours, gRPC": {
-        "command": [str(TARGET / "absurd-adapter"), "grpc"], "server": True, "tasks": 30_000, "keeps": True, "batch": True,
+        "command": [str(TARGET / "absurd-adapter"), "grpc"], "server": True, "tasks": 60_000, "keeps": True, "batch": True,
         "work": {"credit": 2000}, "default": {}, "left": OURS_LEFT},
     "ours, Rust SDK": {
-        "command": [str(TARGET / "absurd-adapter"), "rust"], "server": True, "tasks": 30_000, "keeps": True, "steps": 3000,
+        "command": [str(TARGET / "absurd-adapter"), "rust"], "server": True, "tasks": 60_000, "keeps": True, "batch": True, "steps": 3000,
         "work": {"concurrency": 500}, "default": {}, "left": OURS_LEFT},
     "Absurd, Python": {
         "command": _python("absurd_sdk_.py"), "tasks": 2000, "keeps": True, "steps": 150, "absurdctl": True,
@@ -45,17 +45,17 @@ PEERS = {
         "work": {"concurrency": 200, "pool": 20}, "default": {}, "quick": {"pollInterval": 0.005, "concurrency": 2},
         "left": OURS_LEFT},
     "pg-boss": {
-        "command": _node("pgboss.mjs"), "tasks": 15_000, "keeps": True, "batch": True,
+        "command": _node("pgboss.mjs"), "tasks": 60_000, "keeps": True, "batch": True,
         "work": {"batchSize": 500, "localConcurrency": 2, "burstWhenBatchFull": True, "pollingIntervalSeconds": 0.5},
         "default": {"batchSize": 100}, "quick": {"pollingIntervalSeconds": 0.5}, "quick_env": {"BENCH_NOTIFY": "1"},
         "left": "select from pgboss.job where state < 'completed' and name = 'q'"},
     "graphile-worker": {
-        "command": _node("graphile.mjs"), "tasks": 15_000, "keeps": False, "batch": True,
+        "command": _node("graphile.mjs"), "tasks": 60_000, "keeps": False, "batch": True,
         "work": {"concurrentJobs": 24, "maxPoolSize": 25, "completeJobBatchDelay": 0,
                  "localQueue": {"size": 500, "refetchDelay": {"durationMs": 10}}},
         "default": {}, "quick": {"concurrentJobs": 4}, "left": "select from graphile_worker._private_jobs"},
     "pgqueuer": {
-        "command": _python("pgqueuer_.py"), "tasks": 10_000, "keeps": False, "batch": True,
+        "command": _python("pgqueuer_.py"), "tasks": 40_000, "keeps": False, "batch": True,
         "work": {"batch": 500, "pool": 8}, "default": {}, "left": "select from pgqueuer"},
     "DBOS, TypeScript": {
         "command": _node("dbos.mjs"), "tasks": 2000, "keeps": True, "steps": 200, "idle": 1,
@@ -74,8 +74,8 @@ class Adapter:
     def __init__(self, peer, command, database, task="noop", env=None, **asked):
         if "counter" in asked:
             COUNTER.write_bytes(bytes(8)) if command == "work" else None
-        environment = dict(os.environ, BENCH_DATABASE_URL=machine.url(database), BENCH_TASK=task,
-                           ABSURD_URL=f"http://{LISTEN}", **(env or {}))
+        environment = os.environ | {"BENCH_DATABASE_URL": machine.url(database), "BENCH_TASK": task,
+                                    "ABSURD_URL": f"http://{LISTEN}"} | (env or {})
         errors = open(HOME / "errors.log", "ab")
         self.process = subprocess.Popen(
             PEERS[peer]["command"] + [command, json.dumps(asked)], env=environment, stdin=subprocess.PIPE,
