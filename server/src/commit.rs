@@ -44,6 +44,8 @@ pub(crate) trait Batch: Send + Sync + 'static {
     type Out: Send + 'static;
     /// What tells items apart.
     type Id: Eq + Hash + Send;
+    /// For the log.
+    const NAME: &'static str;
     /// Items in one statement at most.
     const ITEMS_MAX: usize;
     /// Batches of one key in flight at most: one gathers more, a second one works while the first is being flushed.
@@ -189,7 +191,13 @@ async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry
             continue;
         }
         let items: Vec<&B::Item> = part.iter().map(|entry| &entry.item).collect();
-        match shared.batch.execute(key, &items, None).await {
+        let began = Instant::now();
+        let executed = shared.batch.execute(key, &items, None).await;
+        tracing::debug!(
+            batch = B::NAME, queue.name = %B::scope(key).queue(), items = items.len(), took_us = began.elapsed().as_micros(),
+            ok = executed.is_ok(), unanswered = WAITING_MAX - shared.room.available_permits(), "a batch has run"
+        );
+        match executed {
             Ok(outcomes) => settle(shared, key, part, outcomes),
             Err(Fault::Data(_) | Fault::Raised { .. }) if part.len() > 1 => {
                 let second = part.split_off(part.len() / 2);
@@ -317,6 +325,7 @@ impl Batch for Spawns {
     type Item = NewTask;
     type Out = Spawned;
     type Id = Uuid;
+    const NAME: &'static str = "spawn";
     const ITEMS_MAX: usize = 500;
 
     fn identity(item: &NewTask) -> Uuid {
@@ -350,6 +359,7 @@ impl Batch for Settles {
     type Item = (RunRef, Write);
     type Out = Settled;
     type Id = Uuid;
+    const NAME: &'static str = "settle";
     const ITEMS_MAX: usize = 500;
     const DRIVERS_MAX: usize = 2;
 
@@ -404,6 +414,7 @@ impl Batch for Suspends {
     type Item = (RunRef, Suspend);
     type Out = Awaited;
     type Id = Uuid;
+    const NAME: &'static str = "suspend";
     // A function call each, and the events of all of them are held for as long as that takes.
     const ITEMS_MAX: usize = 100;
 
@@ -437,6 +448,7 @@ impl Batch for Emits {
     type Item = (EventName, Option<JsonText>);
     type Out = Emission;
     type Id = String;
+    const NAME: &'static str = "emit";
     const ITEMS_MAX: usize = 500;
 
     fn identity(item: &Self::Item) -> String {
