@@ -175,7 +175,12 @@ impl World {
         let tables = ["t", "r", "c", "e", "w"].map(|kind| format!("absurd.\"{kind}_{queue}\""));
         let rows = |table: &str| format!("select x::text as line from {table} x");
         let mut all: Vec<String> = tables.iter().map(|table| rows(table)).collect();
-        all.push(format!("{} where absurd_queue = '{queue}'", rows("absurd_server.workflow_run")));
+        // The walks try the nil id everywhere: a run that one of them made under it is another one's to update.
+        all.push(format!(
+            "{} where absurd_queue = '{queue}' and workflow_run_id <> '{}'",
+            rows("absurd_server.workflow_run"),
+            uuid::Uuid::nil()
+        ));
         all.push(format!("{} where queue_name = '{queue}'", rows("absurd.queues")));
         all.push(format!("{} where waiting_queue = '{queue}'", rows("absurd_server.awaited_task")));
         let all = all.join(" union all ");
