@@ -74,7 +74,7 @@ struct Shared {
     queues: Mutex<HashMap<QueueName, Arc<Queue>>>,
     next_id: AtomicU64,
     streams: AtomicUsize,
-    /// Releases that are under way; a stopping server waits for them.
+    /// Releases and hand-overs that are under way; a stopping server waits for them.
     releasing: AtomicUsize,
     closing: AtomicBool,
 }

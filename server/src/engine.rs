@@ -97,13 +97,13 @@ impl Engine {
         tasks: Vec<NewTask>,
         deadline: Deadline,
     ) -> Result<Vec<Spawned>, Error> {
-        let all: Vec<&NewTask> = tasks.iter().collect();
+        let tasks: Arc<[NewTask]> = tasks.into();
         let outcomes = loop {
             let left = deadline.saturating_duration_since(Deadline::now());
             if left.is_zero() {
                 return Err(Error::DeadlineExceeded);
             }
-            match self.spawns.spawn(scope, &all, left, true).await {
+            match self.spawn_once(scope, &tasks, left).await {
                 Ok(outcomes) => break outcomes,
                 Err(fault) if fault.is_passing() => {
                     if deadline <= Deadline::now() + Duration::from_millis(50) {
@@ -123,6 +123,21 @@ impl Engine {
             self.spawned(scope, spawned, task.name.as_str().to_owned());
         }
         Ok(spawned)
+    }
+
+    /// On a task of its own: a caller that goes away must not leave tasks claimed for workers that never hear of them.
+    async fn spawn_once(
+        &self,
+        scope: &Scope,
+        tasks: &Arc<[NewTask]>,
+        lock_wait: Duration,
+    ) -> Result<Vec<Result<Spawned, Error>>, Fault> {
+        let (spawns, scope, tasks) = (self.spawns.clone(), scope.clone(), Arc::clone(tasks));
+        let work = tokio::spawn(async move {
+            let all: Vec<&NewTask> = tasks.iter().collect();
+            spawns.spawn(&scope, &all, lock_wait, true).await
+        });
+        work.await.unwrap_or_else(|error| Err(Fault::Bug(error.to_string())))
     }
 
     /// Postgres refused a value that our own check had passed: finds by halving which task holds it.

@@ -3,12 +3,14 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use absurd_client::{AbsurdClient, ClaimOptions, ConnectOptions, NewTask, SpawnOptions, State, StreamOptions};
+use absurd_client::{
+    AbsurdClient, Awaited, ClaimOptions, ConnectOptions, NewTask, Slept, SpawnOptions, State, StreamOptions,
+};
 use absurd_proto::v1 as pb;
 use absurd_tests::{OwnCluster, Proxy, Server, eventually, in_time, json, raw};
 use serde_json::json as j;
 
-use crate::streams::{next_task, open, request, seconds};
+use crate::streams::{complete, next_task, open, request, seconds};
 
 fn tasks(count: usize) -> Vec<NewTask> {
     (0..count).map(|index| NewTask::new("n", &j!(index), SpawnOptions::default()).unwrap()).collect()
@@ -160,13 +162,7 @@ async fn a_slow_reader_does_not_stop_its_neighbour() {
     while seen.len() < 30 {
         let task = next_task(&mut quick).await;
         seen.insert(task.task_id.clone());
-        let complete = pb::CompleteTaskRequest {
-            queue: "q".into(),
-            run_id: String::new(),
-            claim_token: Some(task.claim_token),
-            result: None,
-        };
-        grpc.complete_task(complete).await.unwrap();
+        complete(&mut grpc, &task).await;
     }
     drop(slow);
 }
@@ -244,4 +240,71 @@ async fn postgres_restarts_under_load() {
     assert!(in_time("the worker ends", worker).await.unwrap() >= 1);
     drop(server);
     cluster.stop().await;
+}
+
+/// Lets commits wait for a standby of this name; for none: no more.
+pub(crate) async fn standby(sql: &tokio_postgres::Client, names: &str) {
+    sql.batch_execute(&format!("alter system set synchronous_standby_names = '{names}'")).await.unwrap();
+    sql.batch_execute("select pg_reload_conf()").await.unwrap();
+    eventually("the setting is in force", async || {
+        let row = sql.query_one("select current_setting('synchronous_standby_names')", &[]).await.unwrap();
+        (row.get::<_, &str>(0) == names).then_some(())
+    })
+    .await;
+}
+
+/// The session whose commit of such a statement waits.
+pub(crate) async fn waiting_session(sql: &tokio_postgres::Client, pattern: &str) -> i32 {
+    let query = "select pid from pg_stat_activity where wait_event = 'SyncRep' and query ~ $1";
+    let find = async || sql.query(query, &[&pattern]).await.unwrap().first().map(|row| row.get(0));
+    eventually("a commit waits", find).await
+}
+
+/// Commits a statement of the server and loses its answer.
+async fn lose_answer<T: Send + 'static>(
+    sql: &tokio_postgres::Client,
+    pattern: &str,
+    call: impl Future<Output = T> + Send + 'static,
+) -> T {
+    standby(sql, "nobody").await;
+    let calling = tokio::spawn(call);
+    let session = waiting_session(sql, pattern).await;
+    sql.execute("select pg_terminate_backend($1)", &[&session]).await.unwrap();
+    standby(sql, "").await;
+    in_time("the call is answered", calling).await.unwrap()
+}
+
+/// A sleep, a wait and an emission whose answers are lost are repeated by the server, with one effect and the same answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_answers_of_waits_and_emissions_are_asked_for_again() {
+    let cluster = OwnCluster::start(&["synchronous_commit=on"]).await;
+    let server = Server::start_on(&cluster.database().await).await;
+    let sql = server.database().connect().await;
+    let client = server.client();
+    let new = |index: i32| NewTask::new("n", &j!(index), SpawnOptions::default()).unwrap();
+    client.spawn_tasks((0..2).map(new).collect()).await.unwrap();
+    let claimed = client.claim_task(ClaimOptions { qty: 2, ..ClaimOptions::default() }).await.unwrap();
+    let (sleeper, waiter) = (claimed[0].run_id, claimed[1].run_id);
+    let sleep = {
+        let client = client.clone();
+        async move { client.sleep(sleeper, Duration::from_secs(3600), Some("nap")).await.unwrap() }
+    };
+    let Slept::Suspended { wake_at } = lose_answer(&sql, "run_sleep", sleep).await else { panic!("it sleeps") };
+    let stored: std::time::SystemTime =
+        sql.query_one("select available_at from absurd.r_q where run_id = $1", &[&sleeper]).await.unwrap().get(0);
+    assert_eq!(wake_at, stored, "the time of the first");
+    let wait = {
+        let client = client.clone();
+        async move { client.await_event(None, waiter, "s", "e", None).await.unwrap() }
+    };
+    assert_eq!(lose_answer(&sql, "^commit", wait).await, Awaited::Suspended { wake_at: None });
+    let emit = {
+        let client = client.clone();
+        async move { client.emit_event("e", &j!(1)).await.unwrap() }
+    };
+    // That it was the first emission is what the lost answer said.
+    assert!(!lose_answer(&sql, "^commit", emit).await.applied);
+    let woken: String =
+        sql.query_one("select state from absurd.r_q where run_id = $1", &[&waiter]).await.unwrap().get(0);
+    assert_eq!(woken, "pending");
 }

@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use absurd_client::{CancellationRules, NewTask, SpawnOptions, StreamOptions};
 use absurd_proto::v1 as pb;
-use absurd_tests::{Grpc, Server, in_time};
+use absurd_tests::{Grpc, OwnCluster, Server, in_time};
 use serde_json::json as j;
 use uuid::Uuid;
 
-use crate::streams::{Messages, next_task, open, request, seconds};
+use crate::faults::{standby, waiting_session};
+use crate::streams::{Messages, complete, next_task, open, request, seconds};
 
 /// Runs that were claimed by the statement that made them, and runs that waited first.
 async fn handed_and_waited(server: &Server) -> (i64, i64) {
@@ -29,7 +30,7 @@ async fn idle_stream(server: &Server, grpc: &mut Grpc, asked: pb::ClaimStreamReq
     while in_a_row < 20 {
         server.client().spawn_task("warm", &j!(null), SpawnOptions::default()).await.unwrap();
         let task = next_task(&mut messages).await;
-        complete(grpc, task).await;
+        complete(grpc, &task).await;
         let handed =
             sql.query_one("select started_at = created_at from absurd.r_q order by created_at desc limit 1", &[]);
         in_a_row = if handed.await.unwrap().get(0) { in_a_row + 1 } else { 0 };
@@ -37,16 +38,6 @@ async fn idle_stream(server: &Server, grpc: &mut Grpc, asked: pb::ClaimStreamReq
     }
     sql.batch_execute("truncate absurd.r_q, absurd.t_q").await.unwrap();
     messages
-}
-
-async fn complete(grpc: &mut Grpc, task: pb::ClaimedTask) {
-    let complete = pb::CompleteTaskRequest {
-        queue: "q".into(),
-        run_id: String::new(),
-        claim_token: Some(task.claim_token),
-        result: None,
-    };
-    grpc.complete_task(complete).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -92,7 +83,7 @@ async fn an_idle_worker_gets_a_task_in_the_commit_that_spawns_it() {
         .unwrap()
         .get(0);
     assert!(matches, "the lease ends when the worker is told");
-    complete(&mut grpc, pushed).await;
+    complete(&mut grpc, &pushed).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -173,4 +164,56 @@ async fn a_hand_over_never_overtakes() {
         .unwrap()
         .get(0);
     assert_eq!(overtaken, 0);
+}
+
+/// A server whose commits wait for a standby that does not come, with an idle stream of leases that end tomorrow.
+async fn commits_wait() -> (OwnCluster, Server, tokio_postgres::Client, Messages) {
+    let cluster = OwnCluster::start(&["synchronous_commit=on"]).await;
+    let server = Server::start_on(&cluster.database().await).await;
+    let mut grpc = server.raw().await;
+    let asked = pb::ClaimStreamRequest { claim_timeout: seconds(86_400), ..request(9) };
+    let messages = idle_stream(&server, &mut grpc, asked).await;
+    let sql = server.database().connect().await;
+    standby(&sql, "nobody").await;
+    (cluster, server, sql, messages)
+}
+
+const SPAWN: &str = "task_spawn_claimed|^commit";
+
+/// The commit stands, its answer is lost: nobody was told of the claim, and it goes to a worker all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hand_over_whose_answer_is_lost_is_found() {
+    let (_cluster, server, sql, mut messages) = commits_wait().await;
+    let client = server.client();
+    let spawning =
+        tokio::spawn(async move { client.spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap() });
+    let session = waiting_session(&sql, SPAWN).await;
+    sql.execute("select pg_terminate_backend($1)", &[&session]).await.unwrap();
+    standby(&sql, "").await;
+    let spawned = in_time("the spawn is answered", spawning).await.unwrap();
+    let task = next_task(&mut messages).await;
+    assert_eq!((task.task_id, task.attempt), (spawned.task_id.to_string(), 1));
+    let tasks = sql.query_one("select count(*) from absurd.t_q", &[]).await.unwrap();
+    assert_eq!(tasks.get::<_, i64>(0), 1, "one task, whatever was repeated");
+}
+
+/// The caller goes away while the commit is under way: what it spawned is handed over all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_that_goes_away_leaves_no_claim_behind() {
+    let (_cluster, server, sql, mut messages) = commits_wait().await;
+    let client = server.client();
+    let other = client.clone();
+    let spawning = tokio::spawn(async move {
+        let new = |index: i32| NewTask::new("n", &j!(index), SpawnOptions::default()).unwrap();
+        client.spawn_tasks((0..3).map(new).collect()).await
+    });
+    waiting_session(&sql, SPAWN).await;
+    spawning.abort();
+    assert!(spawning.await.unwrap_err().is_cancelled());
+    // The server has heard of it by the time that it answers the same connection.
+    other.list_queues().await.unwrap();
+    standby(&sql, "").await;
+    for _ in 0..3 {
+        next_task(&mut messages).await;
+    }
 }

@@ -44,7 +44,7 @@ pub(crate) async fn next_task(messages: &mut Messages) -> pb::ClaimedTask {
     in_time("a task arrives", arrives).await
 }
 
-async fn complete(grpc: &mut Grpc, task: &pb::ClaimedTask) {
+pub(crate) async fn complete(grpc: &mut Grpc, task: &pb::ClaimedTask) {
     let request = pb::CompleteTaskRequest {
         queue: task.queue.clone(),
         run_id: String::new(),

@@ -2,6 +2,7 @@
 //! pushed as soon as it is committed. Never past older work: the statement that makes it looks (`task_spawn.sql`).
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use tokio::time::Instant;
 
@@ -12,7 +13,8 @@ use crate::scope::Scope;
 use crate::store::run::Slot;
 use crate::store::task::{NewTask, Slotted};
 
-/// Credit set aside for tasks; what was not used is free again when this is dropped.
+/// Credit set aside for tasks; what was not used is free again when this is dropped. A stopping server waits for that. Whoever
+/// has one must not be dropped half-way: what it has spawned by then would be claimed by nobody.
 #[derive(Debug)]
 pub(crate) struct HandOver {
     dispatcher: Dispatcher,
@@ -30,6 +32,7 @@ impl Dispatcher {
         // A cancellation policy may be due at once; that is for a claim to find out.
         let mut names = tasks.iter().map(|task| task.cancellation.is_none().then(|| task.name.as_str()));
         let taken = queue.as_ref().map_or_else(Vec::new, |queue| queue.lock().set_aside(&mut names));
+        self.shared.releasing.fetch_add(1, Ordering::Relaxed);
         HandOver { dispatcher: self.clone(), queue, taken, since: self.shared.store.now() }
     }
 }
@@ -67,12 +70,14 @@ impl HandOver {
 
 impl Drop for HandOver {
     fn drop(&mut self) {
-        let Some(queue) = self.queue.as_ref().filter(|_| self.taken.iter().any(Option::is_some)) else { return };
-        let mut state = queue.lock();
-        for (id, _) in self.taken.drain(..).flatten() {
-            state.put_back(id);
+        if let Some(queue) = self.queue.as_ref().filter(|_| self.taken.iter().any(Option::is_some)) {
+            let mut state = queue.lock();
+            for (id, _) in self.taken.drain(..).flatten() {
+                state.put_back(id);
+            }
+            drop(state);
+            queue.bell.notify_one();
         }
-        drop(state);
-        queue.bell.notify_one();
+        self.dispatcher.shared.releasing.fetch_sub(1, Ordering::Relaxed);
     }
 }
