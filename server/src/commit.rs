@@ -1,8 +1,8 @@
 //! Group commit: while one batch is in flight the next one gathers; no timer makes anybody wait.
 //!
 //! Each item gets its own outcome. A bad item is found by halving and never fails its neighbours; an item whose row is
-//! locked leaves the batch for the slow lane, where it waits alone, under its caller's deadline. Work runs on tasks of
-//! its own: a caller that goes away cancels nothing half-way.
+//! locked leaves the batch for the slow lane, where it is tried alone until its caller's deadline. Work runs on tasks of
+//! its own: a caller that goes away cancels nothing half-way, and a batch that panics ends only itself.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::Future;
@@ -137,7 +137,7 @@ impl<B: Batch> Committer<B> {
         }
         match tokio::time::timeout_at(deadline, answered).await {
             Ok(Ok(outcome)) => outcome,
-            Ok(Err(_)) => Err(Error::Unavailable("the server is stopping".into())),
+            Ok(Err(_)) => Err(Error::Unavailable("the server ended the batch".into())),
             Err(_) => Err(Error::DeadlineExceeded),
         }
     }
@@ -158,7 +158,13 @@ async fn drive<B: Batch>(shared: Arc<Shared<B>>, key: B::Key) {
             }
             take::<B>(&mut lane.waiting)
         };
-        run(&shared, &key, entries).await;
+        let batch = {
+            let (shared, key) = (Arc::clone(&shared), key.clone());
+            async move { run(&shared, &key, entries).await }
+        };
+        if let Err(error) = tokio::spawn(batch).await {
+            tracing::error!(batch = B::NAME, %error, "a batch ended in a bug; its callers are told to try again");
+        }
     }
 }
 
@@ -540,4 +546,46 @@ async fn sequence_once(
     }
     tx.commit().await.map_err(|fault| (0, fault))?;
     Ok(outcomes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::QueueName;
+    use crate::scope::Caller;
+
+    /// Panics at the item 0.
+    struct Fragile;
+
+    impl Batch for Fragile {
+        type Key = Scope;
+        type Item = u32;
+        type Out = u32;
+        type Id = u32;
+        const NAME: &'static str = "fragile";
+        const ITEMS_MAX: usize = 10;
+
+        fn identity(item: &u32) -> u32 {
+            *item
+        }
+
+        fn scope(key: &Scope) -> &Scope {
+            key
+        }
+
+        async fn execute(&self, _: &Scope, items: &[&u32], _: Option<Duration>) -> Result<Outcomes<Self>, Fault> {
+            assert!(items.iter().all(|item| **item > 0), "a bug");
+            Ok(items.iter().map(|item| Some(Ok(**item))).collect())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_batch_that_panics_ends_only_itself() {
+        let scope = Caller::anonymous().scope(QueueName::parse("queue", "q").unwrap());
+        let committer = Committer::new(Fragile);
+        let deadline = || Instant::now() + Duration::from_secs(30);
+        let failed = committer.submit(scope.clone(), 0, deadline()).await;
+        assert!(matches!(failed, Err(Error::Unavailable(_))), "{failed:?}");
+        assert_eq!(committer.submit(scope, 1, deadline()).await.unwrap(), 1);
+    }
 }

@@ -3,7 +3,8 @@
 with item as materialized (
        select * from unnest($2::uuid[], $3::text[], $4::text[], $5::text[], $6::bigint[])
                 with ordinality as i (run_id, digest, step_name, event_name, timeout_ms, place)),
-     -- All events before all runs, as an emission has it. Those that nobody has spoken of are made, if the wait can stand.
+     -- All events before all runs, as an emission has it. Those that nobody has spoken of are made, if the wait can stand;
+     -- counting them makes that happen first.
      made as (
        insert into {e} (event_name, payload, emitted_at)
        select distinct i.event_name, null::jsonb, timestamptz 'epoch'

@@ -9,7 +9,7 @@ create table if not exists absurd_server.emission (
   primary key (queue_name, event_name)
 );
 
--- Wakes up to p_limit runs that wait for these emitted events, and notes of which there are more.
+-- Wakes up to p_limit runs that wait for these emitted events, and says for which there are more.
 create or replace function absurd_server.wake_waiting(p_queue text, p_events text[], p_payloads jsonb[], p_limit integer)
 returns table (event_name text, woken bigint, more boolean)
 language plpgsql as $$

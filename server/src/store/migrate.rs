@@ -63,13 +63,6 @@ const MIGRATIONS: &[Migration] = &[
     Migration { version: 5, name: "workflows", min_server: 1, sql: &[include_str!("../../sql/side/06_workflows.sql")] },
     Migration { version: 6, name: "awaited", min_server: 1, sql: &[include_str!("../../sql/side/07_awaited.sql")] },
     Migration { version: 7, name: "emissions", min_server: 1, sql: &[include_str!("../../sql/side/08_emissions.sql")] },
-    // Both hold functions only, and the table that was there: emissions and waits came to be carried out many at once.
-    Migration {
-        version: 8,
-        name: "many_events",
-        min_server: 1,
-        sql: &[include_str!("../../sql/side/04_events.sql"), include_str!("../../sql/side/08_emissions.sql")],
-    },
 ];
 
 /// Where the storage contract in a database comes from.
