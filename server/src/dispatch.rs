@@ -31,6 +31,8 @@ use state::{Plan, Pull, Return, Spans, State, StreamId, StreamOptions, Turn};
 const CHECKPOINT_BUDGET: i64 = 512 * 1024;
 /// The release after delivery that fails a run.
 const RELEASES_MAX: i32 = 3;
+/// Until another look at silent claims, after one that failed.
+const LOOK_LATER: Duration = Duration::from_secs(1);
 /// Longest wait for the database in the dispatcher's own writes.
 const OWN_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -473,6 +475,11 @@ impl Dispatcher {
             let queue = Arc::clone(queue);
             tokio::spawn(async move { dispatcher.check(&queue, &turn.checks).await });
         }
+        if !turn.silent.is_empty() {
+            let dispatcher = self.clone();
+            let queue = Arc::clone(queue);
+            tokio::spawn(async move { dispatcher.check_silent(&queue, &turn.silent).await });
+        }
         let again = !turn.plans.is_empty();
         for plan in turn.plans {
             self.claim(queue, plan).await;
@@ -551,6 +558,27 @@ impl Dispatcher {
                     tracing::debug!(queue.name = %queue.scope.queue(), ?fault, "could not check claims");
                 }
             }
+        }
+    }
+
+    /// Gives back claims that have given no sign of life on any replica.
+    async fn check_silent(&self, queue: &Arc<Queue>, claims: &[(ClaimToken, Option<DbTime>)]) {
+        for claims in claims.chunks(1000) {
+            let silent = match self.shared.store.run_silent(&queue.scope, claims).await {
+                Ok(silent) => silent,
+                Err(fault) => {
+                    tracing::debug!(queue.name = %queue.scope.queue(), ?fault, "could not look at silent claims");
+                    queue.lock().look_later(claims, Instant::now() + LOOK_LATER);
+                    queue.bell.notify_one();
+                    continue;
+                }
+            };
+            let mut state = queue.lock();
+            let pairs = claims.iter().zip(silent);
+            let returns = pairs.filter_map(|((token, _), silent)| state.silence(token, silent)).collect();
+            drop(state);
+            queue.bell.notify_one();
+            self.give_back(queue, returns);
         }
     }
 

@@ -8,6 +8,8 @@ use absurd_client::{AbsurdClient, ConnectOptions, SpawnOptions, State, StreamOpt
 use absurd_tests::{Absurd, Database, Server, absurd, eventually, in_time};
 use serde_json::json as j;
 
+use crate::streams::{complete, next_task, open, seconds};
+
 /// A task claimed at one replica is completed at the other; the first one's stream gets its credit back from the hint.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_completion_at_another_replica_returns_the_credit() {
@@ -34,6 +36,38 @@ async fn a_completion_at_another_replica_returns_the_credit() {
         .await
         .unwrap();
     }
+}
+
+/// A worker that works on its first step and speaks only to the other replica is no silent one: it keeps its claim.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sign_of_life_at_another_replica_counts() {
+    use absurd_client::proto as pb;
+    let one = Server::start().await;
+    let two = Server::start_on(one.database()).await;
+    let (mut here, mut there) = (one.raw().await, two.raw().await);
+    let spawned = one.client().spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap();
+    let request = pb::ClaimStreamRequest {
+        queue: "q".into(),
+        worker_id: "w".into(),
+        start_deadline: seconds(1),
+        max_in_flight: 1,
+        ..Default::default()
+    };
+    let (_, mut messages) = open(&mut here, request).await;
+    let task = next_task(&mut messages).await;
+    let step = pb::SetCheckpointRequest {
+        queue: "q".into(),
+        claim_token: Some(task.claim_token.clone()),
+        checkpoint_name: "s".into(),
+        state: absurd_tests::json("1"),
+        ..Default::default()
+    };
+    there.set_checkpoint(step).await.unwrap();
+    // Past the deadline, and past what the replica needs to give a claim back.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    complete(&mut there, &task).await;
+    let run = one.client().get_run_status(spawned.run_id).await.unwrap().unwrap();
+    assert_eq!((run.state, run.attempt), (State::Completed, 1));
 }
 
 async fn serve(database: &Database) -> (Absurd, String) {

@@ -121,6 +121,8 @@ pub struct Turn {
     pub returns: Vec<Return>,
     /// Claims to look at.
     pub checks: Vec<(RunId, Digest)>,
+    /// Claims without a sign of life in time, with the ends of their leases; the worker may have spoken elsewhere.
+    pub silent: Vec<(ClaimToken, Option<DbTime>)>,
     /// Whether the doorbell should be armed.
     pub arm: bool,
 }
@@ -488,20 +490,34 @@ impl State {
     }
 
     fn start_is_due(&mut self, run_id: RunId, now: Instant, turn: &mut Turn) {
-        let due = |held: &Held| !held.alive && held.start_by.is_some_and(|at| at <= now);
-        let back = |token| Return { token, delay: Duration::ZERO, delivered: true, too_large: None };
-        if self.strays.get(&run_id).is_some_and(due) {
-            if let Some(held) = self.strays.remove(&run_id) {
-                turn.returns.push(back(held.token));
-            }
-            return;
+        if let Some(held) = self.unproven(run_id)
+            && held.start_by.is_some_and(|at| at <= now)
+        {
+            turn.silent.push((held.token.clone(), held.expires_at));
         }
-        let Some(id) = self.owners.get(&run_id).copied() else { return };
-        let held = self.streams.get(&id).and_then(|stream| stream.runs.get(&run_id));
-        if let Some(token) = held.filter(|held| due(held)).map(|held| held.token.clone()) {
-            self.left(run_id);
-            turn.returns.push(back(token));
+    }
+
+    /// A claim that has given no sign of life here.
+    fn unproven(&self, run_id: RunId) -> Option<&Held> {
+        let streamed = || self.streams.get(self.owners.get(&run_id)?)?.runs.get(&run_id);
+        self.strays.get(&run_id).or_else(streamed).filter(|held| !held.alive && held.start_by.is_some())
+    }
+
+    /// Claims that were silent could not be looked at: they are due again at this time.
+    pub fn look_later(&mut self, claims: &[(ClaimToken, Option<DbTime>)], at: Instant) {
+        self.timers.extend(claims.iter().map(|(token, _)| Reverse((at, Timer::Start(token.run_id)))));
+    }
+
+    /// Takes in whether a claim that was silent here has left no trace elsewhere either; what goes back.
+    pub fn silence(&mut self, token: &ClaimToken, everywhere: bool) -> Option<Return> {
+        let held = self.unproven(token.run_id).filter(|held| held.token.digest() == token.digest())?;
+        let expires_at = held.expires_at;
+        if !everywhere {
+            self.alive(token.run_id, expires_at);
+            return None;
         }
+        self.left(token.run_id);
+        Some(Return { token: token.clone(), delay: Duration::ZERO, delivered: true, too_large: None })
     }
 
     /// Takes in what a look at claims found; says which to revoke by itself.

@@ -4,7 +4,7 @@ use tokio_postgres::Row;
 use uuid::Uuid;
 
 use super::statement::{
-    CHECKPOINT_LIST, RELEASE_COUNT, RELEASE_FORGET, RUN_CHECK, RUN_CLAIM, RUN_CLAIM_NAMED, RUN_CUT_LEASE, RUN_GET,
+    CHECKPOINT_LIST, RELEASE_COUNT, RELEASE_FORGET, RUN_CHECK, RUN_CLAIM, RUN_CLAIM_NAMED, RUN_CUT_LEASE, RUN_GET, RUN_SILENT,
     RUN_LIST_CLAIMED, RUN_LIST_EXPIRED,
 };
 use super::text::FIELD_BYTES_MAX;
@@ -181,6 +181,18 @@ impl Store {
                 expired: row.get("expired"),
             })
             .collect())
+    }
+
+    /// Of each claim, with its lease's end as of the claim: whether it has left no trace since.
+    pub async fn run_silent(&self, scope: &Scope, claims: &[(ClaimToken, Option<Instant>)]) -> Result<Vec<bool>, Fault> {
+        let runs: Vec<Uuid> = claims.iter().map(|(token, _)| token.run_id).collect();
+        let digests: Vec<Digest> = claims.iter().map(|(token, _)| token.digest()).collect();
+        let digests: Vec<&str> = digests.iter().map(Digest::as_str).collect();
+        let expires: Vec<Option<Instant>> = claims.iter().map(|(_, expires_at)| *expires_at).collect();
+        let leases: Vec<i32> =
+            claims.iter().map(|(token, _)| i32::try_from(token.lease_seconds).unwrap_or(i32::MAX)).collect();
+        let rows = self.rows(&RUN_SILENT, Wait::Skip, Some(scope), &[&runs, &digests, &expires, &leases]).await?;
+        Ok(rows.iter().map(|row| row.get("silent")).collect())
     }
 
     /// Cuts leases to a grace, where nobody has touched them since.

@@ -96,6 +96,7 @@ statements! {
     RELEASE_FORGET = "release_forget";
     REPLICA_LEAVE = "replica_leave";
     RUN_CHECK = "run_check";
+    RUN_SILENT = "run_silent";
     RUN_CLAIM = "run_claim";
     RUN_CLAIM_NAMED = "run_claim_named";
     RUN_COMPLETE = "run_complete";

@@ -1,0 +1,239 @@
+//! A TCP link in the test's hands: bytes pass, come late, trickle, vanish one way or both, or the connection is cut; and
+//! before a Postgres, the answer to a commit can be lost.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::sync::watch;
+
+/// What a link does to its connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Toxic {
+    /// Bytes pass.
+    Pass,
+    /// Bytes pass after this many ms, up to half as many more.
+    Late(u64),
+    /// At most this many bytes a second.
+    Slow(u64),
+    /// Nothing gets through, in the directions: towards the server, towards the client.
+    Hole(bool, bool),
+    /// The server's side is closed; the client's stays open and hears nothing.
+    HalfOpen,
+    /// Connections end with a reset, new ones at once.
+    Reset,
+    /// Of each hundred rounds to Postgres, so many are carried out, and the connection is cut before the answer.
+    Swallow(u64),
+    /// Two answers of a stream change places (HTTP/2 only): a planted bug of the network.
+    Reorder,
+}
+
+/// Where a link leads.
+#[derive(Debug, Clone)]
+pub(crate) enum Target {
+    /// A port of this machine.
+    Port(u16),
+    /// A socket in the file system.
+    Path(PathBuf),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Link {
+    port: u16,
+    toxic: Arc<watch::Sender<Toxic>>,
+    swallowed: Arc<AtomicU64>,
+}
+
+impl Link {
+    /// A link to a target, which passes bytes.
+    pub(crate) async fn to(target: Target) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let port = listener.local_addr()?.port();
+        let toxic = Arc::new(watch::Sender::new(Toxic::Pass));
+        let swallowed = Arc::new(AtomicU64::new(0));
+        let (control, count) = (Arc::clone(&toxic), Arc::clone(&swallowed));
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                tokio::spawn(carry(client, target.clone(), control.subscribe(), Arc::clone(&count)));
+            }
+        });
+        Ok(Self { port, toxic, swallowed })
+    }
+
+    /// The port to connect to.
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// From now on, for all connections.
+    pub(crate) fn set(&self, toxic: Toxic) {
+        self.toxic.send_replace(toxic);
+    }
+
+    /// Answers that were swallowed.
+    pub(crate) fn swallowed(&self) -> u64 {
+        self.swallowed.load(Ordering::Relaxed)
+    }
+}
+
+async fn carry(client: TcpStream, target: Target, toxic: watch::Receiver<Toxic>, swallowed: Arc<AtomicU64>) {
+    let _ = client.set_nodelay(true);
+    let Ok(socket) = socket2::SockRef::from(&client).try_clone() else { return };
+    let mut control = toxic.clone();
+    let done = async {
+        match target {
+            Target::Port(port) => {
+                let Ok(server) = TcpStream::connect(("127.0.0.1", port)).await else { return };
+                let _ = server.set_nodelay(true);
+                let (input, output) = server.into_split();
+                pass(client, input, output, toxic, &swallowed).await;
+            }
+            Target::Path(path) => {
+                let Ok(server) = UnixStream::connect(&path).await else { return };
+                let (input, output) = server.into_split();
+                pass(client, input, output, toxic, &swallowed).await;
+            }
+        }
+    };
+    tokio::select! {
+        () = done => {}
+        _ = control.wait_for(|toxic| *toxic == Toxic::Reset) => {}
+    }
+    if *control.borrow() == Toxic::Reset {
+        let _ = socket.set_linger(Some(Duration::ZERO));
+    }
+}
+
+async fn pass(
+    mut client: TcpStream,
+    input: impl AsyncRead + Unpin,
+    output: impl AsyncWrite + Unpin,
+    toxic: watch::Receiver<Toxic>,
+    swallowed: &AtomicU64,
+) {
+    let mut control = toxic.clone();
+    // Borrowed halves: dropping them sends nothing to the client.
+    let (from_client, to_client) = client.split();
+    let (tell, armed) = watch::channel(false);
+    let there = copy(from_client, output, toxic.clone(), Direction::There(tell));
+    let back = copy(input, to_client, toxic, Direction::Back(armed));
+    let lost = tokio::select! {
+        (_, lost) = async { tokio::join!(there, back) } => Some(lost),
+        _ = control.wait_for(|toxic| *toxic == Toxic::HalfOpen) => None,
+    };
+    match lost {
+        Some(true) => {
+            swallowed.fetch_add(1, Ordering::Relaxed);
+            let _ = socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO));
+        }
+        Some(false) => {}
+        // The server's side is closed by now; the client's stays until the link heals.
+        None => drop(control.wait_for(|toxic| *toxic != Toxic::HalfOpen).await),
+    }
+}
+
+enum Direction {
+    /// Towards the server; says when an answer shall be lost.
+    There(watch::Sender<bool>),
+    Back(watch::Receiver<bool>),
+}
+
+/// Copies one direction to its end. True: an answer was swallowed, and the connection is to be cut.
+async fn copy(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    mut toxic: watch::Receiver<Toxic>,
+    direction: Direction,
+) -> bool {
+    let mut buffer = vec![0; 64 * 1024];
+    let mut frames = Frames::default();
+    while let Ok(count @ 1..) = from.read(&mut buffer).await {
+        let bytes = &buffer[..count];
+        let there = matches!(direction, Direction::There(_));
+        let stuck = |toxic: &Toxic| matches!(toxic, Toxic::Hole(true, _) if there) || matches!(toxic, Toxic::Hole(_, true) if !there);
+        if toxic.wait_for(|toxic| !stuck(toxic)).await.is_err() {
+            break;
+        }
+        let now = *toxic.borrow();
+        match (now, &direction) {
+            (Toxic::Late(ms), _) => tokio::time::sleep(Duration::from_millis(ms + fastrand::u64(0..=ms / 2))).await,
+            (Toxic::Slow(rate), _) => {
+                let micros = u64::try_from(count).unwrap_or(u64::MAX).saturating_mul(1_000_000) / rate.max(1);
+                tokio::time::sleep(Duration::from_micros(micros)).await;
+            }
+            (Toxic::Swallow(percent), Direction::There(tell)) if ends_round(bytes) => {
+                tell.send_replace(fastrand::u64(0..100) < percent);
+            }
+            (Toxic::Swallow(_), Direction::Back(armed)) if *armed.borrow() => {
+                if is_committed(bytes) {
+                    return true;
+                }
+                continue;
+            }
+            _ => {}
+        }
+        let passed = if now == Toxic::Reorder && !there {
+            to.write_all(&frames.swapped(bytes)).await
+        } else {
+            to.write_all(bytes).await
+        };
+        if passed.is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown().await;
+    false
+}
+
+/// The client waits for an answer now: its message ends with Sync, or it is a simple query.
+fn ends_round(bytes: &[u8]) -> bool {
+    bytes.ends_with(&[b'S', 0, 0, 0, 4]) || bytes.first() == Some(&b'Q')
+}
+
+/// `ReadyForQuery`, outside a transaction: what was asked for is committed.
+fn is_committed(bytes: &[u8]) -> bool {
+    bytes.ends_with(&[b'Z', 0, 0, 0, 5, b'I'])
+}
+
+/// Frames of HTTP/2 as they go by; every eighth one with data is held until the next one of its stream has passed.
+#[derive(Default)]
+struct Frames {
+    rest: Vec<u8>,
+    held: Option<(u32, Vec<u8>)>,
+    seen: u32,
+}
+
+impl Frames {
+    fn swapped(&mut self, bytes: &[u8]) -> Vec<u8> {
+        self.rest.extend_from_slice(bytes);
+        let mut out = Vec::new();
+        while let Some(head) = self.rest.get(..9) {
+            let length = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
+            let (kind, stream) = (head[3], u32::from_be_bytes([head[5], head[6], head[7], head[8]]));
+            if self.rest.len() < 9 + length {
+                break;
+            }
+            let frame: Vec<u8> = self.rest.drain(..9 + length).collect();
+            let data = kind == 0 && length > 0;
+            self.seen += u32::from(data);
+            match self.held.take() {
+                Some((held, first)) if held == stream => {
+                    // Of another kind: the stream ends, and order matters no more to anybody.
+                    let (one, two) = if data { (frame, first) } else { (first, frame) };
+                    out.extend(one);
+                    out.extend(two);
+                }
+                held if data && held.is_none() && self.seen % 8 == 0 => self.held = Some((stream, frame)),
+                held => {
+                    self.held = held;
+                    out.extend(frame);
+                }
+            }
+        }
+        out
+    }
+}

@@ -1,0 +1,481 @@
+//! The faults, one scenario each, as design numbers them; each runs beside a load until its time is over.
+
+use std::ops::Range;
+use std::pin::Pin;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use tokio::time::Instant;
+
+use crate::proxy::Toxic;
+use crate::world::{Size, World};
+
+/// What a scenario does until a time.
+type Act = for<'a> fn(&'a mut World, Instant) -> Pin<Box<dyn Future<Output = anyhow::Result<()>> + 'a>>;
+
+/// One scenario.
+pub(crate) struct Scenario {
+    pub id: &'static str,
+    pub what: &'static str,
+    /// What differs from the usual world.
+    pub size: fn(&mut Size),
+    pub act: Act,
+    /// What must have happened, or the run says nothing: a figure of the checker, and how much of it.
+    pub evidence: &'static [(&'static str, i64)],
+    /// Leases may end early: the clock is moved.
+    pub moves_clock: bool,
+    /// Part of the random schedule.
+    pub at_random: bool,
+}
+
+macro_rules! scenario {
+    ($id:literal, $what:literal, $act:ident $(, size: $size:expr)? $(, evidence: $evidence:expr)? $(, clock: $clock:expr)? $(, random: $random:expr)?) => {
+        Scenario {
+            id: $id,
+            what: $what,
+            act: |world, until| Box::pin($act(world, until)),
+            size: { #[allow(unused_mut, unused_assignments, reason = "a default")] let mut size: fn(&mut Size) = |_| {}; $(size = $size;)? size },
+            evidence: { #[allow(unused_mut, unused_assignments, reason = "a default")] let mut evidence: &[(&str, i64)] = &[]; $(evidence = $evidence;)? evidence },
+            moves_clock: { #[allow(unused_mut, unused_assignments, reason = "a default")] let mut clock = false; $(clock = $clock;)? clock },
+            at_random: { #[allow(unused_mut, unused_assignments, reason = "a default")] let mut random = true; $(random = $random;)? random },
+        }
+    };
+}
+
+/// All scenarios.
+pub(crate) fn all() -> Vec<Scenario> {
+    vec![
+        scenario!("F0", "no fault at all", nothing),
+        scenario!("F1", "SIGKILL of a replica, again and again", kill_replicas),
+        scenario!("F2", "SIGKILL of all replicas, and nobody there for a while", kill_all_replicas, evidence: &[("leases that ran out", 1)]),
+        scenario!("F3", "SIGKILL of workers in the middle of steps", kill_workers, evidence: &[("leases that ran out", 1)]),
+        scenario!("F4", "SIGSTOP of workers for two leases: they come back late", stop_workers, size: short_lease, evidence: &[("late writes refused", 1)]),
+        scenario!("F5", "SIGSTOP of a replica past heartbeats and leases", stop_replicas, size: short_lease),
+        scenario!("F6", "SIGKILL of one session of Postgres: all sessions are reset", kill_backend),
+        scenario!("F7", "SIGKILL of the postmaster, crash recovery", kill_postgres),
+        scenario!("F8", "Postgres stopped for up to 2 s, again and again", stop_postgres),
+        scenario!("F9", "answers of Postgres lost after the commit", swallow),
+        scenario!("F10", "a black hole between a replica and Postgres", hole_database),
+        scenario!("F11", "black holes between workers and replicas, one way or both", hole_workers),
+        scenario!("F12", "half-open connections: the worker's end hears nothing of the close", half_open),
+        scenario!("F14", "Postgres stands still for seconds", freeze_postgres),
+        scenario!("F15", "the database's clock jumps: an hour, a month, backwards", jump_clock, clock: true, random: false),
+        scenario!("F18", "another session holds rows of running tasks, and of all tasks", hold_rows),
+        scenario!("F19", "a snapshot is pinned all the while", pin_snapshot, random: false),
+        scenario!("F24", "replicas restarted by SIGTERM in turn", roll, evidence: &[("restarts", 2)]),
+        scenario!("F26", "the listening session killed; malformed notifications", kill_listener),
+        scenario!("F27", "cleanup of events beside emissions and waits", clean_events, random: false),
+        scenario!("F28", "Postgres down for a long while", long_stop, random: false),
+        scenario!("F30", "links stop one by one and heal in another order", swizzle),
+        scenario!("F31", "a replica short of file descriptors", starve_descriptors, random: false),
+    ]
+}
+
+fn short_lease(size: &mut Size) {
+    size.lease = 4;
+    size.flags.extend(["--heartbeat".into(), "1s".into()]);
+}
+
+async fn pause(range: Range<u64>, world: &mut World, until: Instant) {
+    let ms = world.random.u64(range);
+    tokio::time::sleep_until(until.min(Instant::now() + Duration::from_millis(ms))).await;
+}
+
+fn over(until: Instant) -> bool {
+    Instant::now() >= until
+}
+
+async fn nothing(_: &mut World, until: Instant) -> anyhow::Result<()> {
+    tokio::time::sleep_until(until).await;
+    Ok(())
+}
+
+async fn kill_replicas(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    loop {
+        pause(2000..5000, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        let replica = world.random.usize(0..world.replicas.len());
+        world.deed(format!("SIGKILL replica {replica}")).await;
+        world.replicas[replica].kill().await;
+        pause(100..1500, world, until).await;
+        world.start_replica(replica).await?;
+    }
+}
+
+async fn kill_all_replicas(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    loop {
+        pause(3000..6000, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        world.deed("SIGKILL of all replicas").await;
+        world.went_down();
+        for replica in &mut world.replicas {
+            replica.kill().await;
+        }
+        pause(8000..12_000, world, until).await;
+        for replica in 0..world.replicas.len() {
+            world.start_replica(replica).await?;
+        }
+    }
+}
+
+async fn kill_workers(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    loop {
+        pause(500..2000, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        let worker = world.random.usize(0..world.workers.len());
+        world.deed(format!("SIGKILL worker {worker}")).await;
+        world.workers[worker].kill().await;
+        world.start_worker(worker)?;
+    }
+}
+
+async fn stop_workers(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    let lease = world.size.lease * 1000;
+    loop {
+        pause(500..1500, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        // Python's worker is always among them: it asks whatever it has been told meanwhile.
+        let count = world.workers.len();
+        let mut stopped = vec![0];
+        stopped.extend((0..count / 3).map(|_| world.random.usize(0..count)));
+        world.deed(format!("SIGSTOP workers {stopped:?}")).await;
+        for worker in &stopped {
+            world.workers[*worker].signal(Signal::STOP);
+        }
+        pause(lease * 2..lease * 2 + 1000, world, until.max(Instant::now() + Duration::from_millis(lease * 2))).await;
+        for worker in &stopped {
+            world.workers[*worker].signal(Signal::CONT);
+        }
+    }
+}
+
+async fn stop_replicas(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    loop {
+        pause(1000..3000, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        let replica = world.random.usize(0..world.replicas.len());
+        world.deed(format!("SIGSTOP replica {replica}")).await;
+        world.replicas[replica].signal(Signal::STOP);
+        pause(9000..12_000, world, until).await;
+        world.replicas[replica].signal(Signal::CONT);
+    }
+}
+
+/// Process ids of the server's sessions; those that listen, or those that do not.
+async fn sessions(world: &World, listening: bool) -> anyhow::Result<Vec<i32>> {
+    let rows = world
+        .sql()
+        .await?
+        .query(
+            "select pid from pg_stat_activity where application_name like 'absurd server%'
+              and (application_name like '%listen%') = $1",
+            &[&listening],
+        )
+        .await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+fn kill(pid: i32, signal: Signal) {
+    if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+        let _ = rustix::process::kill_process(pid, signal);
+    }
+}
+
+async fn kill_backend(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    loop {
+        pause(3000..7000, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        let Ok(sessions) = sessions(world, false).await else { continue };
+        if sessions.is_empty() {
+            continue;
+        }
+        let session = sessions[world.random.usize(0..sessions.len())];
+        world.deed(format!("SIGKILL session {session} of Postgres")).await;
+        kill(session, Signal::KILL);
+    }
+}
+
+async fn kill_postgres(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    loop {
+        pause(3000..8000, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        world.deed("SIGKILL of the postmaster").await;
+        world.kill_postgres().await;
+        world.start_postgres().await?;
+    }
+}
+
+async fn stop_postgres(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    loop {
+        pause(5000..12_000, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        world.deed("Postgres stopped").await;
+        world.stop_postgres().await;
+        pause(0..2000, world, until).await;
+        world.start_postgres().await?;
+    }
+}
+
+async fn swallow(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    world.deed("answers lost after the commit, 1 in 50").await;
+    for link in &world.database {
+        link.set(Toxic::Swallow(2));
+    }
+    tokio::time::sleep_until(until).await;
+    Ok(())
+}
+
+async fn hole_database(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    loop {
+        pause(2000..4000, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        let replica = world.random.usize(0..world.database.len());
+        world.deed(format!("black hole between replica {replica} and Postgres")).await;
+        world.database[replica].set(Toxic::Hole(true, true));
+        pause(12_000..20_000, world, until).await;
+        world.database[replica].set(Toxic::Pass);
+    }
+}
+
+async fn hole_workers(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    let count = world.workers.len();
+    loop {
+        pause(1000..3000, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        let (there, back) = [(true, true), (true, false), (false, true)][world.random.usize(0..3)];
+        let cut: Vec<usize> = (0..count / 3).map(|_| world.random.usize(0..count)).collect();
+        world.deed(format!("black hole before workers {cut:?}: there {there}, back {back}")).await;
+        for worker in &cut {
+            world.before[*worker].iter().for_each(|link| link.set(Toxic::Hole(there, back)));
+        }
+        pause(5000..12_000, world, until).await;
+        for worker in &cut {
+            world.before[*worker].iter().for_each(|link| link.set(Toxic::Pass));
+        }
+    }
+}
+
+async fn half_open(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    let count = world.workers.len();
+    loop {
+        pause(1000..3000, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        let cut: Vec<usize> = (0..count / 3).map(|_| world.random.usize(0..count)).collect();
+        world.deed(format!("half-open links of workers {cut:?}")).await;
+        for worker in &cut {
+            world.before[*worker].iter().for_each(|link| link.set(Toxic::HalfOpen));
+        }
+        pause(3000..9000, world, until).await;
+        for worker in &cut {
+            world.before[*worker].iter().for_each(|link| link.set(Toxic::Pass));
+        }
+    }
+}
+
+async fn freeze_postgres(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    loop {
+        pause(3000..6000, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        let rows = world.sql().await?.query("select pid from pg_stat_activity", &[]).await?;
+        let processes: Vec<i32> = rows.iter().map(|row| row.get(0)).collect();
+        world.deed("all processes of Postgres stand still").await;
+        world.went_down();
+        processes.iter().for_each(|pid| kill(*pid, Signal::STOP));
+        pause(3000..6000, world, until).await;
+        processes.iter().for_each(|pid| kill(*pid, Signal::CONT));
+        world.is_up();
+    }
+}
+
+async fn jump_clock(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    let sql = world.sql().await?;
+    sql.batch_execute(
+        "create table chaos.clock (ahead interval not null); insert into chaos.clock values ('0');
+         create or replace function absurd.current_time() returns timestamptz language sql volatile as
+         $$ select clock_timestamp() + (select ahead from chaos.clock) $$",
+    )
+    .await?;
+    // Backwards only from a time that was ahead, so that what is due comes due before the end.
+    for ahead in ["1 hour", "0", "30 days", "-1 hour", "10 minutes", "0"].iter().cycle() {
+        pause(3000..6000, world, until).await;
+        if over(until) {
+            break;
+        }
+        world.deed(format!("the clock is {ahead} ahead")).await;
+        sql.execute("update chaos.clock set ahead = $1::text::interval", &[ahead]).await?;
+    }
+    world.deed("the clock is 2 hours ahead, for good").await;
+    sql.execute("update chaos.clock set ahead = '31 days'", &[]).await?;
+    Ok(())
+}
+
+async fn hold_rows(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    loop {
+        pause(1000..3000, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        let what = ["absurd.t_chaos where state = 'running'", "absurd.t_chaos", "absurd.r_chaos where state = 'running'", "absurd.r_chaos where state = 'pending'"];
+        let what = what[world.random.usize(0..what.len())];
+        world.deed(format!("rows held: {what}")).await;
+        let sql = world.sql().await?;
+        sql.batch_execute(&format!("begin; select from {what} for update")).await?;
+        pause(2000..6000, world, until).await;
+        sql.batch_execute("rollback").await?;
+    }
+}
+
+async fn pin_snapshot(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    let sql = world.sql().await?;
+    world.deed("a snapshot is pinned").await;
+    sql.batch_execute("begin isolation level repeatable read; select count(*) from absurd.t_chaos").await?;
+    tokio::time::sleep_until(until).await;
+    Ok(())
+}
+
+async fn roll(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    loop {
+        for replica in 0..world.replicas.len() {
+            pause(500..1500, world, until).await;
+            if over(until) {
+                return Ok(());
+            }
+            world.deed(format!("SIGTERM replica {replica}")).await;
+            let began = Instant::now();
+            let code = world.replicas[replica].stop(Duration::from_secs(40)).await;
+            world.restarted(began.elapsed(), code);
+            world.start_replica(replica).await?;
+        }
+    }
+}
+
+async fn kill_listener(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    let malformed = ["", "x", "w", "w:", "d\u{1}", "{\"a\":", "c:nobody:99999999999999999999", &"q".repeat(7000)].map(str::to_owned);
+    loop {
+        pause(500..1500, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        world.deed("the listening sessions are killed; malformed notifications").await;
+        for session in sessions(world, true).await? {
+            world.sql().await?.execute("select pg_terminate_backend($1)", &[&session]).await?;
+        }
+        let sql = world.sql().await?;
+        for payload in &malformed {
+            sql.execute("select pg_notify('absurd_server', $1)", &[payload]).await?;
+        }
+    }
+}
+
+async fn clean_events(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    let client = absurd_client::AbsurdClient::connect(&absurd_client::ConnectOptions::new(world.replica_url(0)))?;
+    let client = client.with_queue(crate::shape::QUEUE);
+    world.deed("events are cleaned up without a pause").await;
+    while !over(until) {
+        // Old are only the marks of events that somebody waits for.
+        client.cleanup_events(Duration::from_secs(3600), Some(1000)).await?;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Ok(())
+}
+
+async fn long_stop(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    pause(3000..4000, world, until).await;
+    world.deed("Postgres is down for 30 s").await;
+    world.stop_postgres().await;
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    world.start_postgres().await?;
+    tokio::time::sleep_until(until).await;
+    Ok(())
+}
+
+async fn swizzle(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    loop {
+        pause(1000..2000, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        let mut links: Vec<(usize, usize)> =
+            (0..world.before.len()).flat_map(|client| (0..world.replicas.len()).map(move |replica| (client, replica))).collect();
+        world.random.shuffle(&mut links);
+        world.deed("all links stop one by one, and heal in another order").await;
+        for (client, replica) in &links {
+            world.before[*client][*replica].set(Toxic::Hole(true, true));
+            pause(10..60, world, until).await;
+        }
+        for link in &world.database {
+            link.set(Toxic::Hole(true, true));
+        }
+        pause(500..2000, world, until).await;
+        world.random.shuffle(&mut links);
+        for link in &world.database {
+            link.set(Toxic::Pass);
+        }
+        for (client, replica) in &links {
+            world.before[*client][*replica].set(Toxic::Pass);
+            pause(10..60, world, until).await;
+        }
+    }
+}
+
+async fn starve_descriptors(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    loop {
+        pause(1000..2000, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        let replica = world.random.usize(0..world.replicas.len());
+        let Some(port) = world.replica_url(replica).rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok()) else {
+            return Ok(());
+        };
+        world.deed(format!("replica {replica} may open 100 files, and 200 connections come")).await;
+        world.limit_files(replica, 100)?;
+        let mut silent = Vec::new();
+        for _ in 0..200 {
+            silent.extend(tokio::net::TcpStream::connect(("127.0.0.1", port)).await);
+        }
+        pause(3000..5000, world, until).await;
+        drop(silent);
+        world.limit_files(replica, 1024)?;
+    }
+}
+
+/// Any of the others, one after the other, each for a while.
+pub(crate) fn random() -> Scenario {
+    scenario!("random", "faults at random, one after the other", at_random)
+}
+
+async fn at_random(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    let all: Vec<Scenario> = all().into_iter().filter(|scenario| scenario.at_random && scenario.id != "F0").collect();
+    while !over(until) {
+        let scenario = &all[world.random.usize(0..all.len())];
+        let span = Duration::from_millis(world.random.u64(8_000..20_000));
+        (scenario.act)(world, until.min(Instant::now() + span)).await?;
+        world.heal().await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,426 @@
+//! What is broken on purpose: a Postgres with the audit in it, replicas, workers, producers, and a link between any two.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use absurd_server::postgres::{Cluster, ClusterOptions};
+use absurd_server::store::migrate;
+use anyhow::Context as _;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::process::{Child, Command};
+use tokio::time::Instant;
+use tokio_postgres::NoTls;
+
+use crate::history::now;
+use crate::proxy::{Link, Target, Toxic};
+use crate::shape::QUEUE;
+
+/// How big a world is, and what is wrong with it.
+#[derive(Debug, Clone)]
+pub(crate) struct Size {
+    pub seed: u64,
+    pub replicas: usize,
+    /// One of them is Python's.
+    pub workers: usize,
+    pub producers: usize,
+    /// Tasks per second, of all producers.
+    pub rate: f64,
+    /// Tasks of all producers at most.
+    pub tasks: u64,
+    pub in_flight: u32,
+    /// Lease of a claim, s.
+    pub lease: u64,
+    /// More settings of Postgres.
+    pub settings: Vec<String>,
+    /// The program to serve with, and a bug planted in it.
+    pub program: PathBuf,
+    pub bug: Option<String>,
+    /// Flags of every replica.
+    pub flags: Vec<String>,
+}
+
+/// A process of ours.
+#[derive(Debug)]
+pub(crate) struct Process {
+    child: Option<Child>,
+}
+
+impl Process {
+    fn pid(&self) -> Option<Pid> {
+        let id = i32::try_from(self.child.as_ref()?.id()?).ok()?;
+        Pid::from_raw(id)
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        if let Some(pid) = self.pid() {
+            let _ = kill_process(pid, signal);
+        }
+    }
+
+    /// SIGKILL, and waits for the end.
+    pub(crate) async fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.start_kill();
+            let _ = child.wait().await;
+        }
+    }
+
+    /// SIGTERM; the exit code, or None when it had to be killed.
+    pub(crate) async fn stop(&mut self, limit: Duration) -> Option<i32> {
+        self.signal(Signal::TERM);
+        let mut child = self.child.take()?;
+        match tokio::time::timeout(limit, child.wait()).await {
+            Ok(status) => status.ok()?.code(),
+            Err(_) => {
+                let _ = child.start_kill();
+                let _ = child.wait().await;
+                None
+            }
+        }
+    }
+
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.child.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+    }
+}
+
+/// What was done to the world, and when.
+#[derive(Debug, Clone)]
+pub(crate) struct Deed {
+    pub at: i64,
+    pub what: String,
+    /// Claims that were held at that time.
+    pub leases: i64,
+}
+
+/// See the module.
+pub(crate) struct World {
+    pub size: Size,
+    pub home: PathBuf,
+    pub random: fastrand::Rng,
+    cluster: Option<Cluster>,
+    cluster_options: ClusterOptions,
+    socket: PathBuf,
+    ports: Vec<u16>,
+    pub replicas: Vec<Process>,
+    pub workers: Vec<Process>,
+    pub producers: Vec<Process>,
+    /// `before[client][replica]`: workers first, then producers.
+    pub before: Vec<Vec<Link>>,
+    /// One per replica.
+    pub database: Vec<Link>,
+    pub deeds: Arc<Mutex<Vec<Deed>>>,
+    /// Times in which nothing could be done: no Postgres, or no replica.
+    pub down: Vec<(i64, i64)>,
+    down_since: Option<i64>,
+    /// How replicas ended after SIGTERM: time, and exit code.
+    pub restarts: Vec<(Duration, Option<i32>)>,
+    /// Processes were started so often: their books and logs are numbered.
+    starts: usize,
+}
+
+fn free_port() -> anyhow::Result<u16> {
+    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).map(Path::to_owned).unwrap_or_default()
+}
+
+impl World {
+    /// Starts all of it in a directory.
+    pub(crate) async fn start(home: &Path, size: Size) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(home)?;
+        let postgres = home.join("pg");
+        std::fs::create_dir_all(&postgres)?;
+        std::fs::set_permissions(home, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        let mut settings: Vec<String> =
+            ["max_connections=200", "log_lock_waits=on", "deadlock_timeout=100ms", "max_prepared_transactions=0"]
+                .map(str::to_owned)
+                .to_vec();
+        settings.extend(size.settings.iter().cloned());
+        let cluster_options = ClusterOptions { home: postgres.clone(), bin: None, durable: true, settings };
+        let mut world = Self {
+            random: fastrand::Rng::with_seed(size.seed),
+            home: home.to_owned(),
+            cluster: None,
+            cluster_options,
+            socket: PathBuf::new(),
+            ports: (0..size.replicas).map(|_| free_port()).collect::<Result<_, _>>()?,
+            replicas: Vec::new(),
+            workers: Vec::new(),
+            producers: Vec::new(),
+            before: Vec::new(),
+            database: Vec::new(),
+            deeds: Arc::new(Mutex::new(Vec::new())),
+            down: Vec::new(),
+            down_since: None,
+            restarts: Vec::new(),
+            starts: 0,
+            size,
+        };
+        world.start_postgres().await?;
+        world.prepare().await?;
+        for replica in 0..world.size.replicas {
+            world.database.push(Link::to(Target::Path(world.socket.clone())).await?);
+            world.replicas.push(Process { child: None });
+            world.start_replica(replica).await?;
+        }
+        for _ in 0..world.size.workers + world.size.producers {
+            let mut links = Vec::new();
+            for port in &world.ports {
+                links.push(Link::to(Target::Port(*port)).await?);
+            }
+            world.before.push(links);
+        }
+        for _ in 0..world.size.workers {
+            world.workers.push(Process { child: None });
+        }
+        Ok(world)
+    }
+
+    /// Starts the load.
+    pub(crate) async fn load(&mut self) -> anyhow::Result<()> {
+        for worker in 0..self.size.workers {
+            self.start_worker(worker)?;
+        }
+        for producer in 0..self.size.producers {
+            self.start_producer(producer)?;
+        }
+        Ok(())
+    }
+
+    async fn prepare(&mut self) -> anyhow::Result<()> {
+        let url = self.url();
+        migrate::migrate(&url.parse()?, migrate::Options::default()).await?;
+        let sql = self.sql().await?;
+        sql.execute("select absurd.create_queue($1)", &[&QUEUE]).await?;
+        sql.batch_execute(include_str!("audit.sql")).await?;
+        Ok(())
+    }
+
+    /// The database, without a link between.
+    pub(crate) fn url(&self) -> String {
+        self.cluster.as_ref().map(|cluster| cluster.url("postgres")).unwrap_or_default()
+    }
+
+    /// A session without a link between.
+    pub(crate) async fn sql(&self) -> anyhow::Result<tokio_postgres::Client> {
+        let (client, connection) = tokio_postgres::connect(&self.url(), NoTls).await?;
+        tokio::spawn(connection);
+        Ok(client)
+    }
+
+    /// URLs of all replicas, through a client's links.
+    fn urls(&self, client: usize) -> String {
+        let urls: Vec<String> =
+            self.before[client].iter().map(|link| format!("http://127.0.0.1:{}", link.port())).collect();
+        urls.join(",")
+    }
+
+    /// URL of a replica, without a link between.
+    pub(crate) fn replica_url(&self, replica: usize) -> String {
+        format!("http://127.0.0.1:{}", self.ports[replica])
+    }
+
+    fn log(&self, name: &str) -> anyhow::Result<Stdio> {
+        let path = self.home.join(format!("{name}.log"));
+        Ok(std::fs::File::options().create(true).append(true).open(path)?.into())
+    }
+
+    pub(crate) async fn start_postgres(&mut self) -> anyhow::Result<()> {
+        let options = self.cluster_options.clone();
+        let until = Instant::now() + Duration::from_secs(60);
+        let cluster = loop {
+            let options = options.clone();
+            match tokio::task::spawn_blocking(move || Cluster::start(&options)).await? {
+                Ok(cluster) => break cluster,
+                // After a SIGKILL the old sessions hold the shared memory for a moment.
+                Err(error) if Instant::now() > until => return Err(error.into()),
+                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+            }
+        };
+        let url = cluster.url("postgres");
+        let socket = url.rsplit_once("host=").map(|(_, path)| path).context("a socket")?;
+        self.socket = Path::new(socket).join(".s.PGSQL.5432");
+        self.cluster = Some(cluster);
+        self.up();
+        Ok(())
+    }
+
+    /// SIGKILL of the postmaster: its sessions end by themselves, and nothing is flushed.
+    pub(crate) async fn kill_postgres(&mut self) {
+        self.went_down();
+        if let Some(cluster) = self.cluster.take() {
+            if let Some(pid) = Pid::from_raw(cluster.pid()) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+            let _ = tokio::task::spawn_blocking(move || drop(cluster)).await;
+        }
+    }
+
+    /// A quick stop, as an administrator would.
+    pub(crate) async fn stop_postgres(&mut self) {
+        self.went_down();
+        let cluster = self.cluster.take();
+        let _ = tokio::task::spawn_blocking(move || drop(cluster)).await;
+    }
+
+    pub(crate) async fn start_replica(&mut self, replica: usize) -> anyhow::Result<()> {
+        let name = format!("replica-{replica}");
+        let mut command = Command::new(&self.size.program);
+        for (variable, _) in std::env::vars().filter(|(variable, _)| variable.starts_with("ABSURD_")) {
+            command.env_remove(variable);
+        }
+        command
+            .args(["serve", "--listen", &format!("127.0.0.1:{}", self.ports[replica]), "--max-connections", "8"])
+            .args(["--shutdown-grace", "10s", "--database-url"])
+            .arg(format!("postgresql://absurd@127.0.0.1:{}/postgres", self.database[replica].port()))
+            .args(&self.size.flags)
+            .stdin(Stdio::null())
+            .stdout(self.log(&name)?)
+            .stderr(self.log(&name)?)
+            .kill_on_drop(true);
+        if let Some(bug) = &self.size.bug {
+            command.env("ABSURD_PLANTED_BUG", bug);
+        }
+        self.replicas[replica].child = Some(command.spawn().with_context(|| format!("{}", self.size.program.display()))?);
+        if self.cluster.is_some() {
+            self.up();
+        }
+        Ok(())
+    }
+
+    pub(crate) fn start_worker(&mut self, worker: usize) -> anyhow::Result<()> {
+        self.starts += 1;
+        let name = format!("w{worker}");
+        let history = self.home.join(format!("history-{name}-{}.jsonl", self.starts));
+        // The first one is Python's, where its client has been generated.
+        let mut command = if worker == 0 {
+            let mut python = Command::new(root().join(".venv/bin/python"));
+            python.arg(root().join("tests/chaos/src/worker.py")).env("PYTHONPATH", root().join(".venv/generated"));
+            python
+        } else {
+            let mut own = Command::new(std::env::current_exe()?);
+            own.arg("worker");
+            own
+        };
+        command
+            .args(["--name", &name, "--urls", &self.urls(worker), "--in-flight", &self.size.in_flight.to_string()])
+            .args(["--lease", &self.size.lease.to_string(), "--history"])
+            .arg(history)
+            .stdin(Stdio::null())
+            .stdout(self.log(&name)?)
+            .stderr(self.log(&name)?)
+            .kill_on_drop(true);
+        self.workers[worker].child = Some(command.spawn().with_context(|| format!("worker {name}"))?);
+        Ok(())
+    }
+
+    fn start_producer(&mut self, producer: usize) -> anyhow::Result<()> {
+        let count = self.size.producers as f64;
+        let name = format!("p{producer}");
+        let urls = self.urls(self.size.workers + producer);
+        let mut command = Command::new(std::env::current_exe()?);
+        command
+            .args(["producer", "--name", &name, "--urls", &urls, "--rate", &(self.size.rate / count).to_string()])
+            .args(["--seed", &(self.size.seed.wrapping_add(producer as u64)).to_string()])
+            .args(["--tasks", &(self.size.tasks / self.size.producers as u64).to_string(), "--history"])
+            .arg(self.home.join(format!("history-{name}.jsonl")))
+            .stdin(Stdio::null())
+            .stdout(self.log(&name)?)
+            .stderr(self.log(&name)?)
+            .kill_on_drop(true);
+        if self.size.bug.as_deref() == Some("new-id-when-unknown") {
+            command.arg("--new-id-when-unknown");
+        }
+        self.producers.push(Process { child: Some(command.spawn()?) });
+        Ok(())
+    }
+
+    /// Writes down what is about to be done, and how many claims it meets.
+    pub(crate) async fn deed(&self, what: impl Into<String>) {
+        let (at, what) = (now(), what.into());
+        let leases = async {
+            let sql = self.sql().await.ok()?;
+            let row = sql.query_one("select count(*) from absurd.r_chaos where state = 'running'", &[]).await.ok()?;
+            Some(row.get(0))
+        };
+        let leases = tokio::time::timeout(Duration::from_secs(2), leases).await.ok().flatten().unwrap_or(0);
+        if let Ok(mut deeds) = self.deeds.lock() {
+            deeds.push(Deed { at, what, leases });
+        }
+    }
+
+    pub(crate) fn went_down(&mut self) {
+        self.down_since.get_or_insert_with(now);
+    }
+
+    fn up(&mut self) {
+        if let Some(since) = self.down_since.take() {
+            self.down.push((since, now()));
+        }
+    }
+
+    /// Every link passes bytes.
+    pub(crate) fn heal_links(&self) {
+        for link in self.before.iter().flatten().chain(&self.database) {
+            link.set(Toxic::Pass);
+        }
+    }
+
+    /// Everything runs again and can be reached.
+    pub(crate) async fn heal(&mut self) -> anyhow::Result<()> {
+        self.heal_links();
+        if self.cluster.as_mut().is_none_or(Cluster::has_exited) {
+            self.cluster = None;
+            self.start_postgres().await?;
+        }
+        for replica in 0..self.replicas.len() {
+            self.replicas[replica].signal(Signal::CONT);
+            if !self.replicas[replica].is_running() {
+                self.start_replica(replica).await?;
+            }
+        }
+        for worker in 0..self.workers.len() {
+            self.workers[worker].signal(Signal::CONT);
+            if !self.workers[worker].is_running() {
+                self.start_worker(worker)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers that links before Postgres have swallowed.
+    pub(crate) fn swallowed(&self) -> u64 {
+        self.database.iter().map(Link::swallowed).sum()
+    }
+
+    /// Ends all processes but Postgres.
+    pub(crate) async fn stop(&mut self) {
+        let all = self.producers.iter_mut().chain(&mut self.workers).chain(&mut self.replicas);
+        futures_util::future::join_all(all.map(|process| process.stop(Duration::from_secs(15)))).await;
+    }
+}
+
+impl World {
+    /// Postgres answers again, without having been started.
+    pub(crate) fn is_up(&mut self) {
+        self.up();
+    }
+
+    /// Writes down how a replica ended after SIGTERM.
+    pub(crate) fn restarted(&mut self, took: Duration, code: Option<i32>) {
+        self.restarts.push((took, code));
+    }
+
+    /// Changes how many files a replica may have open.
+    pub(crate) fn limit_files(&self, replica: usize, count: u64) -> anyhow::Result<()> {
+        let pid = self.replicas[replica].pid().context("the replica runs")?;
+        let limit = rustix::process::Rlimit { current: Some(count), maximum: Some(1024.max(count)) };
+        rustix::process::prlimit(Some(pid), rustix::process::Resource::Nofile, limit)?;
+        Ok(())
+    }
+}
