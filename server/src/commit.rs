@@ -53,6 +53,9 @@ pub(crate) trait Batch: Send + Sync + 'static {
 
     /// Two items of one identity never share a statement.
     fn identity(item: &Self::Item) -> Self::Id;
+    /// Whether an item that is tried again recognizes what it has done before. One that does not, and is refused after a try
+    /// whose answer was lost, may have been carried out all the same.
+    fn knows_itself(item: &Self::Item) -> bool;
     /// The scope of a key.
     fn scope(key: &Self::Key) -> &Scope;
     /// Carries out a batch; `None` for items whose rows are locked.
@@ -204,7 +207,7 @@ async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry
             ok = executed.is_ok(), unanswered = WAITING_MAX - shared.room.available_permits(), "a batch has run"
         );
         match executed {
-            Ok(outcomes) => settle(shared, key, part, outcomes),
+            Ok(outcomes) => settle(shared, key, part, outcomes, unknown),
             Err(Fault::Data(_) | Fault::Raised { .. }) if part.len() > 1 => {
                 let second = part.split_off(part.len() / 2);
                 parts.push(second);
@@ -212,7 +215,7 @@ async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry
             }
             Err(Fault::Locked) => {
                 for entry in part {
-                    slow_lane(shared, key, entry);
+                    slow_lane(shared, key, entry, unknown);
                 }
             }
             Err(fault) if fault.is_passing() => {
@@ -238,21 +241,37 @@ async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry
     }
 }
 
-fn settle<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, part: Vec<Entry<B>>, outcomes: Outcomes<B>) {
+fn settle<B: Batch>(
+    shared: &Arc<Shared<B>>,
+    key: &B::Key,
+    part: Vec<Entry<B>>,
+    outcomes: Outcomes<B>,
+    unknown: bool,
+) {
     for (entry, outcome) in part.into_iter().zip(outcomes) {
         match outcome {
-            Some(outcome) => drop(entry.answer.send(outcome)),
-            None => slow_lane(shared, key, entry),
+            Some(outcome) => {
+                let outcome = honest::<B>(&entry.item, outcome, unknown);
+                let _ = entry.answer.send(outcome);
+            }
+            None => slow_lane(shared, key, entry, unknown),
         }
     }
 }
 
+/// A refusal after a try whose answer was lost: the refused item may be what that try has carried out.
+fn honest<B: Batch>(item: &B::Item, outcome: Result<B::Out, Error>, unknown: bool) -> Result<B::Out, Error> {
+    match outcome {
+        Err(error) if unknown && !B::knows_itself(item) && error.is_claim_over() => Err(Error::OutcomeUnknown),
+        outcome => outcome,
+    }
+}
+
 /// Lets one item wait for its locks, alone.
-fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B>) {
+fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B>, mut unknown: bool) {
     let shared = Arc::clone(shared);
     let key = key.clone();
     tokio::spawn(async move {
-        let mut unknown = false;
         let mut pause = Duration::from_millis(10);
         loop {
             let permit = tokio::select! {
@@ -276,7 +295,7 @@ fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B
             };
             drop(permit);
             if let Some(outcome) = outcome {
-                let _ = entry.answer.send(outcome);
+                let _ = entry.answer.send(honest::<B>(&entry.item, outcome, unknown));
                 return;
             }
             tokio::time::sleep(pause).await;
@@ -338,6 +357,10 @@ impl Batch for Spawns {
         item.task_id
     }
 
+    fn knows_itself(_: &NewTask) -> bool {
+        true
+    }
+
     fn scope(key: &Self::Key) -> &Scope {
         &key.0
     }
@@ -371,6 +394,10 @@ impl Batch for Settles {
 
     fn identity(item: &Self::Item) -> Uuid {
         item.0.run_id
+    }
+
+    fn knows_itself((_, write): &Self::Item) -> bool {
+        matches!(write, Write::Complete { .. } | Write::Fail { .. } | Write::Expire | Write::Extend { .. })
     }
 
     fn scope(key: &Self::Key) -> &Scope {
@@ -428,6 +455,10 @@ impl Batch for Suspends {
         item.0.run_id
     }
 
+    fn knows_itself(_: &Self::Item) -> bool {
+        false
+    }
+
     fn scope(key: &Self::Key) -> &Scope {
         &key.0
     }
@@ -459,6 +490,10 @@ impl Batch for Emits {
 
     fn identity(item: &Self::Item) -> String {
         item.0.as_str().to_owned()
+    }
+
+    fn knows_itself(_: &Self::Item) -> bool {
+        true
     }
 
     fn scope(key: &Self::Key) -> &Scope {

@@ -336,6 +336,25 @@ impl Dispatcher {
         }
     }
 
+    /// Somebody spoke of a run and left no trace in the database: where it is in flight elsewhere, that replica hears of it.
+    pub fn spoke(&self, queue: &QueueName, run_id: RunId) {
+        let here = self.find(queue).is_some_and(|queue| queue.lock().holds(run_id));
+        if !here {
+            self.shared.hints.alive(run_id);
+        }
+    }
+
+    /// Another replica says that somebody spoke of runs.
+    pub fn alive_elsewhere(&self, runs: &[RunId]) {
+        let queues: Vec<Arc<Queue>> = self.queues().values().cloned().collect();
+        for queue in queues {
+            let mut state = queue.lock();
+            runs.iter().for_each(|run| state.alive(*run, None));
+            drop(state);
+            queue.bell.notify_one();
+        }
+    }
+
     /// A run left its claim; other replicas hear of it when it was not in flight here.
     pub fn left(&self, queue: &QueueName, run_id: RunId) {
         let here = self.left_here(queue, run_id);

@@ -30,6 +30,7 @@ struct Inside {
     arm: HashSet<QueueName>,
     dirty: HashSet<QueueName>,
     credit: Vec<RunId>,
+    alive: Vec<RunId>,
     drained: Vec<(QueueName, SessionId)>,
 }
 
@@ -108,11 +109,22 @@ impl Hints {
 
     /// A run left its claim here and was in flight elsewhere.
     pub fn credit(&self, run_id: RunId) {
+        self.tell(run_id, |inside| &mut inside.credit);
+    }
+
+    /// A worker spoke here of a run that is in flight elsewhere, and left no trace in the database.
+    pub fn alive(&self, run_id: RunId) {
+        self.tell(run_id, |inside| &mut inside.alive);
+    }
+
+    fn tell(&self, run_id: RunId, of: impl FnOnce(&mut Inside) -> &mut Vec<RunId>) {
         if self.others.load(Ordering::Relaxed) > 0 {
             let mut inside = self.lock();
-            if inside.credit.len() < CREDIT_MAX {
-                inside.credit.push(run_id);
+            let list = of(&mut inside);
+            if list.len() < CREDIT_MAX {
+                list.push(run_id);
             }
+            drop(inside);
             self.bell.notify_one();
         }
     }
@@ -146,7 +158,7 @@ pub async fn send(hints: &Hints, store: &Store, dispatcher: &Dispatcher) {
         probe(hints, store, dispatcher, &mut probes).await;
         let waiting = {
             let inside = hints.lock();
-            !inside.dirty.is_empty() || !inside.credit.is_empty() || !inside.drained.is_empty()
+            !inside.dirty.is_empty() || !inside.credit.is_empty() || !inside.alive.is_empty() || !inside.drained.is_empty()
         };
         if !waiting {
             send_at = None;
@@ -197,10 +209,10 @@ pub(crate) async fn look(
 }
 
 async fn flush(hints: &Hints, store: &Store) {
-    let (dirty, credit, drained) = {
+    let Inside { dirty, credit, alive, drained, .. } = {
         let mut inside = hints.lock();
-        let dirty: Vec<QueueName> = inside.dirty.drain().collect();
-        (dirty, std::mem::take(&mut inside.credit), std::mem::take(&mut inside.drained))
+        let arm = std::mem::take(&mut inside.arm);
+        std::mem::replace(&mut *inside, Inside { arm, ..Inside::default() })
     };
     let names: Vec<&str> = dirty.iter().map(QueueName::as_str).collect();
     let mut outcome: Result<(), Fault> = Ok(());
@@ -208,7 +220,9 @@ async fn flush(hints: &Hints, store: &Store) {
         outcome = store.doorbell_ring(&names, &hints.replica_id).await;
     }
     let drains = drained.iter().map(|(queue, session)| encode_drain(queue, session));
-    let messages: Vec<String> = credit.chunks(IDS_MAX).map(encode_ids).chain(drains).collect();
+    let left = credit.chunks(IDS_MAX).map(|ids| encode_ids('c', ids));
+    let alive = alive.chunks(IDS_MAX).map(|ids| encode_ids('a', ids));
+    let messages: Vec<String> = left.chain(alive).chain(drains).collect();
     if !messages.is_empty() {
         outcome = outcome.and(store.credit_notify(&messages).await);
     }
@@ -226,9 +240,9 @@ fn decode_drain(text: &str) -> Option<(QueueName, SessionId)> {
     Some((QueueName::parse("queue", &queue).ok()?, SessionId::parse("session_id", &session).ok()?))
 }
 
-fn encode_ids(ids: &[Uuid]) -> String {
+fn encode_ids(kind: char, ids: &[Uuid]) -> String {
     let bytes: Vec<u8> = ids.iter().flat_map(|id| *id.as_bytes()).collect();
-    format!("c{}", URL_SAFE_NO_PAD.encode(bytes))
+    format!("{kind}{}", URL_SAFE_NO_PAD.encode(bytes))
 }
 
 fn decode_ids(text: &str) -> Option<Vec<Uuid>> {
@@ -279,6 +293,8 @@ fn act(payload: &str, dispatcher: &Dispatcher) {
         dispatcher.drain(&queue, &session);
     } else if let Some(runs) = payload.strip_prefix('c').and_then(decode_ids) {
         dispatcher.left_elsewhere(&runs);
+    } else if let Some(runs) = payload.strip_prefix('a').and_then(decode_ids) {
+        dispatcher.alive_elsewhere(&runs);
     }
 }
 
@@ -289,7 +305,7 @@ mod tests {
     #[test]
     fn ids_fit_into_a_notification_and_come_back() {
         let ids: Vec<Uuid> = (0..IDS_MAX).map(|_| Uuid::new_v4()).collect();
-        let text = encode_ids(&ids);
+        let text = encode_ids('c', &ids);
         assert!(text.len() < 8000, "{}", text.len());
         assert_eq!(decode_ids(&text[1..]), Some(ids));
         assert_eq!(decode_ids("@@@"), None);

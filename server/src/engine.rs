@@ -288,7 +288,8 @@ impl Engine {
         match &outcome {
             Ok(Awaited::Suspended(wake_at)) => self.sleeps(scope, run_id, *wake_at),
             Err(Error::TaskCancelled(_) | Error::ClaimExpired(_)) => self.dispatcher.left(scope.queue(), run_id),
-            Ok(Awaited::Payload(_) | Awaited::TimedOut) | Err(_) => {}
+            Ok(Awaited::Payload(_) | Awaited::TimedOut) => self.dispatcher.spoke(scope.queue(), run_id),
+            Err(_) => {}
         }
         outcome
     }

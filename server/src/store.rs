@@ -8,6 +8,7 @@ pub mod fault;
 pub mod listen;
 pub mod migrate;
 pub mod policy;
+pub mod pool;
 pub mod queue;
 pub mod run;
 pub mod statement;
@@ -23,16 +24,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant as Monotonic};
 
-use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::Object;
 use postgres_types::ToSql;
-use tokio_postgres::{NoTls, Row};
+use tokio_postgres::Row;
 use uuid::Uuid;
 
 use crate::domain::{Error, Instant};
 use crate::scope::Scope;
 pub use fault::Fault;
+use pool::{Pools, Role};
 pub use statement::{Statement, Wait};
 
+/// Longest wait for a row that somebody else holds, where a transaction says nothing else.
+const LOCK_WAIT_MAX: Duration = Duration::from_secs(5);
 /// Prepared statements kept per connection; beyond it the connection's cache starts anew.
 const STATEMENTS_MAX: usize = 256;
 /// Ids may run ahead of the time by this much, in 1/4096 ms; beyond it the clock was set back.
@@ -64,7 +68,7 @@ type TextKey = (&'static str, Wait, String);
 
 #[derive(Debug)]
 struct Inner {
-    pool: Pool,
+    pools: Pools,
     options: StoreOptions,
     texts: Mutex<HashMap<TextKey, Arc<str>>>,
     /// A reading of the database's clock, and when it was taken.
@@ -77,37 +81,37 @@ struct Inner {
 
 /// Settings of our sessions: the doorbell's trigger stays silent for them, plans are made once per statement, and walk an
 /// index even where the queue was empty when they were made; no setting of the database or the role gives them another time.
-pub(crate) fn session_config(database: &tokio_postgres::Config, name: &str) -> tokio_postgres::Config {
+pub(crate) fn session_config(
+    database: &tokio_postgres::Config,
+    name: &str,
+    statement_timeout: Duration,
+) -> tokio_postgres::Config {
     let mut config = database.clone();
     let options = config.get_options().unwrap_or_default().to_owned();
     config.options(format!(
         "{options} -c absurd_server.writer=on -c absurd.fake_now= -c jit=off -c plan_cache_mode=force_generic_plan \
          -c enable_seqscan=off -c enable_bitmapscan=off \
-         -c statement_timeout=60s -c idle_in_transaction_session_timeout=60s -c TimeZone=UTC"
+         -c statement_timeout={}ms -c lock_timeout={}ms -c idle_in_transaction_session_timeout=20s -c TimeZone=UTC \
+         -c default_transaction_isolation=read\\ committed",
+        statement_timeout.as_millis(),
+        LOCK_WAIT_MAX.as_millis()
     ));
     config.application_name(name);
     if config.get_connect_timeout().is_none() {
         config.connect_timeout(Duration::from_secs(5));
     }
-    config.keepalives_idle(Duration::from_secs(30));
+    // A peer that acknowledges nothing is gone after ten seconds, whether we wait for an answer or for room to send.
+    config.keepalives_idle(Duration::from_secs(4)).keepalives_interval(Duration::from_secs(2)).keepalives_retries(3);
+    config.tcp_user_timeout(Duration::from_secs(10));
     config
 }
 
 impl Store {
     /// A store whose connections are opened when they are first needed.
     pub fn new(options: StoreOptions) -> Result<Self, Error> {
-        let config = session_config(&options.database, "absurd server");
-        let manager = Manager::from_config(config, NoTls, ManagerConfig { recycling_method: RecyclingMethod::Fast });
-        let pool = Pool::builder(manager)
-            .max_size(options.connections_max)
-            .runtime(Runtime::Tokio1)
-            .wait_timeout(Some(options.wait_max))
-            .create_timeout(Some(Duration::from_secs(10)))
-            .build()
-            .map_err(|error| Error::Internal(error.to_string()))?;
         Ok(Self {
             inner: Arc::new(Inner {
-                pool,
+                pools: Pools::new(&options)?,
                 test_clock: options.test_clock.then(clock::TestClock::default),
                 options,
                 texts: Mutex::new(HashMap::new()),
@@ -124,11 +128,16 @@ impl Store {
 
     /// Closes all connections.
     pub fn close(&self) {
-        self.inner.pool.close();
+        self.inner.pools.close();
     }
 
-    pub(crate) async fn client(&self) -> Result<Object, Fault> {
-        let client = self.inner.pool.get().await.map_err(Fault::from_pool)?;
+    /// By role: connections at most, open, and callers that wait for one.
+    pub fn connections(&self) -> Vec<(&'static str, usize, usize, usize)> {
+        self.inner.pools.state()
+    }
+
+    pub(crate) async fn client(&self, role: Role) -> Result<Object, Fault> {
+        let client = self.inner.pools.get(role).await?;
         if client.statement_cache.size() > STATEMENTS_MAX {
             client.statement_cache.clear();
         }
@@ -161,16 +170,19 @@ impl Store {
         scope: Option<&Scope>,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Fault> {
-        let client = self.client().await?;
+        let role = statement.role();
+        let client = self.client(role).await?;
         let text = self.text(statement, wait, scope);
-        match query(&client, &text, params).await {
-            Err(error) if fault::is_stale_plan(&error) => {
-                client.statement_cache.clear();
-                query(&client, &text, params).await.map_err(|error| Fault::from_postgres(&error))
-            }
-            Err(error) => Err(Fault::from_postgres(&error)),
-            Ok(rows) => Ok(rows),
+        let limit = role.silence_max();
+        let mut done = query(&client, &text, params, limit).await;
+        if matches!(done, Err(Fault::StalePlan)) {
+            client.statement_cache.clear();
+            done = query(&client, &text, params, limit).await;
         }
+        if done.as_ref().is_err_and(Fault::is_of_connection) {
+            drop(Object::take(client));
+        }
+        done
     }
 
     /// Runs a statement in a transaction of its own, which waits for locks at most this long.
@@ -197,13 +209,16 @@ impl Store {
 
     /// Begins a transaction whose statements wait for locks at most this long.
     pub(crate) async fn begin(&self, lock_wait: Duration) -> Result<Tx, Fault> {
-        let client = self.client().await?;
-        let ms = lock_wait.as_millis().clamp(1, 60_000);
-        client
-            .batch_execute(&format!("begin; set local lock_timeout = {ms}"))
-            .await
-            .map_err(|error| Fault::from_postgres(&error))?;
-        Ok(Tx { client: Some(client), store: self.clone() })
+        let client = self.client(Role::Work).await?;
+        let lock_ms = lock_wait.as_millis().clamp(1, 60_000);
+        let limit = lock_wait + Role::Work.statement_timeout();
+        let begin = format!(
+            "begin; set local lock_timeout = {lock_ms}; set local statement_timeout = {}",
+            limit.as_millis().min(90_000)
+        );
+        let tx = Tx { client: Some(client), store: self.clone(), limit: limit + pool::SILENCE };
+        tx.say(&begin).await?;
+        Ok(tx)
     }
 
     /// Remembers a reading of the database's clock.
@@ -244,9 +259,28 @@ impl Store {
     }
 }
 
-async fn query(client: &Object, text: &str, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, tokio_postgres::Error> {
-    let prepared = client.prepare_cached(text).await?;
-    client.query(&prepared, params).await
+/// Runs a statement; one that is not answered in time leaves its outcome unknown, and its connection is of no more use.
+async fn query(
+    client: &Object,
+    text: &str,
+    params: &[&(dyn ToSql + Sync)],
+    limit: Duration,
+) -> Result<Vec<Row>, Fault> {
+    let running = async {
+        let prepared = client.prepare_cached(text).await?;
+        client.query(&prepared, params).await
+    };
+    in_time(limit, running).await
+}
+
+async fn in_time<T>(
+    limit: Duration,
+    running: impl Future<Output = Result<T, tokio_postgres::Error>>,
+) -> Result<T, Fault> {
+    match tokio::time::timeout(limit, running).await {
+        Ok(done) => done.map_err(|error| Fault::from_postgres(&error)),
+        Err(_) => Err(Fault::Unknown(format!("Postgres gave no answer within {limit:?}"))),
+    }
 }
 
 /// An open transaction. Dropped without [`Tx::commit`] it takes its connection out of the pool, which rolls it back.
@@ -254,6 +288,8 @@ async fn query(client: &Object, text: &str, params: &[&(dyn ToSql + Sync)]) -> R
 pub(crate) struct Tx {
     client: Option<Object>,
     store: Store,
+    /// Longest time until an answer.
+    limit: Duration,
 }
 
 impl Tx {
@@ -267,27 +303,25 @@ impl Tx {
     ) -> Result<Vec<Row>, Fault> {
         let Some(client) = &self.client else { return Err(Fault::Gone("transaction ended".into())) };
         let text = self.store.text(statement, wait, scope);
-        query(client, &text, params).await.map_err(|error| Fault::from_postgres(&error))
+        query(client, &text, params, self.limit).await
+    }
+
+    async fn say(&self, text: &str) -> Result<(), Fault> {
+        let Some(client) = &self.client else { return Err(Fault::Gone("transaction ended".into())) };
+        in_time(self.limit, client.batch_execute(text)).await
     }
 
     /// Commits; the connection goes back to the pool.
     pub(crate) async fn commit(mut self) -> Result<(), Fault> {
-        if let Some(client) = self.client.take()
-            && let Err(error) = client.batch_execute("commit").await
-        {
-            let fault = Fault::from_postgres(&error);
-            drop(Object::take(client));
-            return Err(fault);
-        }
+        self.say("commit").await?;
+        drop(self.client.take());
         Ok(())
     }
 
     /// Rolls back; the connection goes back to the pool.
     pub(crate) async fn rollback(mut self) {
-        if let Some(client) = self.client.take()
-            && client.batch_execute("rollback").await.is_err()
-        {
-            drop(Object::take(client));
+        if self.say("rollback").await.is_ok() {
+            drop(self.client.take());
         }
     }
 }

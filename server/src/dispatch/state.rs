@@ -312,6 +312,11 @@ impl State {
         }
     }
 
+    /// Whether the run is in flight here.
+    pub fn holds(&self, run_id: RunId) -> bool {
+        self.owners.contains_key(&run_id) || self.strays.contains_key(&run_id)
+    }
+
     /// The run left its claim; says whether it was in flight here.
     pub fn left(&mut self, run_id: RunId) -> bool {
         if self.strays.remove(&run_id).is_some() {

@@ -97,6 +97,9 @@ pub enum Error {
     /// Postgres cannot be reached, or is too busy.
     #[error("the database is not available: {0}")]
     Unavailable(String),
+    /// Postgres answers, and cannot write.
+    #[error("the database {0}; try again later")]
+    NotWritable(&'static str),
     /// This replica is stopping.
     #[error("this replica is shutting down")]
     ShuttingDown,
@@ -139,12 +142,20 @@ impl Error {
             Self::ItemSkipped => "ITEM_SKIPPED",
             Self::StreamLimit(_) => "STREAM_LIMIT",
             Self::TooManyRequests => "TOO_MANY_REQUESTS",
-            Self::Unavailable(_) => "UNAVAILABLE",
+            Self::Unavailable(_) | Self::NotWritable(_) => "UNAVAILABLE",
             Self::ShuttingDown => "SHUTTING_DOWN",
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
             Self::OutcomeUnknown => "OUTCOME_UNKNOWN",
             Self::Internal(_) => "INTERNAL",
         }
+    }
+
+    /// Whether the caller's claim is over.
+    pub fn is_claim_over(&self) -> bool {
+        matches!(
+            self,
+            Self::ClaimLost(_) | Self::ClaimExpired(_) | Self::TaskCancelled(_) | Self::RunNotRunning { .. }
+        )
     }
 
     /// Path of the wrong field, where one is wrong.

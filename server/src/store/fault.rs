@@ -1,7 +1,6 @@
 //! What a statement can fail with. The only file that knows a SQLSTATE.
 
 use deadpool_postgres::PoolError;
-use tokio_postgres::error::SqlState;
 
 use crate::domain::Error;
 use crate::scope::Scope;
@@ -34,15 +33,14 @@ pub enum Fault {
         /// Text, for the log.
         message: String,
     },
+    /// A cached plan whose result type changed, or a prepared statement that a pooler lost: prepare it again.
+    StalePlan,
+    /// The database takes no writes: a standby, or set to read only.
+    ReadOnly,
+    /// The database's disk is full.
+    Full,
     /// Anything else; a bug.
     Bug(String),
-}
-
-/// A cached plan whose result type changed, or a prepared statement that a pooler lost.
-pub(crate) fn is_stale_plan(error: &tokio_postgres::Error) -> bool {
-    error
-        .code()
-        .is_some_and(|code| *code == SqlState::FEATURE_NOT_SUPPORTED || *code == SqlState::INVALID_SQL_STATEMENT_NAME)
 }
 
 impl Fault {
@@ -76,7 +74,10 @@ impl Fault {
             "55P03" => Self::Locked,
             "40001" | "40P01" => Self::Conflict,
             "57014" => Self::Timeout,
-            "25006" | "53300" | "53400" | "53100" | "53200" | "57P01" | "57P02" | "57P03" | "57P05" => Self::Gone(text),
+            "0A000" | "26000" => Self::StalePlan,
+            "25006" => Self::ReadOnly,
+            "53100" => Self::Full,
+            "53300" | "53400" | "53200" | "57P01" | "57P02" | "57P03" | "57P05" => Self::Gone(text),
             code if code.starts_with("08") => Self::Unknown(text),
             code @ ("P0001" | "AB001" | "AB002" | "AB003") => {
                 Self::Raised { code: code.into(), message: database.message().into() }
@@ -87,7 +88,15 @@ impl Fault {
 
     /// Whether the same statement may succeed soon.
     pub fn is_passing(&self) -> bool {
-        matches!(self, Self::Conflict | Self::Gone(_) | Self::Unknown(_) | Self::Busy)
+        matches!(
+            self,
+            Self::Conflict | Self::Gone(_) | Self::Unknown(_) | Self::Busy | Self::ReadOnly | Self::Full | Self::StalePlan
+        )
+    }
+
+    /// Whether the connection is of no more use, or leads to a server that is of none.
+    pub(super) fn is_of_connection(&self) -> bool {
+        matches!(self, Self::Gone(_) | Self::Unknown(_) | Self::ReadOnly)
     }
 
     /// The domain's error.
@@ -98,6 +107,9 @@ impl Fault {
             Self::Locked | Self::Timeout => Error::DeadlineExceeded,
             Self::Conflict => Error::Unavailable("conflict with another transaction".into()),
             Self::Gone(text) => Error::Unavailable(text),
+            Self::ReadOnly => Error::NotWritable("takes no writes: it is a standby or set to read only"),
+            Self::Full => Error::NotWritable("has no room: its disk is full"),
+            Self::StalePlan => Error::Unavailable("a statement had to be prepared again".into()),
             Self::Unknown(_) => Error::OutcomeUnknown,
             Self::Busy => Error::Unavailable("no connection was free in time".into()),
             Self::Duplicate => Error::Unavailable("a key was taken at the same time".into()),

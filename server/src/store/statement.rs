@@ -1,5 +1,49 @@
 //! Named statements. Each is a file; a template's `{t} {r} {c} {e} {w} {i}` become the tables of a queue.
 
+use super::pool::Role;
+
+/// Statements that keep leases, and look whether they are kept.
+const LEASE: &[&str] =
+    &["replica_leave", "run_check", "run_cut_lease", "run_extend", "run_list_expired", "run_silent", "tick"];
+/// Statements that may take long.
+const UPKEEP: &[&str] = &[
+    "doctor_database",
+    "doctor_queue",
+    "doctor_registry",
+    "doctor_upkeep",
+    "event_cleanup",
+    "queue_drop",
+    "queue_stats",
+    "release_forget",
+    "task_cleanup",
+    "upkeep_note",
+    "upkeep_run",
+    "upkeep_take",
+];
+/// Statements that only read, for callers.
+const READ: &[&str] = &[
+    "checkpoint_get",
+    "checkpoint_list",
+    "checkpoint_page",
+    "event_list_unfinished",
+    "queue_collision",
+    "queue_get",
+    "queue_list",
+    "queue_policy",
+    "run_find",
+    "run_get",
+    "task_awaited",
+    "task_find",
+    "task_get",
+    "task_list",
+    "task_list_awaited",
+    "task_list_cancellable",
+    "task_list_edge",
+    "task_result",
+    "workflow_get",
+    "workflow_list",
+];
+
 /// What to do about rows that somebody else has locked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Wait {
@@ -18,6 +62,20 @@ pub struct Statement {
 }
 
 impl Statement {
+    /// What it is for.
+    pub fn role(&self) -> Role {
+        let named = |names: &[&str]| names.contains(&self.name);
+        if named(LEASE) {
+            Role::Lease
+        } else if named(UPKEEP) {
+            Role::Upkeep
+        } else if named(READ) {
+            Role::Read
+        } else {
+            Role::Work
+        }
+    }
+
     /// Whether it speaks of the registry of keys, which only partitioned queues have.
     pub fn is_for_partitioned(&self) -> bool {
         self.template.contains("{i}")

@@ -29,7 +29,7 @@ pub fn code(error: &Error) -> Code {
         | Error::MaxAttemptsTooLow { .. }
         | Error::ItemSkipped => Code::FailedPrecondition,
         Error::StreamLimit(_) | Error::TooManyRequests => Code::ResourceExhausted,
-        Error::Unavailable(_) | Error::ShuttingDown => Code::Unavailable,
+        Error::Unavailable(_) | Error::NotWritable(_) | Error::ShuttingDown => Code::Unavailable,
         Error::DeadlineExceeded => Code::DeadlineExceeded,
         Error::OutcomeUnknown => Code::Unknown,
         Error::Internal(_) => Code::Internal,
@@ -82,6 +82,9 @@ pub fn status(error: &Error) -> Status {
             tracing::debug!(error = text, "unavailable");
             details.set_retry_info(Some(Duration::from_millis(200)));
             "the database is not available; try again".clone_into(&mut message);
+        }
+        Error::NotWritable(_) => {
+            details.set_retry_info(Some(Duration::from_secs(2)));
         }
         Error::ShuttingDown => {
             details.set_retry_info(Some(Duration::from_millis(50)));

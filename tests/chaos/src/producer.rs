@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use absurd_client::{AbsurdClient, ConnectOptions, NewTask, RetryStrategy, SpawnOptions};
+use absurd_client::{AbsurdClient, ConnectOptions, NewTask, Reason, RetryStrategy, SpawnOptions};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
@@ -177,7 +177,8 @@ impl Producer {
                 }
                 Err(error) => {
                     self.history.failed(n, &error);
-                    if !error.is_passing() && error.reason() != absurd_client::Reason::OutcomeUnknown {
+                    let unknown = [Reason::OutcomeUnknown, Reason::DeadlineExceeded];
+                    if !error.is_passing() && !unknown.contains(&error.reason()) {
                         eprintln!("{}: {op:?}: {error}", self.name);
                         return None;
                     }

@@ -121,8 +121,17 @@ async fn pass(
     let (tell, armed) = watch::channel(false);
     let there = copy(from_client, output, toxic.clone(), Direction::There(tell));
     let back = copy(input, to_client, toxic, Direction::Back(armed));
+    let both = async {
+        let mut there = std::pin::pin!(there);
+        let mut back = std::pin::pin!(back);
+        tokio::select! {
+            _ = &mut there => back.await,
+            // A lost answer cuts the connection at once; a mere end lets the other direction end too.
+            lost = &mut back => lost || there.await,
+        }
+    };
     let lost = tokio::select! {
-        (_, lost) = async { tokio::join!(there, back) } => Some(lost),
+        lost = both => Some(lost),
         _ = control.wait_for(|toxic| *toxic == Toxic::HalfOpen) => None,
     };
     match lost {
@@ -169,7 +178,7 @@ async fn copy(
                 tell.send_replace(fastrand::u64(0..100) < percent);
             }
             (Toxic::Swallow(_), Direction::Back(armed)) if *armed.borrow() => {
-                if is_committed(bytes) {
+                if is_ready(bytes) {
                     return true;
                 }
                 continue;
@@ -194,9 +203,9 @@ fn ends_round(bytes: &[u8]) -> bool {
     bytes.ends_with(&[b'S', 0, 0, 0, 4]) || bytes.first() == Some(&b'Q')
 }
 
-/// `ReadyForQuery`, outside a transaction: what was asked for is committed.
-fn is_committed(bytes: &[u8]) -> bool {
-    bytes.ends_with(&[b'Z', 0, 0, 0, 5, b'I'])
+/// `ReadyForQuery`: what was asked for is done, and committed unless a transaction is open.
+fn is_ready(bytes: &[u8]) -> bool {
+    matches!(bytes, [.., b'Z', 0, 0, 0, 5, b'I' | b'T' | b'E'])
 }
 
 /// Frames of HTTP/2 as they go by; every eighth one with data is held until the next one of its stream has passed.

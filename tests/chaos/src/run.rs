@@ -91,9 +91,8 @@ async fn progress(world: &World, began: Instant) {
 /// Lets the producers end and waits until every task has ended.
 async fn drain(world: &mut World) -> Option<Duration> {
     let began = Instant::now();
-    for producer in &mut world.producers {
-        producer.stop(HEAL_MAX).await;
-    }
+    let stopping = world.producers.iter_mut().map(|producer| producer.stop(HEAL_MAX));
+    futures_util::future::join_all(stopping).await;
     while began.elapsed() < HEAL_MAX {
         if let Ok(sql) = world.sql().await {
             let left = "select exists (select from absurd.t_chaos where state in ('pending', 'sleeping', 'running'))";

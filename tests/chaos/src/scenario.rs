@@ -233,11 +233,13 @@ async fn stop_postgres(world: &mut World, until: Instant) -> anyhow::Result<()> 
 }
 
 async fn swallow(world: &mut World, until: Instant) -> anyhow::Result<()> {
-    world.deed("answers lost after the commit, 1 in 50").await;
     for link in &world.database {
         link.set(Toxic::Swallow(2));
     }
-    tokio::time::sleep_until(until).await;
+    while !over(until) {
+        pause(2000..4000, world, until).await;
+        world.deed("answers are lost after the commit, 1 in 50").await;
+    }
     Ok(())
 }
 

@@ -44,9 +44,11 @@ class History:
 
     def call(self, op, task, ask, **more):
         """Asks, and asks another replica where one could not be reached; each try is a call of its own in the book."""
-        for last in (False, False, True):
+        first = random.randrange(len(self.stubs))
+        for place in range(first, first + 6):
+            last = place == first + 5
             try:
-                return self.call_once(op, task, ask, **more)
+                return self.call_once(op, task, lambda: ask(self.stubs[place % len(self.stubs)]), **more)
             except grpc.RpcError as error:
                 if last or error.code() != grpc.StatusCode.UNAVAILABLE:
                     raise Over from error
@@ -58,7 +60,7 @@ class History:
             n = self.next
         self.write(k="begin", n=n, t=now(), op=op, task=task.task_id, run=task.run_id, token=task.claim_token, **more)
         try:
-            answer = ask(random.choice(self.stubs))
+            answer = ask()
         except grpc.RpcError as error:
             how = "no" if error.code() in DEFINITE else "info"
             self.write(k="end", n=n, t=now(), how=how, why=error.code().name)
@@ -82,7 +84,8 @@ class Worker:
         self.options = options
         self.values = 0
         self.stop = threading.Event()
-        ping = [("grpc.keepalive_time_ms", 10000), ("grpc.keepalive_timeout_ms", 5000)]
+        ping = [("grpc.keepalive_time_ms", 10000), ("grpc.keepalive_timeout_ms", 5000),
+                ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
         urls = [url.removeprefix("http://") for url in options.urls.split(",")]
         self.channels = [grpc.insecure_channel(url, options=ping) for url in urls]
         self.stubs = [absurd_service_pb2_grpc.AbsurdServiceStub(channel) for channel in self.channels]

@@ -237,7 +237,7 @@ async fn other_servers_have_no_test_clock_and_keep_their_time() {
         absurd_tests::absurd(&["serve", "--listen", "127.0.0.1:0", "--database-url", database.url()]).output();
     let refused = absurd_tests::in_time("it refuses", refused).await.unwrap();
     assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("absurd.fake_now is set"));
-    sql.batch_execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'absurd server' and datname = current_database()")
+    sql.batch_execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'absurd server%' and application_name not like '%listen%' and datname = current_database()")
         .await
         .unwrap();
     let client = server.client();
