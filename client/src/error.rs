@@ -81,6 +81,8 @@ reasons! {
     StreamLimit = "STREAM_LIMIT";
     /// Too many requests wait at the replica.
     TooManyRequests = "TOO_MANY_REQUESTS";
+    /// The queue has as many waiting tasks as it may.
+    BacklogFull = "BACKLOG_FULL";
     /// Postgres cannot be reached or is busy.
     Unavailable = "UNAVAILABLE";
     /// The replica is leaving.
@@ -181,6 +183,7 @@ impl Error {
                 | Reason::ShuttingDown
                 | Reason::TooManyRequests
                 | Reason::StreamLimit
+                | Reason::BacklogFull
                 | Reason::OutcomeUnknown
         )
     }

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use absurd_proto::v1::absurd_service_server::AbsurdServiceServer;
@@ -12,7 +13,7 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_postgres::{Config, NoTls};
-use tonic::transport::server::TcpIncoming;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Identity, Server, ServerTlsConfig};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
@@ -20,10 +21,13 @@ use tonic_health::server::HealthReporter;
 use crate::awaited;
 use crate::dispatch::DispatchOptions;
 use crate::doorbell::{self, Hints};
-use crate::engine::Engine;
+use crate::engine::{Engine, EngineOptions};
+use crate::gate::{self, Gate, GateOptions};
 use crate::maintenance;
+use crate::metrics;
 use crate::store::migrate::{self, Origin, Report};
 use crate::store::{Store, StoreOptions};
+use crate::transport::admission::{AdmissionLayer, AdmissionOptions};
 use crate::transport::test_clock::TestClock;
 use crate::transport::{Limits, Service, refusal};
 use crate::upkeep;
@@ -52,6 +56,16 @@ pub struct AppOptions {
     pub upkeep: Option<Duration>,
     /// Connections to the database at most.
     pub connections_max: usize,
+    /// Longest wait for one.
+    pub connection_wait_max: Duration,
+    /// Connections of clients.
+    pub gate: GateOptions,
+    /// Calls.
+    pub admission: AdmissionOptions,
+    /// What waits.
+    pub engine: EngineOptions,
+    /// Where metrics are read; none: nowhere.
+    pub metrics_listen: Option<SocketAddr>,
     /// Streams.
     pub dispatch: DispatchOptions,
     /// Bounds of requests.
@@ -68,9 +82,10 @@ pub struct AppOptions {
 #[derive(Debug)]
 pub struct App {
     addr: SocketAddr,
+    metrics_addr: Option<SocketAddr>,
     engine: Arc<Engine>,
     migrated: Option<Report>,
-    health: HealthReporter,
+    health: Health,
     loops: JoinSet<()>,
     stop: oneshot::Sender<()>,
     serving: JoinHandle<Result<(), tonic::transport::Error>>,
@@ -93,7 +108,7 @@ impl App {
         let store = Store::new(StoreOptions {
             database: options.database.clone(),
             connections_max: options.connections_max,
-            wait_max: Duration::from_secs(10),
+            wait_max: options.connection_wait_max,
             test_clock: options.test_clock,
         })?;
         let hints = Arc::new(Hints::new(replica_id(), doorbell));
@@ -102,41 +117,62 @@ impl App {
             .tick(&[], hints.replica_id())
             .await
             .map_err(|fault| anyhow::anyhow!("cannot use the database: {fault:?}"))?;
-        let engine = Arc::new(Engine::new(store, hints, options.dispatch));
+        let engine = Arc::new(Engine::new(store, hints, options.dispatch, options.engine));
         let listener =
             TcpListener::bind(options.listen).await.with_context(|| format!("cannot listen on {}", options.listen))?;
         let addr = listener.local_addr()?;
-        let (health, health_service) = tonic_health::server::health_reporter();
+        metrics::install();
+        let gate = Gate::new(options.gate, options.limits.request_bytes_max);
+        let (tell, accepted) = gate::channel();
         let mut loops = JoinSet::new();
+        loops.spawn(Arc::clone(&gate).accept(listener, tell));
+        loops.spawn(Arc::clone(&gate).watch());
+        let ready = Arc::new(AtomicBool::new(true));
+        let mut metrics_addr = None;
+        if let Some(address) = options.metrics_listen {
+            let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+            metrics_addr = Some(listener.local_addr()?);
+            let is_ready = Arc::clone(&ready);
+            let is_ready = Arc::new(move || is_ready.load(Ordering::Relaxed));
+            loops.spawn(metrics::serve(listener, Arc::clone(&engine), Arc::clone(&gate), is_ready));
+        }
+        let (health, health_service) = tonic_health::server::health_reporter();
+        let health = Health { reporter: health, ready };
         start_loops(&mut loops, &engine, options.listen_database.unwrap_or(options.database), health.clone());
         if !upkeep.is_zero() {
             let parts = Arc::clone(&engine);
             loops.spawn(async move { upkeep::run(&parts, upkeep).await });
         }
-        set_health(&health, true).await;
+        health.set(true).await;
         let (stop, stopped) = oneshot::channel();
         let test_clock = options.test_clock.then(|| TestClockServiceServer::new(TestClock::new(Arc::clone(&engine))));
-        let router = server(options.tls.as_ref())?
-            .layer(refusal::RefusalLayer)
+        let router = server(options.tls.as_ref(), options.limits.header_list_bytes_max)?
+            .layer(AdmissionLayer::new(options.admission))
+            .layer(refusal::RefusalLayer { request_bytes_max: options.limits.request_bytes_max })
             .add_service(health_service)
             .add_service(reflection().build_v1()?)
             .add_service(reflection().build_v1alpha()?)
             .add_service(
                 AbsurdServiceServer::new(Service::new(Arc::clone(&engine), options.limits))
-                    .max_decoding_message_size(refusal::REQUEST_BYTES_MAX)
+                    .max_decoding_message_size(options.limits.request_bytes_max)
                     .max_encoding_message_size(usize::MAX),
             )
             .add_optional_service(test_clock);
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let incoming = ReceiverStream::new(accepted);
         let serving = tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
             let _ = stopped.await;
         }));
-        Ok(Self { addr, engine, migrated, health, loops, stop, serving, grace: options.shutdown_grace })
+        Ok(Self { addr, metrics_addr, engine, migrated, health, loops, stop, serving, grace: options.shutdown_grace })
     }
 
     /// The address served on.
     pub fn addr(&self) -> SocketAddr {
         self.addr
+    }
+
+    /// The address where metrics are read, if there is one.
+    pub fn metrics_addr(&self) -> Option<SocketAddr> {
+        self.metrics_addr
     }
 
     /// The parts, for what shows them (`absurd dev`).
@@ -152,7 +188,7 @@ impl App {
     /// Stops: not healthy, no new claims, streams end politely, claims that no transport took come back, calls end.
     pub async fn shut_down(mut self) -> anyhow::Result<()> {
         let until = tokio::time::Instant::now() + self.grace;
-        set_health(&self.health, false).await;
+        self.health.set(false).await;
         self.engine.dispatcher.shut_down(self.grace / 2).await;
         self.engine.waits.close();
         let _ = self.stop.send(());
@@ -183,7 +219,7 @@ async fn inspect(database: &Config) -> anyhow::Result<migrate::Known> {
     known.context("the database is not set up for this server; run `absurd migrate`, or add --migrate")
 }
 
-fn start_loops(loops: &mut JoinSet<()>, engine: &Arc<Engine>, listen_database: Config, health: HealthReporter) {
+fn start_loops(loops: &mut JoinSet<()>, engine: &Arc<Engine>, listen_database: Config, health: Health) {
     let parts = Arc::clone(engine);
     loops.spawn(async move { doorbell::send(&parts.hints, &parts.store, &parts.dispatcher).await });
     let parts = Arc::clone(engine);
@@ -199,7 +235,7 @@ fn start_loops(loops: &mut JoinSet<()>, engine: &Arc<Engine>, listen_database: C
 }
 
 /// Health follows the database: the tick reads its clock, so that no query of its own is needed.
-async fn watch_database(store: &Store, health: &HealthReporter) {
+async fn watch_database(store: &Store, health: &Health) {
     let mut healthy = true;
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -207,26 +243,37 @@ async fn watch_database(store: &Store, health: &HealthReporter) {
         if now != healthy {
             healthy = now;
             tracing::warn!(healthy, "the database {}", if healthy { "is back" } else { "does not answer" });
-            set_health(health, healthy).await;
+            health.set(healthy).await;
         }
     }
 }
 
-async fn set_health(health: &HealthReporter, serving: bool) {
-    let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
-    for service in ["", SERVICE] {
-        health.set_service_status(service, status).await;
+/// Whether this replica serves, as health checks and `/readyz` tell.
+#[derive(Debug, Clone)]
+struct Health {
+    reporter: HealthReporter,
+    ready: Arc<AtomicBool>,
+}
+
+impl Health {
+    async fn set(&self, serving: bool) {
+        self.ready.store(serving, Ordering::Relaxed);
+        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+        for service in ["", SERVICE] {
+            self.reporter.set_service_status(service, status).await;
+        }
     }
 }
 
-fn server(tls: Option<&(PathBuf, PathBuf)>) -> anyhow::Result<Server> {
+fn server(tls: Option<&(PathBuf, PathBuf)>, header_list_bytes_max: u32) -> anyhow::Result<Server> {
     let server = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-        .http2_max_header_list_size(64 * 1024)
+        .http2_max_header_list_size(header_list_bytes_max)
         .max_concurrent_streams(20_000)
-        .tcp_keepalive(Some(Duration::from_secs(30)))
-        .tcp_nodelay(true);
+        // Small frames are counted against half of it: a burst of tiny requests shall not end a connection.
+        .initial_connection_window_size(8 * 1024 * 1024)
+        .initial_stream_window_size(1024 * 1024);
     let Some((certificate, key)) = tls else { return Ok(server) };
     let read = |path: &PathBuf| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     let identity = Identity::from_pem(read(certificate)?, read(key)?);

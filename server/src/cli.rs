@@ -44,7 +44,7 @@ enum Command {
     #[command(after_help = "Examples:\n  absurd serve --migrate --database-url postgresql://app@db/app\n  \
         absurd serve --config absurd.toml\n\nA configuration file holds the flags' names as keys:\n  \
         database-url = \"postgresql://app@db/app\"\n  listen = \"0.0.0.0:50051\"\n  stream-age = \"30m\"")]
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// Install or upgrade the schemas of a database
     #[command(after_help = "Examples:\n  absurd migrate --database-url postgresql://app@db/app\n  \
         absurd migrate --check         say what would be done\n  \
@@ -157,7 +157,7 @@ impl ClientArgs {
 pub fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Dev(args) => dev::run(args),
-        Command::Serve(args) => serve::serve(args),
+        Command::Serve(args) => serve::serve(*args),
         Command::Migrate(args) => serve::migrate(&args),
         Command::Doctor(args) => block_on(doctor::run(args)),
         Command::Health(args) => block_on(operate::health(args)),

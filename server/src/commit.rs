@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use crate::dispatch::Dispatcher;
 use crate::domain::{Error, EventName, JsonText, Settled};
+use crate::metrics;
 use crate::scope::Scope;
 use crate::store::batch::{Answer, Kind, RunRef, Via, Write};
 use crate::store::event::Emission;
@@ -23,8 +24,10 @@ use crate::store::suspend::{Awaited, Suspend, SuspendKind};
 use crate::store::task::{NewTask, Spawned};
 use crate::store::{Fault, Store, Wait, batch};
 
-/// Items that may wait over all lanes of a committer; beyond it callers are turned away.
-const WAITING_MAX: usize = 50_000;
+/// A lane that is expected to take longer than this turns new callers away.
+const WAIT_MAX: Duration = Duration::from_secs(2);
+/// Weight of the newest batch in what is known of a lane's pace.
+const PACE_WEIGHT: f64 = 0.3;
 /// So many that wait get a second batch in flight.
 const CROWD: usize = 250;
 /// Items that wait for locks at the same time, each on a connection.
@@ -50,6 +53,9 @@ pub(crate) trait Batch: Send + Sync + 'static {
     const ITEMS_MAX: usize;
     /// Batches of one key in flight at most: one gathers more, a second one works while the first is being flushed.
     const DRIVERS_MAX: usize = 1;
+    /// Whether new items are turned away while others are expected to wait long. Outcomes of work that is done never are:
+    /// turned away, it would be done again.
+    const SHEDS: bool;
 
     /// Two items of one identity never share a statement.
     fn identity(item: &Self::Item) -> Self::Id;
@@ -83,6 +89,20 @@ struct Lane<B: Batch> {
     waiting: VecDeque<Entry<B>>,
     /// Batches in flight.
     drivers: usize,
+    /// Seconds per item, lately; 0: not known.
+    pace: f64,
+}
+
+impl<B: Batch> Lane<B> {
+    /// How long a new item is expected to wait.
+    fn wait(&self) -> Duration {
+        Duration::from_secs_f64(self.pace * self.waiting.len() as f64)
+    }
+
+    fn ran(&mut self, items: usize, took: Duration) {
+        let pace = took.as_secs_f64() / items.max(1) as f64;
+        self.pace = if self.pace == 0.0 { pace } else { self.pace + (pace - self.pace) * PACE_WEIGHT };
+    }
 }
 
 struct Shared<B: Batch> {
@@ -91,6 +111,7 @@ struct Shared<B: Batch> {
     lanes: Mutex<HashMap<B::Key, Lane<B>>>,
     slow: Semaphore,
     room: Arc<Semaphore>,
+    room_max: usize,
 }
 
 /// Gathers items into batches, one batch in flight per key.
@@ -111,27 +132,39 @@ impl<B: Batch> Clone for Committer<B> {
 }
 
 impl<B: Batch> Committer<B> {
-    pub(crate) fn new(batch: B) -> Self {
+    /// A committer for which so many items may wait.
+    pub(crate) fn new(batch: B, waiting_max: usize) -> Self {
         Self {
             shared: Arc::new(Shared {
                 batch,
                 lanes: Mutex::new(HashMap::new()),
                 slow: Semaphore::new(SLOW_MAX),
-                room: Arc::new(Semaphore::new(WAITING_MAX)),
+                room: Arc::new(Semaphore::new(waiting_max)),
+                room_max: waiting_max,
             }),
         }
+    }
+
+    /// Items that wait.
+    pub(crate) fn waiting(&self) -> usize {
+        self.shared.room_max - self.shared.room.available_permits()
     }
 
     /// Carries out one item with whatever else waits, and returns its outcome.
     pub(crate) async fn submit(&self, key: B::Key, item: B::Item, deadline: Instant) -> Result<B::Out, Error> {
         let Ok(_room) = Arc::clone(&self.shared.room).try_acquire_owned() else {
-            return Err(Error::TooManyRequests);
+            return Err(Error::TooManyRequests { after: WAIT_MAX });
         };
         let (answer, answered) = oneshot::channel();
         let entry = Entry { item, deadline, answer };
         {
             let mut lanes = self.shared.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-            let lane = lanes.entry(key.clone()).or_insert_with(|| Lane { waiting: VecDeque::new(), drivers: 0 });
+            let lane =
+                lanes.entry(key.clone()).or_insert_with(|| Lane { waiting: VecDeque::new(), drivers: 0, pace: 0.0 });
+            let wait = lane.wait();
+            if B::SHEDS && lane.waiting.len() >= B::ITEMS_MAX && wait > WAIT_MAX.min(deadline - Instant::now()) {
+                return Err(Error::TooManyRequests { after: wait });
+            }
             lane.waiting.push_back(entry);
             if lane.drivers == 0 || lane.drivers < B::DRIVERS_MAX && lane.waiting.len() >= CROWD {
                 lane.drivers += 1;
@@ -161,12 +194,19 @@ async fn drive<B: Batch>(shared: Arc<Shared<B>>, key: B::Key) {
             }
             take::<B>(&mut lane.waiting)
         };
+        let (items, began) = (entries.len(), Instant::now());
         let batch = {
             let (shared, key) = (Arc::clone(&shared), key.clone());
             async move { run(&shared, &key, entries).await }
         };
         if let Err(error) = tokio::spawn(batch).await {
             tracing::error!(batch = B::NAME, %error, "a batch ended in a bug; its callers are told to try again");
+        }
+        let took = began.elapsed();
+        metrics::batch(B::NAME, items, took);
+        let mut lanes = shared.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(lane) = lanes.get_mut(&key) {
+            lane.ran(items, took);
         }
     }
 }
@@ -204,7 +244,7 @@ async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry
         let executed = shared.batch.execute(key, &items, None).await;
         tracing::debug!(
             batch = B::NAME, queue.name = %B::scope(key).queue(), items = items.len(), took_us = began.elapsed().as_micros(),
-            ok = executed.is_ok(), unanswered = WAITING_MAX - shared.room.available_permits(), "a batch has run"
+            ok = executed.is_ok(), "a batch has run"
         );
         match executed {
             Ok(outcomes) => settle(shared, key, part, outcomes, unknown),
@@ -241,13 +281,7 @@ async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry
     }
 }
 
-fn settle<B: Batch>(
-    shared: &Arc<Shared<B>>,
-    key: &B::Key,
-    part: Vec<Entry<B>>,
-    outcomes: Outcomes<B>,
-    unknown: bool,
-) {
+fn settle<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, part: Vec<Entry<B>>, outcomes: Outcomes<B>, unknown: bool) {
     for (entry, outcome) in part.into_iter().zip(outcomes) {
         match outcome {
             Some(outcome) => {
@@ -351,6 +385,7 @@ impl Batch for Spawns {
     type Out = Spawned;
     type Id = Uuid;
     const NAME: &'static str = "spawn";
+    const SHEDS: bool = true;
     const ITEMS_MAX: usize = 500;
 
     fn identity(item: &NewTask) -> Uuid {
@@ -389,6 +424,7 @@ impl Batch for Settles {
     type Out = Settled;
     type Id = Uuid;
     const NAME: &'static str = "settle";
+    const SHEDS: bool = false;
     const ITEMS_MAX: usize = 500;
     const DRIVERS_MAX: usize = 2;
 
@@ -448,6 +484,7 @@ impl Batch for Suspends {
     type Out = Awaited;
     type Id = Uuid;
     const NAME: &'static str = "suspend";
+    const SHEDS: bool = false;
     // A function call each, and the events of all of them are held for as long as that takes.
     const ITEMS_MAX: usize = 100;
 
@@ -486,6 +523,7 @@ impl Batch for Emits {
     type Out = Emission;
     type Id = String;
     const NAME: &'static str = "emit";
+    const SHEDS: bool = true;
     const ITEMS_MAX: usize = 500;
 
     fn identity(item: &Self::Item) -> String {
@@ -527,14 +565,21 @@ pub(crate) async fn sequence(
     let mut writes = writes.to_vec();
     let total = writes.len();
     let mut refused = None;
+    let mut unknown = false;
     let mut outcomes = loop {
         let left = deadline.saturating_duration_since(Instant::now()).min(LOCK_WAIT_MAX);
         if left.is_zero() {
-            break vec![Err(Error::DeadlineExceeded)];
+            break vec![Err(if unknown { Error::OutcomeUnknown } else { Error::DeadlineExceeded })];
         }
         match sequence_once(store, scope, run, &writes, left).await {
+            Ok(outcomes) if unknown && outcomes.iter().any(|done| done.as_ref().is_err_and(Error::is_claim_over)) => {
+                break read_back(store, scope, run, &writes, left).await;
+            }
             Ok(outcomes) => break outcomes,
-            Err((_, fault)) if fault.is_passing() => tokio::time::sleep(Duration::from_millis(50)).await,
+            Err((_, fault)) if fault.is_passing() => {
+                unknown |= matches!(fault, Fault::Unknown(_));
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
             Err((index, fault)) => {
                 // The transaction is void: carry out what came before the refused write again, without it.
                 refused = Some(fault.into_error(scope));
@@ -552,6 +597,27 @@ pub(crate) async fn sequence(
         outcomes.push(Err(Error::ItemSkipped));
     }
     outcomes
+}
+
+/// The answer of a commit was lost, and now the run is not the caller's any more: perhaps because that commit ended it. Its
+/// last write tells; all of them were one transaction.
+async fn read_back(
+    store: &Store,
+    scope: &Scope,
+    run: &RunRef,
+    writes: &[Write],
+    lock_wait: Duration,
+) -> Vec<Result<Settled, Error>> {
+    let last = writes.last().filter(|write| matches!(write, Write::Complete { .. } | Write::Fail { .. }));
+    if let Some(last) = last
+        && let Ok(mut outcomes) = sequence_once(store, scope, run, std::slice::from_ref(last), lock_wait).await
+        && let Some(Ok(settled)) = outcomes.pop()
+        && settled.replayed
+    {
+        let before = Settled { failed: None, applied: true, ..settled };
+        return writes.iter().skip(1).map(|_| Ok(before.clone())).chain([Ok(settled)]).collect();
+    }
+    writes.iter().map(|_| Err(Error::OutcomeUnknown)).collect()
 }
 
 async fn sequence_once(
@@ -597,11 +663,16 @@ mod tests {
         type Item = u32;
         type Out = u32;
         type Id = u32;
+        const SHEDS: bool = false;
         const NAME: &'static str = "fragile";
         const ITEMS_MAX: usize = 10;
 
         fn identity(item: &u32) -> u32 {
             *item
+        }
+
+        fn knows_itself(_: &Self::Item) -> bool {
+            true
         }
 
         fn scope(key: &Scope) -> &Scope {
@@ -617,7 +688,7 @@ mod tests {
     #[tokio::test]
     async fn a_batch_that_panics_ends_only_itself() {
         let scope = Caller::anonymous().scope(QueueName::parse("queue", "q").unwrap());
-        let committer = Committer::new(Fragile);
+        let committer = Committer::new(Fragile, 10);
         let deadline = || Instant::now() + Duration::from_secs(30);
         let failed = committer.submit(scope.clone(), 0, deadline()).await;
         assert!(matches!(failed, Err(Error::Unavailable(_))), "{failed:?}");

@@ -19,13 +19,14 @@ use crate::activity::{Activity, Feed};
 use crate::commit::{Committer, Settles};
 use crate::domain::{Claim, ClaimToken, Error, Instant as DbTime, JsonText, QueueName, RunId, SessionId, Verdict};
 use crate::doorbell::Hints;
+use crate::metrics;
 use crate::scope::Scope;
 use crate::store::batch::{RunRef, Write};
 use crate::store::run::Slot;
 use crate::store::tick::QueueTick;
 use crate::store::{Fault, Store};
 use outbox::{Message, Outbox};
-use state::{Plan, Pull, Return, Spans, State, StreamId, StreamOptions, Turn};
+use state::{Leftover, Plan, Pull, Return, Spans, State, StreamId, StreamOptions, Turn};
 
 /// Bytes of checkpoints that ride along with a resumed task.
 const CHECKPOINT_BUDGET: i64 = 512 * 1024;
@@ -45,11 +46,18 @@ pub struct DispatchOptions {
     pub stream_age: Duration,
     /// Streams of this replica at most.
     pub streams_max: usize,
+    /// A stream whose peer takes no message for this long is given up, and what waits for it goes back.
+    pub stall_max: Duration,
 }
 
 impl Default for DispatchOptions {
     fn default() -> Self {
-        Self { heartbeat: Duration::from_secs(15), stream_age: Duration::from_secs(30 * 60), streams_max: 20_000 }
+        Self {
+            heartbeat: Duration::from_secs(15),
+            stream_age: Duration::from_secs(30 * 60),
+            streams_max: 20_000,
+            stall_max: Duration::from_secs(30),
+        }
     }
 }
 
@@ -131,19 +139,7 @@ impl Drop for Stream {
         let leftover = self.queue.lock().close(self.id);
         self.shared.streams.fetch_sub(1, Ordering::Relaxed);
         self.queue.bell.notify_one();
-        let dispatcher = Dispatcher { shared: Arc::clone(&self.shared) };
-        dispatcher.give_back(&self.queue, leftover.returns);
-        if !leftover.cuts.is_empty() {
-            let scope = self.queue.scope.clone();
-            let grace = i32::try_from(leftover.grace.as_millis()).unwrap_or(i32::MAX);
-            tokio::spawn(async move {
-                for cuts in leftover.cuts.chunks(500) {
-                    if let Err(fault) = dispatcher.shared.store.run_cut_lease(&scope, cuts, grace).await {
-                        tracing::warn!(queue.name = %scope.queue(), ?fault, "could not cut the leases of a lost stream");
-                    }
-                }
-            });
-        }
+        Dispatcher { shared: Arc::clone(&self.shared) }.clear_up(&self.queue, leftover);
     }
 }
 
@@ -178,7 +174,7 @@ impl Dispatcher {
     }
 
     fn spans(&self) -> Spans {
-        Spans { heartbeat: self.shared.options.heartbeat }
+        Spans { heartbeat: self.shared.options.heartbeat, stall: self.shared.options.stall_max }
     }
 
     fn queues(&self) -> MutexGuard<'_, HashMap<QueueName, Arc<Queue>>> {
@@ -217,7 +213,8 @@ impl Dispatcher {
         let count = self.shared.streams.fetch_add(1, Ordering::Relaxed);
         if count >= self.shared.options.streams_max {
             self.shared.streams.fetch_sub(1, Ordering::Relaxed);
-            return Err(Error::StreamLimit(self.shared.options.streams_max));
+            let limit = self.shared.options.streams_max;
+            return Err(Error::StreamLimit { whose: "this replica has", limit, flag: "--max-streams" });
         }
         let verdicts = self.take_over(scope, &held).await;
         let kept: Vec<(ClaimToken, Option<DbTime>)> = held
@@ -390,6 +387,11 @@ impl Dispatcher {
         self.queues().keys().cloned().collect()
     }
 
+    /// Streams of this replica.
+    pub fn streams(&self) -> usize {
+        self.shared.streams.load(Ordering::Relaxed)
+    }
+
     /// Streams on a queue.
     pub fn stream_count(&self, queue: &QueueName) -> usize {
         self.find(queue).map_or(0, |queue| queue.lock().stream_count())
@@ -489,6 +491,11 @@ impl Dispatcher {
             self.shared.hints.arm(queue.scope.queue());
         }
         self.give_back(queue, turn.returns);
+        for leftover in turn.leftovers {
+            metrics::stream_ended("stalled");
+            tracing::warn!(queue.name = %queue.scope.queue(), "a stream whose worker reads nothing is given up");
+            self.clear_up(queue, leftover);
+        }
         if !turn.checks.is_empty() {
             let dispatcher = self.clone();
             let queue = Arc::clone(queue);
@@ -537,6 +544,7 @@ impl Dispatcher {
             });
             self.give_back(queue, returns.collect());
         }
+        metrics::claimed(claims.len());
         let returns = queue.lock().deliver(plan, claims, cursor, more, Instant::now(), put_off);
         self.give_back(queue, returns);
     }
@@ -580,6 +588,23 @@ impl Dispatcher {
         }
     }
 
+    /// Takes care of what a lost stream leaves behind.
+    fn clear_up(&self, queue: &Arc<Queue>, leftover: Leftover) {
+        self.give_back(queue, leftover.returns);
+        if leftover.cuts.is_empty() {
+            return;
+        }
+        let (dispatcher, scope) = (self.clone(), queue.scope.clone());
+        let grace = i32::try_from(leftover.grace.as_millis()).unwrap_or(i32::MAX);
+        tokio::spawn(async move {
+            for cuts in leftover.cuts.chunks(500) {
+                if let Err(fault) = dispatcher.shared.store.run_cut_lease(&scope, cuts, grace).await {
+                    tracing::warn!(queue.name = %scope.queue(), ?fault, "could not cut the leases of a lost stream");
+                }
+            }
+        });
+    }
+
     /// Gives back claims that have given no sign of life on any replica.
     async fn check_silent(&self, queue: &Arc<Queue>, claims: &[(ClaimToken, Option<DbTime>)]) {
         for claims in claims.chunks(1000) {
@@ -618,6 +643,14 @@ impl Dispatcher {
     async fn give_back_now(&self, queue: &Arc<Queue>, returns: Vec<Return>) {
         let scope = &queue.scope;
         for back in &returns {
+            let why = if back.too_large.is_some() {
+                "too_large"
+            } else if back.delivered {
+                "silent"
+            } else {
+                "undelivered"
+            };
+            metrics::released(why);
             if let Some(bytes) = back.too_large {
                 tracing::warn!(
                     queue.name = %scope.queue(), run.id = %back.token.run_id, bytes,

@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use crate::dispatch::{Dispatcher, random};
 use crate::domain::{QueueName, RunId, SessionId};
+use crate::metrics;
 use crate::store::listen::{Heard, listen};
 use crate::store::{Fault, Store};
 
@@ -158,7 +159,10 @@ pub async fn send(hints: &Hints, store: &Store, dispatcher: &Dispatcher) {
         probe(hints, store, dispatcher, &mut probes).await;
         let waiting = {
             let inside = hints.lock();
-            !inside.dirty.is_empty() || !inside.credit.is_empty() || !inside.alive.is_empty() || !inside.drained.is_empty()
+            !inside.dirty.is_empty()
+                || !inside.credit.is_empty()
+                || !inside.alive.is_empty()
+                || !inside.drained.is_empty()
         };
         if !waiting {
             send_at = None;
@@ -266,6 +270,7 @@ pub async fn hear(hints: &Hints, store: &Store, database: &tokio_postgres::Confi
                     match said {
                         Heard::Payload(payload) => act(&payload, dispatcher),
                         Heard::Lost(error) => {
+                            metrics::listener_lost();
                             tracing::warn!(
                                 error,
                                 "lost the LISTEN connection; tasks are found by the tick until it is back"

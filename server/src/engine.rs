@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use crate::activity::{Activity, Feed, What};
 use crate::awaited::AwaitedTasks;
+use crate::backlog::Backlog;
 use crate::commit::{self, Committer, Emits, Settles, Spawns, Suspends};
 use crate::dispatch::{DispatchOptions, Dispatcher};
 use crate::domain::{Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};
@@ -40,12 +41,29 @@ pub struct Engine {
     settles: Committer<Settles>,
     suspends: Committer<Suspends>,
     emits: Committer<Emits>,
+    backlog: Backlog,
+}
+
+/// Bounds of what waits.
+#[derive(Debug, Clone, Copy)]
+pub struct EngineOptions {
+    /// Writes of each kind that wait for their batch.
+    pub waiting_max: usize,
+    /// Tasks that wait in one queue; None: no bound.
+    pub backlog_max: Option<i64>,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self { waiting_max: 50_000, backlog_max: None }
+    }
 }
 
 impl Engine {
     /// Puts the parts together.
-    pub fn new(store: Store, hints: Arc<Hints>, options: DispatchOptions) -> Self {
-        let settles = Committer::new(Settles { store: store.clone() });
+    pub fn new(store: Store, hints: Arc<Hints>, options: DispatchOptions, bounds: EngineOptions) -> Self {
+        let most = bounds.waiting_max;
+        let settles = Committer::new(Settles { store: store.clone() }, most);
         let feed = Feed::default();
         let dispatcher = Dispatcher::new(store.clone(), settles.clone(), Arc::clone(&hints), feed.clone(), options);
         let spawns = Spawns { store: store.clone(), dispatcher: dispatcher.clone() };
@@ -53,15 +71,21 @@ impl Engine {
             dispatcher,
             waits: Waits::default(),
             awaited: AwaitedTasks::default(),
-            spawner: Committer::new(spawns.clone()),
+            spawner: Committer::new(spawns.clone(), most),
             spawns,
             settles,
-            suspends: Committer::new(Suspends { store: store.clone() }),
-            emits: Committer::new(Emits { store: store.clone() }),
+            suspends: Committer::new(Suspends { store: store.clone() }, most),
+            emits: Committer::new(Emits { store: store.clone() }, most),
+            backlog: Backlog::new(bounds.backlog_max),
             hints,
             feed,
             store,
         }
+    }
+
+    /// Writes that wait for their batch.
+    pub fn waiting(&self) -> usize {
+        self.spawner.waiting() + self.settles.waiting() + self.suspends.waiting() + self.emits.waiting()
     }
 
     /// Hangs the doorbell on those of these queues that have none. A failure is tried again by the wide tick.
@@ -85,6 +109,7 @@ impl Engine {
     pub async fn spawn(&self, scope: &Scope, task: NewTask, deadline: Deadline) -> Result<Spawned, Error> {
         let name = task.name.as_str().to_owned();
         let keyed = task.idempotency_key.is_some();
+        self.backlog.admit(&self.store, scope, 1).await?;
         let spawned = self.spawner.submit((scope.clone(), keyed), task, deadline).await?;
         self.spawned(scope, &spawned, name);
         Ok(spawned)
@@ -98,6 +123,7 @@ impl Engine {
         deadline: Deadline,
     ) -> Result<Vec<Spawned>, Error> {
         let tasks: Arc<[NewTask]> = tasks.into();
+        self.backlog.admit(&self.store, scope, tasks.len()).await?;
         let outcomes = loop {
             let left = deadline.saturating_duration_since(Deadline::now());
             if left.is_zero() {

@@ -6,13 +6,16 @@
 pub mod activity;
 pub mod app;
 pub mod awaited;
+pub mod backlog;
 pub mod cli;
 pub mod commit;
 pub mod dispatch;
 pub mod domain;
 pub mod doorbell;
 pub mod engine;
+pub mod gate;
 pub mod maintenance;
+pub mod metrics;
 pub mod postgres;
 pub mod scope;
 pub mod settings;

@@ -10,6 +10,7 @@ use crate::dispatch::random;
 use crate::domain::{Error, EventName, QueueName};
 use crate::doorbell;
 use crate::engine::Engine;
+use crate::metrics;
 use crate::scope::{Caller, Scope};
 use crate::store::Fault;
 use crate::store::batch::{RunRef, Write};
@@ -119,6 +120,7 @@ async fn expire(engine: &Arc<Engine>, scope: &Scope) -> Result<(), Fault> {
     let outcomes = futures_util::future::join_all(writes).await;
     let swept = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
     if swept > 0 {
+        metrics::leases_expired(swept);
         tracing::info!(queue.name = %scope.queue(), runs = swept, "failed runs whose lease had run out");
     }
     Ok(())

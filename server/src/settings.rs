@@ -10,8 +10,11 @@ use serde::Deserialize;
 
 use crate::app::AppOptions;
 use crate::dispatch::DispatchOptions;
+use crate::engine::EngineOptions;
+use crate::gate::GateOptions;
 use crate::store::migrate;
 use crate::transport::Limits;
+use crate::transport::admission::AdmissionOptions;
 
 /// A text that is never printed.
 #[derive(Clone, Deserialize)]
@@ -117,6 +120,48 @@ settings! {
     /// Refuse calls about a run that show no claim token
     #[arg(long, env = "ABSURD_REQUIRE_CLAIM_TOKEN", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     require_claim_token: bool,
+    /// Claim streams on one connection at most [default: 10000]
+    #[arg(long, env = "ABSURD_MAX_STREAMS_PER_CONNECTION", value_name = "N")]
+    max_streams_per_connection: usize,
+    /// Claim streams from one address at most [default: no bound]
+    #[arg(long, env = "ABSURD_MAX_STREAMS_PER_CALLER", value_name = "N")]
+    max_streams_per_caller: usize,
+    /// Connections of clients at most [default: as many as there are file descriptors, less 100]
+    #[arg(long, env = "ABSURD_MAX_CLIENTS", value_name = "N")]
+    max_clients: usize,
+    /// Calls in flight at most, streams left out [default: 20000]
+    #[arg(long, env = "ABSURD_MAX_REQUESTS", value_name = "N")]
+    max_requests: usize,
+    /// Writes that may wait for their batch, of each kind [default: 50000]
+    #[arg(long, env = "ABSURD_MAX_WAITING_WRITES", value_name = "N")]
+    max_waiting_writes: usize,
+    /// Longest wait for a connection to the database [default: 10s]
+    #[arg(long, env = "ABSURD_MAX_CONNECTION_WAIT", value_name = "SPAN")]
+    max_connection_wait: Span,
+    /// Tasks that may wait in one queue; spawns beyond it are refused [default: no bound]
+    #[arg(long, env = "ABSURD_MAX_BACKLOG", value_name = "N")]
+    max_backlog: i64,
+    /// Largest request in bytes [default: 16777216]
+    #[arg(long, env = "ABSURD_MAX_REQUEST_BYTES", value_name = "BYTES")]
+    max_request_bytes: usize,
+    /// Largest header block of a request in bytes [default: 65536]
+    #[arg(long, env = "ABSURD_MAX_HEADER_LIST_BYTES", value_name = "BYTES")]
+    max_header_list_bytes: u32,
+    /// Items of one batch at most, 1 to 1,000 [default: 1000]
+    #[arg(long, env = "ABSURD_MAX_BATCH", value_name = "N")]
+    max_batch: usize,
+    /// Items of one page at most, 1 to 1,000 [default: 1000]
+    #[arg(long, env = "ABSURD_MAX_PAGE", value_name = "N")]
+    max_page: i64,
+    /// Deepest nesting of JSON, 1 to 100 [default: 100]
+    #[arg(long, env = "ABSURD_MAX_JSON_DEPTH", value_name = "N")]
+    max_json_depth: usize,
+    /// A client that takes no answer for this long is cut off [default: 30s]
+    #[arg(long, env = "ABSURD_MAX_STALL", value_name = "SPAN")]
+    max_stall: Span,
+    /// Address for /metrics, /livez and /readyz over plain HTTP [default: none]
+    #[arg(long, env = "ABSURD_METRICS_LISTEN", value_name = "ADDR:PORT")]
+    metrics_listen: SocketAddr,
     /// Longest graceful shutdown [default: 20s]
     #[arg(long, env = "ABSURD_SHUTDOWN_GRACE", value_name = "SPAN")]
     shutdown_grace: Span,
@@ -151,6 +196,7 @@ impl Settings {
         )?;
         let dispatch = DispatchOptions::default();
         let limits = Limits::default();
+        let (admission, gate, engine) = (AdmissionOptions::default(), GateOptions::default(), EngineOptions::default());
         let tls = match (self.tls_cert, self.tls_key) {
             (Some(certificate), Some(key)) => Some((certificate, key)),
             (None, None) => None,
@@ -171,17 +217,50 @@ impl Settings {
                 heartbeat: self.heartbeat.map_or(dispatch.heartbeat, |span| span.0),
                 stream_age: self.stream_age.map_or(dispatch.stream_age, |span| span.0),
                 streams_max: self.max_streams.unwrap_or(dispatch.streams_max),
+                stall_max: self.max_stall.map_or(dispatch.stall_max, |span| span.0),
             },
             limits: Limits {
                 payload_bytes_max: self.max_payload_bytes.unwrap_or(limits.payload_bytes_max),
                 headers_bytes_max: self.max_headers_bytes.unwrap_or(limits.headers_bytes_max),
+                json_depth_max: within("max-json-depth", self.max_json_depth, limits.json_depth_max, 100)?,
+                batch_max: within("max-batch", self.max_batch, limits.batch_max, 1000)?,
+                page_max: within("max-page", self.max_page, limits.page_max, 1000)?,
+                request_bytes_max: self.max_request_bytes.unwrap_or(limits.request_bytes_max),
+                header_list_bytes_max: self.max_header_list_bytes.unwrap_or(limits.header_list_bytes_max),
                 require_claim_token: self.require_claim_token.unwrap_or(false),
             },
+            admission: AdmissionOptions {
+                requests_max: self.max_requests.unwrap_or(admission.requests_max),
+                connection_streams_max: self.max_streams_per_connection.unwrap_or(admission.connection_streams_max),
+                caller_streams_max: self.max_streams_per_caller.unwrap_or(admission.caller_streams_max),
+            },
+            gate: GateOptions {
+                connections_max: self.max_clients.unwrap_or(gate.connections_max),
+                stall_max: self.max_stall.map_or(gate.stall_max, |span| span.0),
+            },
+            engine: EngineOptions {
+                waiting_max: self.max_waiting_writes.unwrap_or(engine.waiting_max),
+                backlog_max: self.max_backlog,
+            },
+            connection_wait_max: self.max_connection_wait.map_or(Duration::from_secs(10), |span| span.0),
+            metrics_listen: self.metrics_listen,
             tls,
             shutdown_grace: self.shutdown_grace.map_or(Duration::from_secs(20), |span| span.0),
             test_clock: self.test_clock.unwrap_or(false),
         })
     }
+}
+
+/// A bound that may be set lower than usual, but not above what the rest is built for.
+fn within<T: PartialOrd + From<u8> + std::fmt::Display + Copy>(
+    name: &str,
+    asked: Option<T>,
+    usual: T,
+    most: T,
+) -> anyhow::Result<T> {
+    let value = asked.unwrap_or(usual);
+    anyhow::ensure!(value >= T::from(1) && value <= most, "{name} must be 1 to {most}, not {value}");
+    Ok(value)
 }
 
 /// Where a server listens unless told otherwise.

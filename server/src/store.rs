@@ -30,6 +30,7 @@ use tokio_postgres::Row;
 use uuid::Uuid;
 
 use crate::domain::{Error, Instant};
+use crate::metrics;
 use crate::scope::Scope;
 pub use fault::Fault;
 use pool::{Pools, Role};
@@ -179,8 +180,11 @@ impl Store {
             client.statement_cache.clear();
             done = query(&client, &text, params, limit).await;
         }
-        if done.as_ref().is_err_and(Fault::is_of_connection) {
-            drop(Object::take(client));
+        if let Err(fault) = &done {
+            metrics::fault(fault);
+            if fault.is_of_connection() {
+                drop(Object::take(client));
+            }
         }
         done
     }

@@ -1,5 +1,6 @@
 //! The gRPC side: parse at the edge, call the engine, render. The only layer that knows wire types.
 
+pub mod admission;
 mod checkpoints;
 pub mod claim_stream;
 mod claims;

@@ -42,7 +42,7 @@ impl Waits {
         {
             let mut inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
             if inside.count >= WAITERS_MAX {
-                return Err(Error::TooManyRequests);
+                return Err(Error::TooManyRequests { after: Duration::from_secs(1) });
             }
             inside.count += 1;
             inside.waiters.entry((queue.clone(), task_id)).or_default().push(tell);

@@ -118,6 +118,32 @@ async fn one_bad_and_one_locked_item_hurt_nobody_else() {
     assert_eq!(failed, [3]);
 }
 
+/// Whoever holds a task's row makes the outcomes of its run wait, and tells nobody that a claim is lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_held_task_makes_each_outcome_wait() {
+    let server = Server::start().await;
+    let client = server.client();
+    client.spawn_tasks(tasks(3)).await.unwrap();
+    let claims = client.claim_task(ClaimOptions { qty: 3, ..ClaimOptions::default() }).await.unwrap();
+    let mut sql = server.database().connect().await;
+    let lock = sql.transaction().await.unwrap();
+    lock.execute("select from absurd.t_q for update", &[]).await.unwrap();
+    let mut claims = claims.into_iter();
+    let mut next = || claims.next().unwrap();
+    let (complete, fail, release) = (next(), next(), next());
+    let outcomes = [
+        tokio::spawn(async move { complete.complete(&j!(1)).await.map(drop) }),
+        tokio::spawn(async move { fail.fail(&j!({"message": "x"})).await.map(drop) }),
+        tokio::spawn(async move { release.release(Duration::ZERO).await }),
+    ];
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(outcomes.iter().all(|outcome| !outcome.is_finished()));
+    lock.rollback().await.unwrap();
+    for outcome in outcomes {
+        in_time("the outcome is taken", outcome).await.unwrap().unwrap();
+    }
+}
+
 /// A keyed spawn that waits for an open transaction with the same key holds up nobody else.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_held_by_an_open_transaction_stalls_only_its_own_spawn() {

@@ -380,7 +380,8 @@ async fn the_json_check_agrees_with_postgres() {
         if text.contains('\0') {
             continue;
         }
-        let ours = absurd_server::domain::JsonText::parse("f", text.clone(), 1 << 20).is_ok();
+        let bound = absurd_server::domain::json::JsonBound { bytes: 1 << 20, depth: 100 };
+        let ours = absurd_server::domain::JsonText::parse("f", text.clone(), bound).is_ok();
         let theirs: bool = sql.query_one(&takes, &[&text]).await.unwrap().get(0);
         assert_eq!(ours, theirs, "{text:?}");
         if ours { taken += 1 } else { refused += 1 }

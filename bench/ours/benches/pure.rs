@@ -9,6 +9,7 @@ use std::time::{Duration, Instant as Monotonic};
 use absurd_server::dispatch::outbox::Outbox;
 use absurd_server::dispatch::state::{Spans, State, StreamOptions};
 use absurd_server::domain::claim::Secret;
+use absurd_server::domain::json::JsonBound;
 use absurd_server::domain::{Claim, ClaimToken, Instant, JsonText, SessionId, WorkerId};
 use absurd_server::store::run::Cursor;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
@@ -29,7 +30,7 @@ fn json(c: &mut Criterion) {
         group.bench_function(name, |b| {
             b.iter_batched(
                 || text.clone(),
-                |text| JsonText::parse("params", text, usize::MAX).unwrap(),
+                |text| JsonText::parse("params", text, JsonBound { bytes: usize::MAX, depth: 100 }).unwrap(),
                 BatchSize::SmallInput,
             );
         });
@@ -85,7 +86,7 @@ fn state(now: Deadline) -> State {
             max_message_bytes: 4 << 20,
             accepts_omitted_params: false,
         };
-        let spans = Spans { heartbeat: Duration::from_secs(15) };
+        let spans = Spans { heartbeat: Duration::from_secs(15), stall: Duration::from_secs(30) };
         state.open(id, options, Arc::new(Outbox::default()), Vec::new(), now, spans, Duration::from_secs(1800));
     }
     state
@@ -93,7 +94,7 @@ fn state(now: Deadline) -> State {
 
 /// Plans one claim over all streams, hands out what it took, and takes the credit back.
 fn dispatch(c: &mut Criterion) {
-    let spans = Spans { heartbeat: Duration::from_secs(15) };
+    let spans = Spans { heartbeat: Duration::from_secs(15), stall: Duration::from_secs(30) };
     c.bench_function("dispatch: 500 runs to 1,000 streams and back", |b| {
         b.iter_custom(|rounds| {
             let now = Deadline::now();

@@ -6,6 +6,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::task::AtomicWaker;
+use tokio::time::Instant;
 
 use crate::domain::{Claim, Error, RunId, Verdict};
 
@@ -63,6 +64,8 @@ struct Inside {
     closed: bool,
     /// The end has been taken.
     over: bool,
+    /// Since when messages wait that the transport does not take.
+    stuck_since: Option<Instant>,
 }
 
 /// See the module.
@@ -94,15 +97,23 @@ impl Outbox {
             Message::Heartbeat { .. } | Message::Revoked { .. } => {}
         }
         inside.messages.push_back(message);
+        inside.stuck_since.get_or_insert_with(Instant::now);
         drop(inside);
         self.waker.wake();
         Ok(())
+    }
+
+    /// How long messages have waited for a transport that takes none.
+    pub fn stuck(&self) -> Duration {
+        self.lock().stuck_since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     /// The next message; `None` after the end.
     pub fn poll_next(&self, cx: &Context<'_>) -> Poll<Option<Message>> {
         self.waker.register(cx.waker());
         let mut inside = self.lock();
+        // Whoever asks is not stuck; what is left waits from now on.
+        inside.stuck_since = (inside.messages.len() > 1).then(Instant::now);
         if inside.over {
             return Poll::Ready(None);
         }

@@ -119,6 +119,8 @@ pub struct Turn {
     pub plans: Vec<Plan>,
     /// Claims to give back.
     pub returns: Vec<Return>,
+    /// Of streams that were given up.
+    pub leftovers: Vec<Leftover>,
     /// Claims to look at.
     pub checks: Vec<(RunId, Digest)>,
     /// Claims without a sign of life in time, with the ends of their leases; the worker may have spoken elsewhere.
@@ -166,6 +168,8 @@ pub struct State {
 pub struct Spans {
     /// Between heartbeats.
     pub heartbeat: Duration,
+    /// A stream whose transport takes no message for this long is given up.
+    pub stall: Duration,
 }
 
 impl State {
@@ -462,6 +466,10 @@ impl State {
         match timer {
             Timer::Heartbeat(id) => {
                 if let Some(stream) = self.streams.get(&id) {
+                    if stream.outbox.stuck() > spans.stall {
+                        turn.leftovers.push(self.close(id));
+                        return;
+                    }
                     let heartbeat = Message::Heartbeat { in_flight: stream.runs.len(), credit: stream.credit() };
                     let _ = stream.outbox.push(heartbeat);
                     self.timers.push(Reverse((now + spans.heartbeat, Timer::Heartbeat(id))));

@@ -88,12 +88,32 @@ pub enum Error {
     /// An earlier item of the same run failed.
     #[error("an earlier item of the same run failed")]
     ItemSkipped,
-    /// This replica has as many streams as it takes.
-    #[error("this replica has its {0} streams; try another one or raise --max-streams")]
-    StreamLimit(usize),
-    /// Too many requests wait already.
-    #[error("too many requests are waiting")]
-    TooManyRequests,
+    /// As many streams are open as may be.
+    #[error("{whose} its {limit} streams; try another replica, or raise {flag}")]
+    StreamLimit {
+        /// Who has them, with the verb.
+        whose: &'static str,
+        /// How many.
+        limit: usize,
+        /// What allows more.
+        flag: &'static str,
+    },
+    /// More is asked for than can be done in time.
+    #[error("the server is busy; try again in {} ms", after.as_millis())]
+    TooManyRequests {
+        /// When it may go better.
+        after: std::time::Duration,
+    },
+    /// As many tasks of the queue wait as may.
+    #[error(
+        "queue {queue:?} has its {limit} waiting tasks; try again when workers have caught up, or raise --max-backlog"
+    )]
+    BacklogFull {
+        /// The queue.
+        queue: String,
+        /// How many.
+        limit: i64,
+    },
     /// Postgres cannot be reached, or is too busy.
     #[error("the database is not available: {0}")]
     Unavailable(String),
@@ -140,8 +160,9 @@ impl Error {
             Self::TaskNotFailed { .. } => "TASK_NOT_FAILED",
             Self::MaxAttemptsTooLow { .. } => "MAX_ATTEMPTS_TOO_LOW",
             Self::ItemSkipped => "ITEM_SKIPPED",
-            Self::StreamLimit(_) => "STREAM_LIMIT",
-            Self::TooManyRequests => "TOO_MANY_REQUESTS",
+            Self::StreamLimit { .. } => "STREAM_LIMIT",
+            Self::TooManyRequests { .. } => "TOO_MANY_REQUESTS",
+            Self::BacklogFull { .. } => "BACKLOG_FULL",
             Self::Unavailable(_) | Self::NotWritable(_) => "UNAVAILABLE",
             Self::ShuttingDown => "SHUTTING_DOWN",
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
@@ -152,10 +173,7 @@ impl Error {
 
     /// Whether the caller's claim is over.
     pub fn is_claim_over(&self) -> bool {
-        matches!(
-            self,
-            Self::ClaimLost(_) | Self::ClaimExpired(_) | Self::TaskCancelled(_) | Self::RunNotRunning { .. }
-        )
+        matches!(self, Self::ClaimLost(_) | Self::ClaimExpired(_) | Self::TaskCancelled(_) | Self::RunNotRunning { .. })
     }
 
     /// Path of the wrong field, where one is wrong.

@@ -2,7 +2,7 @@
 
 use super::Error;
 
-/// Deepest nesting that is accepted.
+/// Deepest nesting that is ever accepted.
 pub const DEPTH_MAX: usize = 100;
 /// Digits before the decimal point that a numeric holds.
 const NUMERIC_DIGITS_MAX: i64 = 131_072;
@@ -13,25 +13,34 @@ const NUMERIC_EXPONENT_END: i64 = i32::MAX as i64 / 2;
 /// Room kept for a failure's reason.
 pub const REASON_BYTES_MAX: usize = 64 * 1024;
 
+/// How much of a text is taken.
+#[derive(Debug, Clone, Copy)]
+pub struct JsonBound {
+    /// Bytes.
+    pub bytes: usize,
+    /// Nesting.
+    pub depth: usize,
+}
+
 /// Checked JSON text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JsonText(String);
 
 impl JsonText {
-    /// Checks a text against jsonb's rules and a limit in bytes; `field` is named in the error.
-    pub fn parse(field: &str, text: String, limit: usize) -> Result<Self, Error> {
-        if text.len() > limit {
-            return Err(Error::TooLarge { field: field.into(), size: text.len(), limit });
+    /// Checks a text against jsonb's rules and a bound; `field` is named in the error.
+    pub fn parse(field: &str, text: String, bound: JsonBound) -> Result<Self, Error> {
+        if text.len() > bound.bytes {
+            return Err(Error::TooLarge { field: field.into(), size: text.len(), limit: bound.bytes });
         }
-        match Guard::new(text.as_bytes()).check() {
+        match Guard::new(text.as_bytes(), bound.depth).check() {
             Ok(()) => Ok(Self(text)),
             Err(problem) => Err(Error::Json { field: field.into(), problem }),
         }
     }
 
     /// As [`JsonText::parse`], and the value must be an object.
-    pub fn parse_object(field: &str, text: String, limit: usize) -> Result<Self, Error> {
-        let json = Self::parse(field, text, limit)?;
+    pub fn parse_object(field: &str, text: String, bound: JsonBound) -> Result<Self, Error> {
+        let json = Self::parse(field, text, bound)?;
         if json.0.trim_start().starts_with('{') {
             Ok(json)
         } else {
@@ -54,7 +63,7 @@ impl JsonText {
 
     /// Why a run failed. Never refused: a text that jsonb does not take, or that is too long, becomes a message.
     pub fn reason(text: &str) -> Self {
-        if text.len() <= REASON_BYTES_MAX && Guard::new(text.as_bytes()).check().is_ok() {
+        if text.len() <= REASON_BYTES_MAX && Guard::new(text.as_bytes(), DEPTH_MAX).check().is_ok() {
             return Self(text.to_owned());
         }
         if let Ok(serde_json::Value::Object(object)) = serde_json::from_str(text) {
@@ -114,13 +123,14 @@ fn cut(text: &str, limit: usize) -> &str {
 struct Guard<'a> {
     bytes: &'a [u8],
     at: usize,
+    depth_max: usize,
 }
 
 type Check<T = ()> = Result<T, String>;
 
 impl<'a> Guard<'a> {
-    fn new(bytes: &'a [u8]) -> Self {
-        Self { bytes, at: 0 }
+    fn new(bytes: &'a [u8], depth_max: usize) -> Self {
+        Self { bytes, at: 0, depth_max }
     }
 
     fn check(mut self) -> Check {
@@ -170,8 +180,8 @@ impl<'a> Guard<'a> {
     }
 
     fn enter(&mut self, depth: usize) -> Check {
-        if depth > DEPTH_MAX {
-            return self.fail(&format!("nested deeper than {DEPTH_MAX}"));
+        if depth > self.depth_max {
+            return self.fail(&format!("nested deeper than {}", self.depth_max));
         }
         self.at += 1;
         self.space();
@@ -350,7 +360,7 @@ mod tests {
     use super::*;
 
     fn problem(text: &str) -> Option<String> {
-        Guard::new(text.as_bytes()).check().err()
+        Guard::new(text.as_bytes(), DEPTH_MAX).check().err()
     }
 
     #[test]

@@ -245,8 +245,8 @@ fn answer(kind: Kind, run: &RunRef, row: &Row) -> Answer {
     if done {
         return Answer::Settled(Ok(settled(kind, task_id, false, row)));
     }
-    if state == State::Running && owned && kind != Kind::Fail {
-        // Ours, but the task's row was locked.
+    if state == State::Running && owned {
+        // Ours, but the task's row was locked; or a lease that is not over after all.
         return Answer::Busy;
     }
     let replayed = match kind {
@@ -264,7 +264,6 @@ fn answer(kind: Kind, run: &RunRef, row: &Row) -> Answer {
         State::Failed if owned => Error::ClaimExpired(run_id),
         State::Completed if owned => wrong_state(),
         _ if shown => Error::ClaimLost(run_id),
-        State::Running if kind == Kind::Fail => return Answer::Busy,
         _ => wrong_state(),
     }))
 }

@@ -4,8 +4,8 @@ use std::sync::{Mutex, PoisonError};
 
 use deadpool_postgres::Object;
 
-use super::statement::{CLOCK_GET, CLOCK_SET};
 use super::pool::Role;
+use super::statement::{CLOCK_GET, CLOCK_SET};
 use super::{Fault, Store, Wait, query};
 use crate::domain::Instant;
 

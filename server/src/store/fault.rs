@@ -86,11 +86,37 @@ impl Fault {
         }
     }
 
+    /// For metrics.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Missing => "missing",
+            Self::Data(_) => "data",
+            Self::Locked => "locked",
+            Self::Conflict => "conflict",
+            Self::Gone(_) => "gone",
+            Self::Unknown(_) => "unknown",
+            Self::Busy => "busy",
+            Self::Timeout => "timeout",
+            Self::Duplicate => "duplicate",
+            Self::Raised { .. } => "raised",
+            Self::StalePlan => "stale_plan",
+            Self::ReadOnly => "read_only",
+            Self::Full => "disk_full",
+            Self::Bug(_) => "bug",
+        }
+    }
+
     /// Whether the same statement may succeed soon.
     pub fn is_passing(&self) -> bool {
         matches!(
             self,
-            Self::Conflict | Self::Gone(_) | Self::Unknown(_) | Self::Busy | Self::ReadOnly | Self::Full | Self::StalePlan
+            Self::Conflict
+                | Self::Gone(_)
+                | Self::Unknown(_)
+                | Self::Busy
+                | Self::ReadOnly
+                | Self::Full
+                | Self::StalePlan
         )
     }
 
@@ -111,7 +137,7 @@ impl Fault {
             Self::Full => Error::NotWritable("has no room: its disk is full"),
             Self::StalePlan => Error::Unavailable("a statement had to be prepared again".into()),
             Self::Unknown(_) => Error::OutcomeUnknown,
-            Self::Busy => Error::Unavailable("no connection was free in time".into()),
+            Self::Busy => Error::TooManyRequests { after: std::time::Duration::from_millis(500) },
             Self::Duplicate => Error::Unavailable("a key was taken at the same time".into()),
             Self::Raised { code, message } => Error::Internal(format!("{code} {message}")),
             Self::Bug(text) => Error::Internal(text),

@@ -3,7 +3,7 @@
 use tokio_postgres::Row;
 
 use super::statement::{
-    DOORBELL_MISSING, QUEUE_COLLISION, QUEUE_CREATE, QUEUE_DOORBELL, QUEUE_DROP, QUEUE_GET, QUEUE_LIST,
+    DOORBELL_MISSING, QUEUE_BACKLOG, QUEUE_COLLISION, QUEUE_CREATE, QUEUE_DOORBELL, QUEUE_DROP, QUEUE_GET, QUEUE_LIST,
     QUEUE_SET_POLICY, QUEUE_STATS,
 };
 use super::{Fault, Store, Wait};
@@ -107,6 +107,13 @@ impl Store {
                 Err(fault)
             }
         }
+    }
+
+    /// How many of its tasks can be claimed and wait, up to a bound.
+    pub async fn queue_backlog(&self, scope: &Scope, most: i64) -> Result<i64, Error> {
+        let rows = self.rows(&QUEUE_BACKLOG, Wait::Skip, Some(scope), &[&most]).await;
+        let rows = rows.map_err(|fault| fault.into_read_error(scope))?;
+        Ok(rows.first().map_or(0, |row| row.get("waiting")))
     }
 
     /// Drops a queue; says whether there was one.

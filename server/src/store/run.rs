@@ -4,8 +4,8 @@ use tokio_postgres::Row;
 use uuid::Uuid;
 
 use super::statement::{
-    CHECKPOINT_LIST, RELEASE_COUNT, RELEASE_FORGET, RUN_CHECK, RUN_CLAIM, RUN_CLAIM_NAMED, RUN_CUT_LEASE, RUN_GET, RUN_SILENT,
-    RUN_LIST_CLAIMED, RUN_LIST_EXPIRED,
+    CHECKPOINT_LIST, RELEASE_COUNT, RELEASE_FORGET, RUN_CHECK, RUN_CLAIM, RUN_CLAIM_NAMED, RUN_CUT_LEASE, RUN_GET,
+    RUN_LIST_CLAIMED, RUN_LIST_EXPIRED, RUN_SILENT,
 };
 use super::text::FIELD_BYTES_MAX;
 use super::{Fault, Store, Wait};
@@ -184,7 +184,11 @@ impl Store {
     }
 
     /// Of each claim, with its lease's end as of the claim: whether it has left no trace since.
-    pub async fn run_silent(&self, scope: &Scope, claims: &[(ClaimToken, Option<Instant>)]) -> Result<Vec<bool>, Fault> {
+    pub async fn run_silent(
+        &self,
+        scope: &Scope,
+        claims: &[(ClaimToken, Option<Instant>)],
+    ) -> Result<Vec<bool>, Fault> {
         let runs: Vec<Uuid> = claims.iter().map(|(token, _)| token.run_id).collect();
         let digests: Vec<Digest> = claims.iter().map(|(token, _)| token.digest()).collect();
         let digests: Vec<&str> = digests.iter().map(Digest::as_str).collect();

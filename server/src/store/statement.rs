@@ -26,6 +26,7 @@ const READ: &[&str] = &[
     "checkpoint_list",
     "checkpoint_page",
     "event_list_unfinished",
+    "queue_backlog",
     "queue_collision",
     "queue_get",
     "queue_list",
@@ -141,6 +142,7 @@ statements! {
     EVENT_EMIT_MORE = "event_emit_more";
     EVENT_LIST_UNFINISHED = "event_list_unfinished";
     KEY_RESERVE = "key_reserve";
+    QUEUE_BACKLOG = "queue_backlog";
     QUEUE_COLLISION = "queue_collision";
     QUEUE_CREATE = "queue_create";
     QUEUE_DOORBELL = "queue_doorbell";

@@ -7,7 +7,7 @@ use tokio::time::Instant as Deadline;
 use tokio_postgres::Row;
 
 use super::convert::{self, run_ref, scope};
-use super::service::{Service, page_size};
+use super::service::Service;
 use crate::domain::id::parse_uuid;
 use crate::domain::{CheckpointName, Error, Instant, RunId, TaskId};
 use crate::scope::Scope;
@@ -23,7 +23,7 @@ impl Service {
         let scope = scope(&request.queue)?;
         let (run, _) = run_ref(&request.run_id, request.claim_token.as_deref(), &self.limits)?;
         let name = CheckpointName::parse("checkpoint_name", &request.checkpoint_name)?;
-        let state = convert::json("state", request.state, self.limits.payload_bytes_max)?;
+        let state = convert::json("state", request.state, self.limits.payload())?;
         let seconds = convert::extension_or_none("extend_by", request.extend_by)?;
         self.same_task(&scope, run.run_id, &request.task_id).await?;
         let write = Write::Checkpoint { name, state, seconds };
@@ -107,7 +107,7 @@ impl Service {
         size: i32,
         token: &str,
     ) -> Result<(Vec<pb::StoredCheckpoint>, String), Error> {
-        let limit = page_size(size)?;
+        let limit = self.limits.page(size)?;
         let rows = self.engine.store.checkpoint_page(scope, task_id, seen, &parse_token(token)?, limit).await?;
         let beyond = rows.len() > 1 && rows.last().is_some_and(|row| row.get("beyond"));
         let page = &rows[..rows.len() - usize::from(beyond)];

@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use crate::domain::claim::Checkpoint;
 use crate::domain::id::{parse_idempotency_key, parse_uuid};
+use crate::domain::json::JsonBound;
 use crate::domain::policy::{CancellationPolicy, RetryStrategy};
 use crate::domain::{
     CheckpointName, Claim, ClaimToken, Error, Instant, JsonText, QueueName, RunId, Settled, State, TaskName, Verdict,
@@ -105,8 +106,8 @@ pub fn instant(field: &str, value: &Timestamp) -> Result<Instant, Error> {
 }
 
 /// Checked JSON.
-pub fn json(field: &str, value: Option<pb::Json>, limit: usize) -> Result<Option<JsonText>, Error> {
-    value.map(|json| JsonText::parse(field, json.text, limit)).transpose()
+pub fn json(field: &str, value: Option<pb::Json>, bound: JsonBound) -> Result<Option<JsonText>, Error> {
+    value.map(|json| JsonText::parse(field, json.text, bound)).transpose()
 }
 
 /// Part of a long text.
@@ -136,7 +137,7 @@ pub fn run_ref(run_id: &str, token: Option<&str>, limits: &Limits) -> Result<(Ru
 
 /// Completes.
 pub fn complete(result: Option<pb::Json>, limits: &Limits) -> Result<Write, Error> {
-    Ok(Write::Complete { result: json("result", result, limits.payload_bytes_max)? })
+    Ok(Write::Complete { result: json("result", result, limits.payload())? })
 }
 
 /// Fails. The reason is cleaned, never refused.
@@ -165,7 +166,7 @@ pub fn release(delay: Option<PbDuration>, token: Option<&ClaimToken>) -> Result<
 fn checkpoint(action: pb::CheckpointAction, limits: &Limits) -> Result<Write, Error> {
     Ok(Write::Checkpoint {
         name: CheckpointName::parse("checkpoint_name", &action.checkpoint_name)?,
-        state: json("state", action.state, limits.payload_bytes_max)?,
+        state: json("state", action.state, limits.payload())?,
         seconds: extension_or_none("extend_by", action.extend_by)?,
     })
 }
@@ -232,7 +233,7 @@ pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<New
         return Err(Error::invalid("max_attempts", "must be at least 1"));
     }
     let headers =
-        task.headers.map(|json| JsonText::parse_object("headers", json.text, limits.headers_bytes_max)).transpose()?;
+        task.headers.map(|json| JsonText::parse_object("headers", json.text, limits.headers())).transpose()?;
     let workflow_run_id = task.workflow_run_id.map(|id| parse_uuid("workflow_run_id", &id)).transpose()?;
     let headers = match workflow_run_id {
         Some(id) => Some(JsonText::with_text_key(headers, "workflow_run_id", &id.to_string())),
@@ -245,7 +246,7 @@ pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<New
         },
         run_id: store.mint_id(),
         name: TaskName::parse("task_name", &task.task_name)?,
-        params: json("params", task.params, limits.payload_bytes_max)?,
+        params: json("params", task.params, limits.payload())?,
         headers,
         retry_strategy: task.retry_strategy.map(strategy).transpose()?.map(RetryStrategy::to_json),
         max_attempts: task.max_attempts,

@@ -6,7 +6,7 @@ use absurd_proto::v1 as pb;
 
 use super::convert::{self, scope};
 use super::policies;
-use super::service::{Service, page_size};
+use super::service::Service;
 use crate::domain::Error;
 use crate::store::queue::COUNT_MAX;
 
@@ -35,7 +35,7 @@ impl Service {
         &self,
         request: pb::ListQueuesRequest,
     ) -> Result<pb::ListQueuesResponse, Error> {
-        let limit = page_size(request.page_size)?;
+        let limit = self.limits.page(request.page_size)?;
         if request.page_token.contains('\0') || request.page_token.len() > 1024 {
             return Err(Error::invalid("page_token", "is not a token of this service"));
         }

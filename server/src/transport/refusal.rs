@@ -10,18 +10,18 @@ use tower::{Layer, Service};
 use super::status::status;
 use crate::domain::Error;
 
-/// Bytes of a request at most.
-pub const REQUEST_BYTES_MAX: usize = 16 * 1024 * 1024;
-
 /// Wraps services; see the module.
 #[derive(Debug, Clone, Copy)]
-pub struct RefusalLayer;
+pub struct RefusalLayer {
+    /// Bytes of a request at most.
+    pub request_bytes_max: usize,
+}
 
 impl<S> Layer<S> for RefusalLayer {
     type Service = Refusal<S>;
 
     fn layer(&self, inner: S) -> Refusal<S> {
-        Refusal { inner }
+        Refusal { inner, request_bytes_max: self.request_bytes_max }
     }
 }
 
@@ -29,6 +29,7 @@ impl<S> Layer<S> for RefusalLayer {
 #[derive(Debug, Clone)]
 pub struct Refusal<S> {
     inner: S,
+    request_bytes_max: usize,
 }
 
 impl<S> Service<Request<Body>> for Refusal<S>
@@ -46,19 +47,20 @@ where
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let answer = self.inner.call(request);
-        Box::pin(async move { answer.await.map(|response| reasoned(&response).unwrap_or(response)) })
+        let most = self.request_bytes_max;
+        Box::pin(async move { answer.await.map(|response| reasoned(&response, most).unwrap_or(response)) })
     }
 }
 
 /// The answer in place of one that the transport gave by itself; None: let it be.
-fn reasoned(response: &Response<Body>) -> Option<Response<Body>> {
+fn reasoned(response: &Response<Body>, most: usize) -> Option<Response<Body>> {
     let given = Status::from_header_map(response.headers()).filter(|given| given.details().is_empty())?;
     let error = match given.code() {
         // tonic's words for a message over the limit, and for one that is not protobuf.
         Code::OutOfRange => Error::TooLarge {
             field: "request".into(),
-            size: given.message().split(' ').find_map(|word| word.parse().ok()).unwrap_or(REQUEST_BYTES_MAX + 1),
-            limit: REQUEST_BYTES_MAX,
+            size: given.message().split(' ').find_map(|word| word.parse().ok()).unwrap_or(most + 1),
+            limit: most,
         },
         Code::Internal => Error::invalid("request", format!("is not a message of this RPC: {}", given.message())),
         _ => return None,

@@ -14,14 +14,13 @@ use super::claims::pull_options;
 use super::convert::{self, new_task, pb_spawned, run_ref, scope, settle_item, timestamp};
 use super::status::status;
 use crate::domain::id::parse_uuid;
+use crate::domain::json::{DEPTH_MAX, JsonBound};
 use crate::domain::{Error, SessionId, Verdict};
 use crate::engine::Engine;
 use crate::scope::Scope;
 use crate::store::batch::{RunRef, Write};
 use crate::store::policy::Old;
 
-/// Items of one batch at most.
-const BATCH_MAX: usize = 1000;
 /// Time of a call that names no deadline.
 pub(super) const DEADLINE: Duration = Duration::from_secs(30);
 /// Longest wait for a result, and longest grace of a lost worker.
@@ -34,13 +33,66 @@ pub struct Limits {
     pub payload_bytes_max: usize,
     /// Bytes of headers.
     pub headers_bytes_max: usize,
+    /// Nesting of JSON.
+    pub json_depth_max: usize,
+    /// Items of one batch.
+    pub batch_max: usize,
+    /// Items of one page.
+    pub page_max: i64,
+    /// Bytes of a request.
+    pub request_bytes_max: usize,
+    /// Bytes of the header block of a request.
+    pub header_list_bytes_max: u32,
     /// Refuse per-run calls without a token.
     pub require_claim_token: bool,
 }
 
+impl Limits {
+    /// Bound of params, a result, a checkpoint.
+    pub fn payload(&self) -> JsonBound {
+        JsonBound { bytes: self.payload_bytes_max, depth: self.json_depth_max }
+    }
+
+    /// Bound of headers.
+    pub fn headers(&self) -> JsonBound {
+        JsonBound { bytes: self.headers_bytes_max, depth: self.json_depth_max }
+    }
+
+    /// Checks the size of a batch.
+    pub(super) fn batch(&self, field: &str, size: usize) -> Result<(), Error> {
+        if size == 0 || size > self.batch_max {
+            return Err(Error::invalid(field, format!("must hold 1 to {} items, not {size}", self.batch_max)));
+        }
+        Ok(())
+    }
+
+    /// The size of a page.
+    pub(super) fn page(&self, asked: i32) -> Result<i64, Error> {
+        match i64::from(asked) {
+            0 => Ok(self.page_max.min(100)),
+            asked if (1..=self.page_max).contains(&asked) => Ok(asked),
+            _ => Err(Error::invalid("page_size", format!("must be 0 to {}", grouped(self.page_max)))),
+        }
+    }
+}
+
+/// With a comma at the thousands.
+fn grouped(number: i64) -> String {
+    if number < 1000 { number.to_string() } else { format!("{},{:03}", number / 1000, number % 1000) }
+}
+
 impl Default for Limits {
     fn default() -> Self {
-        Self { payload_bytes_max: 1024 * 1024, headers_bytes_max: 64 * 1024, require_claim_token: false }
+        Self {
+            payload_bytes_max: 1024 * 1024,
+            headers_bytes_max: 64 * 1024,
+            json_depth_max: DEPTH_MAX,
+            batch_max: 1000,
+            page_max: 1000,
+            request_bytes_max: 16 * 1024 * 1024,
+            header_list_bytes_max: 64 * 1024,
+            require_claim_token: false,
+        }
     }
 }
 
@@ -84,21 +136,6 @@ pub(super) fn left(deadline: Instant) -> Duration {
 
 async fn in_time<T>(deadline: Instant, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     tokio::time::timeout_at(deadline, work).await.unwrap_or(Err(Error::DeadlineExceeded))
-}
-
-pub(super) fn batch_size(field: &str, size: usize) -> Result<(), Error> {
-    if size == 0 || size > BATCH_MAX {
-        return Err(Error::invalid(field, format!("must hold 1 to {BATCH_MAX} items, not {size}")));
-    }
-    Ok(())
-}
-
-pub(super) fn page_size(asked: i32) -> Result<i64, Error> {
-    match asked {
-        0 => Ok(100),
-        1..=1000 => Ok(asked.into()),
-        _ => Err(Error::invalid("page_size", "must be 0 to 1,000")),
-    }
 }
 
 impl Service {
@@ -164,7 +201,7 @@ impl AbsurdService for Service {
         let request = request.into_inner();
         let work = async {
             let scope = scope(&request.queue)?;
-            batch_size("tasks", request.tasks.len())?;
+            self.limits.batch("tasks", request.tasks.len())?;
             let workflows: Vec<_> = request.tasks.iter().map(|task| task.workflow_run_id.clone()).collect();
             let mut tasks = Vec::with_capacity(request.tasks.len());
             for (index, task) in request.tasks.into_iter().enumerate() {
@@ -221,7 +258,7 @@ impl AbsurdService for Service {
         let request = request.into_inner();
         let work = async {
             let scope = scope(&request.queue)?;
-            batch_size("items", request.items.len())?;
+            self.limits.batch("items", request.items.len())?;
             let items = request.items.into_iter().enumerate().map(|(index, item)| {
                 settle_item(item, &self.limits).map_err(|error| error.within(&format!("items[{index}]")))
             });

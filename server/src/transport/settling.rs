@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::convert::{pb_verdict, run_ref, scope, timestamp};
-use super::service::{Service, batch_size};
+use super::service::Service;
 use crate::dispatch::verdict;
 use crate::domain::{Error, Settled, Verdict};
 use crate::scope::Scope;
@@ -75,7 +75,7 @@ impl Service {
         done: Verdict,
         deadline: Instant,
     ) -> Result<Vec<pb::ClaimVerdict>, Error> {
-        batch_size("claims", claims.len())?;
+        self.limits.batch("claims", claims.len())?;
         let mut items = Vec::with_capacity(claims.len());
         for claim in &claims {
             let item = match run_ref(&claim.run_id, claim.claim_token.as_deref(), &self.limits) {

@@ -3,14 +3,22 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 use uuid::Uuid;
 
 use crate::domain::Error;
+use crate::metrics;
 
+/// A full queue may have room again after this long.
+const BACKLOG_DELAY: Duration = Duration::from_secs(2);
 /// Domain of every `ErrorInfo`.
 pub const DOMAIN: &str = "absurd.v1";
+
+fn pushback_ms(delay: Duration) -> u32 {
+    u32::try_from(delay.as_millis()).unwrap_or(u32::MAX)
+}
 
 /// The gRPC code of an error.
 pub fn code(error: &Error) -> Code {
@@ -28,7 +36,9 @@ pub fn code(error: &Error) -> Code {
         | Error::TaskNotFailed { .. }
         | Error::MaxAttemptsTooLow { .. }
         | Error::ItemSkipped => Code::FailedPrecondition,
-        Error::StreamLimit(_) | Error::TooManyRequests => Code::ResourceExhausted,
+        Error::StreamLimit { .. } | Error::TooManyRequests { .. } | Error::BacklogFull { .. } => {
+            Code::ResourceExhausted
+        }
         Error::Unavailable(_) | Error::NotWritable(_) | Error::ShuttingDown => Code::Unavailable,
         Error::DeadlineExceeded => Code::DeadlineExceeded,
         Error::OutcomeUnknown => Code::Unknown,
@@ -75,8 +85,15 @@ pub fn status(error: &Error) -> Status {
         Error::RunNotFound(id) => {
             details.set_resource_info("run", id.to_string(), "", &message);
         }
-        Error::StreamLimit(_) | Error::TooManyRequests => {
+        Error::StreamLimit { .. } => {
             details.set_retry_info(Some(Duration::from_secs(1)));
+        }
+        Error::BacklogFull { queue, .. } => {
+            details.set_retry_info(Some(BACKLOG_DELAY));
+            details.set_resource_info("queue", queue, "", &message);
+        }
+        Error::TooManyRequests { after } => {
+            details.set_retry_info(Some(*after));
         }
         Error::Unavailable(text) => {
             tracing::debug!(error = text, "unavailable");
@@ -106,6 +123,13 @@ pub fn status(error: &Error) -> Status {
         }
         Error::MaxAttemptsTooLow { .. } | Error::ItemSkipped | Error::DeadlineExceeded | Error::OutcomeUnknown => {}
     }
+    metrics::refused(error.reason());
+    let pushback = details.retry_info().and_then(|retry| retry.retry_delay);
     details.set_error_info(error.reason(), DOMAIN, metadata);
-    Status::with_error_details(code(error), message, details)
+    let mut status = Status::with_error_details(code(error), message, details);
+    if let Some(delay) = pushback.filter(|_| code(error) == Code::ResourceExhausted) {
+        // What gRPC's own retry policies go by.
+        status.metadata_mut().insert("grpc-retry-pushback-ms", MetadataValue::from(pushback_ms(delay)));
+    }
+    status
 }

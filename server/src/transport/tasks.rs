@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::convert::{self, chosen_id, duration_between, pb_spawned, pb_state, scope, state_filter};
-use super::service::{AWAIT_MAX, DEADLINE, Service, left, page_size};
+use super::service::{AWAIT_MAX, DEADLINE, Service, left};
 use crate::domain::Error;
 use crate::domain::id::parse_uuid;
 
@@ -84,7 +84,7 @@ impl Service {
 
     pub(super) async fn list_tasks_page(&self, request: pb::ListTasksRequest) -> Result<pb::ListTasksResponse, Error> {
         let scope = scope(&request.queue)?;
-        let limit = page_size(request.page_size)?;
+        let limit = self.limits.page(request.page_size)?;
         let before =
             if request.page_token.is_empty() { Uuid::max() } else { parse_uuid("page_token", &request.page_token)? };
         let state = state_filter(request.state)?;

@@ -92,7 +92,7 @@ impl Service {
     ) -> Result<pb::EmitEventResponse, Error> {
         let scope = scope(&request.queue)?;
         let event = EventName::parse("event_name", &request.event_name)?;
-        let payload = convert::json("payload", request.payload, self.limits.payload_bytes_max)?;
+        let payload = convert::json("payload", request.payload, self.limits.payload())?;
         let (applied, woken) = self.engine.emit_event(&scope, event, payload, deadline).await?;
         Ok(pb::EmitEventResponse { applied, woken })
     }

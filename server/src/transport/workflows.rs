@@ -7,7 +7,7 @@ use tokio_postgres::Row;
 use uuid::Uuid;
 
 use super::convert::{at, instant, json, stored_json};
-use super::service::{Service, page_size};
+use super::service::Service;
 use crate::domain::id::{bounded, parse_uuid};
 use crate::domain::{Error, Instant, JsonText, QueueName, RunId, WorkflowName, WorkflowVersion};
 use crate::scope::Caller;
@@ -46,7 +46,7 @@ impl Service {
 
     /// An object; an empty one is none.
     fn object(&self, field: &str, value: Option<pb::Json>) -> Result<Option<JsonText>, Error> {
-        let limit = self.limits.payload_bytes_max;
+        let limit = self.limits.payload();
         let object = value.map(|json| JsonText::parse_object(field, json.text, limit)).transpose()?;
         let is_empty = |json: &JsonText| json.as_str().chars().filter(|c| !c.is_ascii_whitespace()).eq("{}".chars());
         Ok(object.filter(|json| !is_empty(json)))
@@ -60,7 +60,7 @@ impl Service {
         if request.task_count.is_some_and(|count| count < 0) {
             return Err(Error::invalid("task_count", "must not be negative"));
         }
-        let limit = self.limits.payload_bytes_max;
+        let limit = self.limits.payload();
         let time = |field: &str, value: Option<prost_types::Timestamp>| value.map(|at| instant(field, &at)).transpose();
         let change = WorkflowChange {
             status: status(request.status)?,
@@ -87,7 +87,7 @@ impl Service {
         &self,
         request: pb::ListWorkflowRunsRequest,
     ) -> Result<pb::ListWorkflowRunsResponse, Error> {
-        let limit = page_size(request.page_size)?;
+        let limit = self.limits.page(request.page_size)?;
         let after = parse_token(&request.page_token)?;
         let named = |text: String| Some(text).filter(|text| !text.is_empty());
         let name = named(request.workflow_name).map(|name| WorkflowName::parse("workflow_name", &name)).transpose()?;

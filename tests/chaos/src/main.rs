@@ -1,6 +1,11 @@
 //! `chaos`: breaks a running system on purpose, and checks from its books that nothing was lost.
 
-#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "rates and quantiles")]
+#![allow(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "rates and quantiles"
+)]
 
 mod history;
 mod ledger;
@@ -29,12 +34,15 @@ use world::Size;
 /// producers, with a link between any two; does to them what the scenario says; heals; waits until every task has ended;
 /// and compares what the clients wrote down with what the database's triggers wrote down.
 #[derive(Debug, Parser)]
-#[command(name = "chaos", after_help = "Examples:
+#[command(
+    name = "chaos",
+    after_help = "Examples:
   chaos list
   chaos run F1 F7 --seconds 30
   chaos run F9 --seed 12345           the same choices once more
   chaos random --seconds 600          any faults, one after the other
-  chaos soak --tasks 1000000 --rate 300")]
+  chaos soak --tasks 1000000 --rate 300"
+)]
 struct Cli {
     #[command(subcommand)]
     command: What,
@@ -66,6 +74,11 @@ enum What {
         /// Tasks to spawn
         #[arg(long, default_value_t = 1_000_000)]
         tasks: u64,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Test of the test: plants bugs that the checker must find
+    Bugs {
         #[command(flatten)]
         how: How,
     },
@@ -118,7 +131,7 @@ impl How {
             lease: 10,
             settings: Vec::new(),
             program: self.program.clone().map_or_else(build, Ok)?,
-            bug: None,
+            new_id_when_unknown: false,
             flags: Vec::new(),
         };
         let span = Duration::from_secs(self.seconds);
@@ -129,7 +142,9 @@ impl How {
 /// Builds the server, as this program was built; its path.
 fn build() -> anyhow::Result<PathBuf> {
     let mut cargo = std::process::Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["build", "--quiet", "--package", "absurd-server", "--bin", "absurd"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+    cargo
+        .args(["build", "--quiet", "--package", "absurd-server", "--bin", "absurd"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"));
     if !cfg!(debug_assertions) {
         cargo.arg("--release");
     }
@@ -174,6 +189,7 @@ async fn act(command: What) -> anyhow::Result<bool> {
             run_all(&choose(&names)?, how.plan()?).await
         }
         What::Random { how } => run_all(&[scenario::random()], how.plan()?).await,
+        What::Bugs { how } => find_bugs(&how.plan()?).await,
         What::Soak { tasks, how } => {
             let mut plan = how.plan()?;
             plan.size.tasks = tasks;
@@ -189,6 +205,20 @@ fn choose(names: &[String]) -> anyhow::Result<Vec<Scenario>> {
         anyhow::bail!("there is no scenario {unknown}; `chaos list` tells which there are");
     }
     Ok(all.into_iter().filter(|scenario| names.is_empty() || names.iter().any(|name| name == scenario.id)).collect())
+}
+
+/// Each planted bug must be found by one of the checks that are there for it.
+async fn find_bugs(plan: &Plan) -> anyhow::Result<bool> {
+    let mut all_found = true;
+    for bug in scenario::bugs() {
+        let outcome = run::run(&bug.scenario, plan.clone()).await?;
+        let found: std::collections::BTreeSet<&str> =
+            outcome.verdict.findings.iter().map(|finding| finding.check).collect();
+        let good = bug.found_by.iter().any(|check| found.contains(check));
+        all_found &= good;
+        println!("{}: {} ({found:?})", if good { "found" } else { "NOT FOUND" }, bug.name);
+    }
+    Ok(all_found)
 }
 
 async fn run_all(scenarios: &[Scenario], plan: Plan) -> anyhow::Result<bool> {

@@ -163,7 +163,9 @@ async fn copy(
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
         let bytes = &buffer[..count];
         let there = matches!(direction, Direction::There(_));
-        let stuck = |toxic: &Toxic| matches!(toxic, Toxic::Hole(true, _) if there) || matches!(toxic, Toxic::Hole(_, true) if !there);
+        let stuck = |toxic: &Toxic| {
+            matches!(toxic, Toxic::Hole(true, _) if there) || matches!(toxic, Toxic::Hole(_, true) if !there)
+        };
         if toxic.wait_for(|toxic| !stuck(toxic)).await.is_err() {
             break;
         }
@@ -236,7 +238,7 @@ impl Frames {
                     out.extend(one);
                     out.extend(two);
                 }
-                held if data && held.is_none() && self.seen % 8 == 0 => self.held = Some((stream, frame)),
+                held if data && held.is_none() && self.seen.is_multiple_of(8) => self.held = Some((stream, frame)),
                 held => {
                     self.held = held;
                     out.extend(frame);

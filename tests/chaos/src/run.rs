@@ -16,6 +16,8 @@ use crate::world::{Deed, Size, World};
 const HEAL_MAX: Duration = Duration::from_secs(90);
 /// Findings of one check that are told.
 const TOLD_MAX: usize = 5;
+/// Faults that are told of a run that is not good.
+const DEEDS_TOLD_MAX: usize = 30;
 /// Claims that a fault must meet to count, and such faults that a run needs.
 const LEASES_MET: i64 = 3;
 
@@ -84,7 +86,11 @@ async fn progress(world: &World, began: Instant) {
                         (select count(*) from absurd.r_chaos where state = 'running'), (select max(seq) from chaos.audit)";
     if let Ok(row) = sql.query_one(count, &[]).await {
         let (tasks, running, audit): (i64, i64, Option<i64>) = (row.get(0), row.get(1), row.get(2));
-        println!("{:>6} s: about {tasks} tasks, {running} claimed, {} audit rows", began.elapsed().as_secs(), audit.unwrap_or(0));
+        println!(
+            "{:>6} s: about {tasks} tasks, {running} claimed, {} audit rows",
+            began.elapsed().as_secs(),
+            audit.unwrap_or(0)
+        );
     }
 }
 
@@ -143,7 +149,8 @@ async fn sample(url: String, problems: Arc<Mutex<Vec<Finding>>>) {
         if (without, with, drift) != (0, 0, 0)
             && let Ok(mut problems) = problems.lock()
         {
-            let story = format!("{without} live tasks without their one live run, {with} ended ones with one, drift {drift}");
+            let story =
+                format!("{without} live tasks without their one live run, {with} ended ones with one, drift {drift}");
             problems.push(Finding { check: "C10", story });
         }
     }
@@ -169,17 +176,29 @@ async fn judge(
     let checked = began.elapsed();
     verdict.findings.extend(problems);
     if healed.is_none() {
-        verdict.findings.push(Finding { check: "C8", story: "not every task had ended 90 s after the last fault".into() });
+        verdict
+            .findings
+            .push(Finding { check: "C8", story: "not every task had ended 90 s after the last fault".into() });
     }
     let deeds = world.deeds.lock().map(|deeds| deeds.clone()).unwrap_or_default();
     for (took, code) in &world.restarts {
         if *code != Some(0) {
-            verdict.findings.push(Finding { check: "C8", story: format!("a replica ended with {code:?} after {took:?}") });
+            verdict
+                .findings
+                .push(Finding { check: "C8", story: format!("a replica ended with {code:?} after {took:?}") });
         }
     }
     verdict.figures.insert("restarts", i64::try_from(world.restarts.len()).unwrap_or(0));
     let vacuous = vacuous(scenario, &verdict, &deeds);
-    Ok(Outcome { verdict, healed, deeds, swallowed: world.swallowed(), restarts: world.restarts.clone(), checked, vacuous })
+    Ok(Outcome {
+        verdict,
+        healed,
+        deeds,
+        swallowed: world.swallowed(),
+        restarts: world.restarts.clone(),
+        checked,
+        vacuous,
+    })
 }
 
 /// C0: what would make a run say nothing.
@@ -211,12 +230,22 @@ pub(crate) fn tell(scenario: &Scenario, seed: u64, outcome: &Outcome, home: &Pat
         _ => "BROKEN",
     };
     let healed = outcome.healed.map_or_else(|| "never".to_owned(), |healed| format!("{:.1} s", healed.as_secs_f64()));
-    println!("{} seed {seed}: {word}. {} faults; healed in {healed}; checked in {:.1} s", scenario.id, outcome.deeds.len(), outcome.checked.as_secs_f64());
+    println!(
+        "{} seed {seed}: {word}. {} faults; healed in {healed}; checked in {:.1} s",
+        scenario.id,
+        outcome.deeds.len(),
+        outcome.checked.as_secs_f64()
+    );
     let figures: Vec<String> = verdict.figures.iter().map(|(name, value)| format!("{name} {value}")).collect();
     println!("   {}", figures.join(", "));
     if !verdict.redelivery.is_empty() {
         let at = |quantile| verdict.redelivery_at(quantile);
-        println!("   from the end of a lease to the next claim: p50 {} ms, p99 {} ms, max {} ms", at(0.5), at(0.99), at(1.0));
+        println!(
+            "   from the end of a lease to the next claim: p50 {} ms, p99 {} ms, max {} ms",
+            at(0.5),
+            at(0.99),
+            at(1.0)
+        );
     }
     if outcome.swallowed > 0 {
         println!("   answers of Postgres lost: {}", outcome.swallowed);
@@ -239,6 +268,11 @@ pub(crate) fn tell(scenario: &Scenario, seed: u64, outcome: &Outcome, home: &Pat
         println!("   {check}: {} more", count - TOLD_MAX);
     }
     if !good {
+        let began = outcome.deeds.first().map_or(0, |deed| deed.at);
+        for deed in outcome.deeds.iter().take(DEEDS_TOLD_MAX) {
+            let seconds = (deed.at - began) as f64 / 1e6;
+            println!("   {seconds:>6.1} s  {} ({} claims held)", deed.what, deed.leases);
+        }
         println!("   books and logs: {}; again: chaos run {} --seed {seed}", home.display(), scenario.id);
     }
     good

@@ -56,7 +56,7 @@ pub(crate) fn all() -> Vec<Scenario> {
         scenario!("F8", "Postgres stopped for up to 2 s, again and again", stop_postgres),
         scenario!("F9", "answers of Postgres lost after the commit", swallow),
         scenario!("F10", "a black hole between a replica and Postgres", hole_database),
-        scenario!("F11", "black holes between workers and replicas, one way or both", hole_workers),
+        scenario!("F11", "links of workers: black holes one way or both, slow, late, reset", hole_workers),
         scenario!("F12", "half-open connections: the worker's end hears nothing of the close", half_open),
         scenario!("F14", "Postgres stands still for seconds", freeze_postgres),
         scenario!("F15", "the database's clock jumps: an hour, a month, backwards", jump_clock, clock: true, random: false),
@@ -264,11 +264,19 @@ async fn hole_workers(world: &mut World, until: Instant) -> anyhow::Result<()> {
         if over(until) {
             return Ok(());
         }
-        let (there, back) = [(true, true), (true, false), (false, true)][world.random.usize(0..3)];
+        let toxics = [
+            Toxic::Hole(true, true),
+            Toxic::Hole(true, false),
+            Toxic::Hole(false, true),
+            Toxic::Late(400),
+            Toxic::Slow(10_000),
+            Toxic::Reset,
+        ];
+        let toxic = toxics[world.random.usize(0..toxics.len())];
         let cut: Vec<usize> = (0..count / 3).map(|_| world.random.usize(0..count)).collect();
-        world.deed(format!("black hole before workers {cut:?}: there {there}, back {back}")).await;
+        world.deed(format!("before workers {cut:?}: {toxic:?}")).await;
         for worker in &cut {
-            world.before[*worker].iter().for_each(|link| link.set(Toxic::Hole(there, back)));
+            world.before[*worker].iter().for_each(|link| link.set(toxic));
         }
         pause(5000..12_000, world, until).await;
         for worker in &cut {
@@ -341,7 +349,12 @@ async fn hold_rows(world: &mut World, until: Instant) -> anyhow::Result<()> {
         if over(until) {
             return Ok(());
         }
-        let what = ["absurd.t_chaos where state = 'running'", "absurd.t_chaos", "absurd.r_chaos where state = 'running'", "absurd.r_chaos where state = 'pending'"];
+        let what = [
+            "absurd.t_chaos where state = 'running'",
+            "absurd.t_chaos",
+            "absurd.r_chaos where state = 'running'",
+            "absurd.r_chaos where state = 'pending'",
+        ];
         let what = what[world.random.usize(0..what.len())];
         world.deed(format!("rows held: {what}")).await;
         let sql = world.sql().await?;
@@ -352,6 +365,7 @@ async fn hold_rows(world: &mut World, until: Instant) -> anyhow::Result<()> {
 }
 
 async fn pin_snapshot(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    pause(2000..3000, world, until).await;
     let sql = world.sql().await?;
     world.deed("a snapshot is pinned").await;
     sql.batch_execute("begin isolation level repeatable read; select count(*) from absurd.t_chaos").await?;
@@ -376,7 +390,8 @@ async fn roll(world: &mut World, until: Instant) -> anyhow::Result<()> {
 }
 
 async fn kill_listener(world: &mut World, until: Instant) -> anyhow::Result<()> {
-    let malformed = ["", "x", "w", "w:", "d\u{1}", "{\"a\":", "c:nobody:99999999999999999999", &"q".repeat(7000)].map(str::to_owned);
+    let malformed = ["", "x", "w", "w:", "d\u{1}", "{\"a\":", "c:nobody:99999999999999999999", &"q".repeat(7000)]
+        .map(str::to_owned);
     loop {
         pause(500..1500, world, until).await;
         if over(until) {
@@ -396,6 +411,7 @@ async fn kill_listener(world: &mut World, until: Instant) -> anyhow::Result<()> 
 async fn clean_events(world: &mut World, until: Instant) -> anyhow::Result<()> {
     let client = absurd_client::AbsurdClient::connect(&absurd_client::ConnectOptions::new(world.replica_url(0)))?;
     let client = client.with_queue(crate::shape::QUEUE);
+    pause(2000..3000, world, until).await;
     world.deed("events are cleaned up without a pause").await;
     while !over(until) {
         // Old are only the marks of events that somebody waits for.
@@ -421,8 +437,9 @@ async fn swizzle(world: &mut World, until: Instant) -> anyhow::Result<()> {
         if over(until) {
             return Ok(());
         }
-        let mut links: Vec<(usize, usize)> =
-            (0..world.before.len()).flat_map(|client| (0..world.replicas.len()).map(move |replica| (client, replica))).collect();
+        let mut links: Vec<(usize, usize)> = (0..world.before.len())
+            .flat_map(|client| (0..world.replicas.len()).map(move |replica| (client, replica)))
+            .collect();
         world.random.shuffle(&mut links);
         world.deed("all links stop one by one, and heal in another order").await;
         for (client, replica) in &links {
@@ -451,7 +468,8 @@ async fn starve_descriptors(world: &mut World, until: Instant) -> anyhow::Result
             return Ok(());
         }
         let replica = world.random.usize(0..world.replicas.len());
-        let Some(port) = world.replica_url(replica).rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok()) else {
+        let Some(port) = world.replica_url(replica).rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok())
+        else {
             return Ok(());
         };
         world.deed(format!("replica {replica} may open 100 files, and 200 connections come")).await;
@@ -464,6 +482,86 @@ async fn starve_descriptors(world: &mut World, until: Instant) -> anyhow::Result
         drop(silent);
         world.limit_files(replica, 1024)?;
     }
+}
+
+/// A bug that is planted outside of the server, and must be found.
+pub(crate) struct Bug {
+    pub name: &'static str,
+    pub scenario: Scenario,
+    /// Any of these checks finds it.
+    pub found_by: &'static [&'static str],
+}
+
+/// The planted bugs.
+pub(crate) fn bugs() -> Vec<Bug> {
+    vec![
+        Bug {
+            name: "a spawn of which nothing is known is made again as another task",
+            scenario: scenario!("B-new-id", "answers lost, new ids", swallow_much, size: |size| size.new_id_when_unknown = true),
+            found_by: &["C2"],
+        },
+        Bug {
+            name: "commits are acknowledged before they are flushed",
+            scenario: scenario!("B-no-flush", "synchronous_commit off, postmaster killed", kill_postgres, size: |size| {
+                size.settings.extend(["synchronous_commit=off".into(), "wal_writer_delay=10s".into()]);
+            }),
+            found_by: &["C1", "C5", "C6", "C7"],
+        },
+        Bug {
+            name: "a cleanup deletes events by the age that they had when it looked",
+            scenario: scenario!("B-cleanup", "careless cleanup beside traffic", clean_carelessly),
+            found_by: &["C1", "C7", "C8"],
+        },
+        Bug {
+            name: "the network swaps messages of a stream",
+            scenario: scenario!("B-reorder", "frames change places", reorder),
+            found_by: &["C12", "C8", "C1"],
+        },
+    ]
+}
+
+async fn swallow_much(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    // Long enough for the producers' own deadlines: only then do they hear that nothing is known.
+    while !over(until) {
+        pause(500..1500, world, until).await;
+        world.deed("answers are lost after the commit, and replicas killed").await;
+        for link in &world.database {
+            link.set(Toxic::Swallow(60));
+        }
+        pause(300..600, world, until).await;
+        let replica = world.random.usize(0..world.replicas.len());
+        world.replicas[replica].kill().await;
+        world.heal_links();
+        world.start_replica(replica).await?;
+    }
+    Ok(())
+}
+
+async fn clean_carelessly(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    let sql = world.sql().await?;
+    world.deed("events are cleaned up by what was seen a moment ago").await;
+    while !over(until) {
+        let old =
+            sql.query("select event_name from absurd.e_chaos where emitted_at < now() - interval '1 day'", &[]).await?;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let names: Vec<String> = old.iter().map(|row| row.get(0)).collect();
+        sql.execute("delete from absurd.e_chaos where event_name = any($1)", &[&names]).await?;
+    }
+    Ok(())
+}
+
+async fn reorder(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    world.deed("messages change places").await;
+    // Only for connections from now on: frames are counted from their beginning.
+    for link in &world.before[0] {
+        link.set(Toxic::Reset);
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    for link in &world.before[0] {
+        link.set(Toxic::Reorder);
+    }
+    tokio::time::sleep_until(until).await;
+    Ok(())
 }
 
 /// Any of the others, one after the other, each for a while.

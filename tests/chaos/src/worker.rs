@@ -44,7 +44,8 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         name: options.name.clone(),
         values: AtomicU64::new(0),
     });
-    let client = AbsurdClient::connect(&ConnectOptions::new(options.urls))?.with_queue(QUEUE).with_worker_id(options.name);
+    let client =
+        AbsurdClient::connect(&ConnectOptions::new(options.urls))?.with_queue(QUEUE).with_worker_id(options.name);
     let how = StreamOptions {
         max_in_flight: options.in_flight,
         claim_timeout: Duration::from_secs(options.lease),
@@ -112,7 +113,8 @@ impl Worker {
             if task.checkpoint(&name).is_none() {
                 tokio::time::sleep(Duration::from_millis(shape.work)).await;
                 let value = self.value();
-                self.call(Op::Step, task, Some(name.clone()), Some(value.clone()), task.set_checkpoint(&name, &value)).await?;
+                self.call(Op::Step, task, Some(name.clone()), Some(value.clone()), task.set_checkpoint(&name, &value))
+                    .await?;
             }
             if step == 0 && shape.nap > 0 {
                 let nap = task.sleep("nap", Duration::from_millis(shape.nap));

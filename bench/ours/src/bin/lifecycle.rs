@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use absurd_server::dispatch::random;
 use absurd_server::domain::claim::Secret;
+use absurd_server::domain::json::JsonBound;
 use absurd_server::domain::{JsonText, QueueName, TaskName, WorkerId};
 use absurd_server::scope::{Caller, Scope};
 use absurd_server::store::batch::{Answer, RunRef, Write};
@@ -15,6 +16,7 @@ use absurd_server::store::task::NewTask;
 use absurd_server::store::{Fault, Store, StoreOptions};
 use tokio::task::JoinSet;
 
+const BOUND: JsonBound = JsonBound { bytes: 1024, depth: 100 };
 const PARAMS: &str =
     r#"{"id": 1, "pad": "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx", "t": 0}"#;
 
@@ -28,7 +30,7 @@ async fn spawn(store: &Store, scope: &Scope, batch: usize) -> anyhow::Result<()>
             task_id: store.mint_id(),
             run_id: store.mint_id(),
             name: TaskName::parse("task_name", "noop")?,
-            params: Some(JsonText::parse("params", PARAMS.into(), PARAMS.len())?),
+            params: Some(JsonText::parse("params", PARAMS.into(), BOUND)?),
             headers: None,
             retry_strategy: None,
             max_attempts: None,
@@ -54,7 +56,7 @@ async fn take(store: &Store, scope: &Scope, batch: usize) -> anyhow::Result<u32>
         .iter()
         .map(|(_, claim)| RunRef { run_id: claim.run_id, digest: Some(claim.token.digest()) })
         .collect();
-    let complete = Write::Complete { result: Some(JsonText::parse("result", r#"{"ok": true}"#.into(), 64)?) };
+    let complete = Write::Complete { result: Some(JsonText::parse("result", r#"{"ok": true}"#.into(), BOUND)?) };
     // A claim that came too late for a run may still hold it: then it is tried again.
     let mut open: Vec<&RunRef> = refs.iter().collect();
     while !open.is_empty() {
@@ -83,7 +85,7 @@ async fn main() -> anyhow::Result<()> {
     let (callers, batch): (usize, usize) = (callers.parse()?, batch.parse()?);
     let store = Store::new(StoreOptions {
         database: url.parse()?,
-        connections_max: callers,
+        connections_max: callers * 2,
         wait_max: Duration::from_secs(10),
         test_clock: false,
     })?;

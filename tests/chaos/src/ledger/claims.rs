@@ -5,6 +5,9 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use super::{Arrival, Claim, End, Replayed, Verdict};
 use crate::history::{How, Op};
 
+/// A sign of life in this time, µs, before a deadline may cross with it.
+const LAST_MOMENT: i64 = 1_000_000;
+
 pub(super) fn check(replayed: &Replayed<'_>, verdict: &mut Verdict) {
     let delivered: HashSet<(uuid::Uuid, &str)> =
         replayed.books.arrivals.iter().map(|arrival| (arrival.run, arrival.digest.as_str())).collect();
@@ -16,22 +19,26 @@ pub(super) fn check(replayed: &Replayed<'_>, verdict: &mut Verdict) {
 }
 
 /// Each end of a claim has somebody who wanted it.
-fn ended(
-    replayed: &Replayed<'_>,
-    claim: &Claim,
-    delivered: &HashSet<(uuid::Uuid, &str)>,
-    verdict: &mut Verdict,
-) {
+fn ended(replayed: &Replayed<'_>, claim: &Claim, delivered: &HashSet<(uuid::Uuid, &str)>, verdict: &mut Verdict) {
     let empty = Vec::new();
     let calls = replayed.by_token.get(&(claim.run, claim.digest.as_str())).unwrap_or(&empty);
-    let wanted = |ops: &[Op]| calls.iter().any(|asked| ops.contains(&asked.op) && asked.how != How::No && asked.began <= claim.to);
+    let wanted = |ops: &[Op]| {
+        calls.iter().any(|asked| ops.contains(&asked.op) && asked.how != How::No && asked.began <= claim.to)
+    };
     match claim.end {
         End::Failed if claim.reason.as_deref() == Some("$ClaimTimeout") => {
             verdict.count("leases that ran out", 1);
             let burnt = !delivered.contains(&(claim.run, claim.digest.as_str()));
             verdict.count("attempts used up without delivery", usize::from(burnt));
             if !replayed.books.clock_moved && claim.expires.is_some_and(|expires| expires > claim.to) {
-                verdict.broken("C9", format!("run {} was failed {} µs before its lease ended", claim.run, claim.expires.unwrap_or(0) - claim.to));
+                verdict.broken(
+                    "C9",
+                    format!(
+                        "run {} was failed {} µs before its lease ended",
+                        claim.run,
+                        claim.expires.unwrap_or(0) - claim.to
+                    ),
+                );
             }
         }
         End::Failed if !wanted(&[Op::Fail]) => verdict.broken("C4", format!("run {} was failed by nobody", claim.run)),
@@ -40,14 +47,16 @@ fn ended(
         }
         End::Released => {
             verdict.count("claims given back", 1);
-            // The server gives back what gave no sign of life, and nothing else.
-            let alive = calls.iter().any(|asked| asked.how != How::Info && asked.ended <= claim.to);
+            // The server gives back what gave no sign of life, and nothing else. A sign in the last moment before the
+            // deadline may cross with it.
+            let alive = calls.iter().any(|asked| asked.how != How::Info && asked.ended <= claim.to - LAST_MOMENT);
             if alive && !wanted(&[Op::Release]) {
                 verdict.broken("C9", format!("run {} was taken from a worker that was at work on it", claim.run));
             }
         }
         End::Cancelled => {
-            let wanted = replayed.books.asked.iter().any(|asked| asked.op == Op::Cancel && asked.call.task == Some(claim.task));
+            let wanted =
+                replayed.books.asked.iter().any(|asked| asked.op == Op::Cancel && asked.call.task == Some(claim.task));
             if !wanted {
                 verdict.broken("C4", format!("task {} was cancelled by nobody", claim.task));
             }
@@ -80,7 +89,10 @@ fn redelivery(replayed: &Replayed<'_>, verdict: &mut Verdict) {
             }
             verdict.redelivery.push((waited / 1000).max(0));
             if waited > replayed.books.redelivery_max {
-                verdict.broken("C9", format!("run {next} was claimed {} ms after the lease before it had ended", waited / 1000));
+                verdict.broken(
+                    "C9",
+                    format!("run {next} was claimed {} ms after the lease before it had ended", waited / 1000),
+                );
             }
         }
     }
@@ -124,7 +136,9 @@ fn streams(replayed: &Replayed<'_>, verdict: &mut Verdict) {
             }
             let held = arrivals[..=place].iter().filter(|other| {
                 let claims = replayed.claims.get(&other.run).into_iter().flatten();
-                claims.filter(|claim| claim.digest == other.digest).any(|claim| claim.from <= arrival.at && arrival.at <= claim.to)
+                claims
+                    .filter(|claim| claim.digest == other.digest)
+                    .any(|claim| claim.from <= arrival.at && arrival.at <= claim.to)
             });
             if held.count() > *credit as usize {
                 verdict.broken("C12", format!("stream {stream:?} brought more than its credit of {credit}"));

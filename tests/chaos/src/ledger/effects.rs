@@ -22,7 +22,8 @@ pub(super) fn check(replayed: &Replayed<'_>, verdict: &mut Verdict) {
 fn late(asked: &Asked, verdict: &mut Verdict) {
     // Our client tells reasons, Python's worker codes.
     let lost = ["CLAIM_LOST", "CLAIM_EXPIRED", "ABORTED"];
-    let refused = matches!(asked.how, How::No | How::Over) && asked.why.as_deref().is_some_and(|why| lost.contains(&why));
+    let refused =
+        matches!(asked.how, How::No | How::Over) && asked.why.as_deref().is_some_and(|why| lost.contains(&why));
     verdict.count("late writes refused", usize::from(refused));
 }
 
@@ -93,13 +94,17 @@ fn written(replayed: &Replayed<'_>, verdict: &mut Verdict) {
                     continue;
                 }
                 let holds = |asked: &&&Asked| {
-                    claim(replayed, asked).is_some_and(|claim| claim.from <= *at && *at <= claim.to && claim.run == *run)
+                    claim(replayed, asked)
+                        .is_some_and(|claim| claim.from <= *at && *at <= claim.to && claim.run == *run)
                 };
                 let by: Vec<_> = replayed.by_value.get(value.as_str()).into_iter().flatten().collect();
                 if by.is_empty() {
                     verdict.broken("C4", format!("step {name} of task {id} was written by nobody: {value}"));
-                } else if !by.iter().any(|asked| holds(asked)) {
-                    verdict.broken("C4", format!("step {name} of task {id} was written by a late worker: {}", story(by[0])));
+                } else if !by.iter().any(holds) {
+                    verdict.broken(
+                        "C4",
+                        format!("step {name} of task {id} was written by a late worker: {}", story(by[0])),
+                    );
                 }
             }
         }
@@ -138,7 +143,8 @@ fn events(replayed: &Replayed<'_>, verdict: &mut Verdict) {
         };
         let earlier = all.iter().filter(|asked| !mine(asked) && asked.how == How::Ok).find(|asked| asked.ended < began);
         if let Some(earlier) = earlier {
-            verdict.broken("C7", format!("event {event}: {winner} won, and {} was acknowledged before", story(earlier)));
+            verdict
+                .broken("C7", format!("event {event}: {winner} won, and {} was acknowledged before", story(earlier)));
         }
     }
     for (event, all) in &emitted {
@@ -152,7 +158,10 @@ fn events(replayed: &Replayed<'_>, verdict: &mut Verdict) {
     let woken = woken.map(|(event, value)| (event.as_str(), value.as_str()));
     for (event, value) in heard.chain(woken) {
         if stored.get(event).is_none_or(|values| values[0].1 != value) {
-            verdict.broken("C7", format!("a worker heard {value} as the payload of event {event}: {:?}", stored.get(event)));
+            verdict.broken(
+                "C7",
+                format!("a worker heard {value} as the payload of event {event}: {:?}", stored.get(event)),
+            );
         }
     }
 }

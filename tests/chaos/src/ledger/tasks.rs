@@ -91,7 +91,8 @@ fn attempts(id: Uuid, task: &TaskBook, verdict: &mut Verdict) {
     }
     for (attempt, (run, state)) in task.runs.iter().filter(|(attempt, _)| *attempt < last) {
         if state != "failed" {
-            verdict.broken("C3", format!("attempt {attempt} of task {id} (run {run}) is {state}, and a later one exists"));
+            verdict
+                .broken("C3", format!("attempt {attempt} of task {id} (run {run}) is {state}, and a later one exists"));
         }
     }
 }
@@ -120,7 +121,8 @@ fn arrivals(replayed: &Replayed<'_>, verdict: &mut Verdict) {
         if parse(&arrival.params).is_none() || parse(&arrival.params) != parse(&task.params) {
             verdict.broken("C11", format!("task {} arrived with the params {}", arrival.task, arrival.params));
         }
-        let claim = replayed.claims.get(&arrival.run).into_iter().flatten().find(|claim| claim.digest == arrival.digest);
+        let claim =
+            replayed.claims.get(&arrival.run).into_iter().flatten().find(|claim| claim.digest == arrival.digest);
         let Some(claim) = claim else {
             verdict.broken("C4", format!("run {} was delivered under a claim that never was", arrival.run));
             continue;

@@ -1,0 +1,363 @@
+//! The gate: takes connections up to a bound, survives the lack of file descriptors, knows what each connection does, and
+//! cuts those that only cost: that say nothing, that read nothing, or that flood it with frames which ask for nothing.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use futures_util::task::AtomicWaker;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tonic::transport::server::Connected;
+
+use crate::metrics;
+
+/// A client says at least this much, its preface, or it is no client.
+const PREFACE_BYTES: u64 = 24;
+/// Within this long.
+const PREFACE_MAX: Duration = Duration::from_secs(10);
+/// Bytes per second that may ask for nothing (pings, settings, window updates), and as much at once.
+const IDLE_BYTES_RATE: u64 = 1024 * 1024;
+/// What the headers of one request may take.
+const HEADER_BYTES: u64 = 16 * 1024;
+/// Descriptors that are not for clients: sessions of Postgres, files.
+const SPARE_FILES: u64 = 100;
+/// Between looks at all connections.
+const LOOK: Duration = Duration::from_secs(1);
+/// Connections that wait to be served.
+const WAITING_MAX: usize = 128;
+/// Longest pause when there are no file descriptors.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// Bounds of connections.
+#[derive(Debug, Clone, Copy)]
+pub struct GateOptions {
+    /// Connections at most.
+    pub connections_max: usize,
+    /// A connection whose peer takes no answer for this long is cut.
+    pub stall_max: Duration,
+}
+
+impl Default for GateOptions {
+    fn default() -> Self {
+        Self {
+            connections_max: files().saturating_sub(SPARE_FILES).clamp(16, 100_000) as usize,
+            stall_max: Duration::from_secs(30),
+        }
+    }
+}
+
+/// File descriptors that this process may have; as many as the system allows it to ask for.
+#[allow(clippy::cast_possible_truncation, reason = "bounded")]
+fn files() -> u64 {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if limit.current != limit.maximum && setrlimit(Resource::Nofile, raised).is_ok() {
+        return limit.maximum.unwrap_or(u64::MAX);
+    }
+    limit.current.unwrap_or(u64::MAX)
+}
+
+/// Whether an answer's peer takes it.
+#[derive(Debug)]
+pub struct Answer {
+    /// When the transport last asked for more, in ms since the gate opened.
+    asked: AtomicU64,
+    /// The transport would take more; there is nothing to take.
+    waits: AtomicBool,
+}
+
+impl Answer {
+    /// The transport asks for more; `waits` says whether it got nothing yet.
+    pub fn asked(&self, at: u64, waits: bool) {
+        self.asked.store(at, Ordering::Relaxed);
+        self.waits.store(waits, Ordering::Relaxed);
+    }
+}
+
+/// What the gate knows of one connection.
+#[derive(Debug)]
+pub struct Connection {
+    id: u64,
+    peer: SocketAddr,
+    gate: Arc<Gate>,
+    since: Instant,
+    heard: AtomicU64,
+    /// Bytes heard that asked for nothing, less what leaks away.
+    idle: Mutex<(f64, Instant)>,
+    dead: AtomicBool,
+    waker: AtomicWaker,
+    streams: AtomicUsize,
+    answers: Mutex<HashMap<u64, Weak<Answer>>>,
+    next: AtomicU64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Connection {
+    /// Where the client is.
+    pub fn caller(&self) -> IpAddr {
+        self.peer.ip()
+    }
+
+    /// The gate that let it in.
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+
+    /// Claim streams on it.
+    pub fn streams(&self) -> &AtomicUsize {
+        &self.streams
+    }
+
+    /// An answer begins.
+    pub fn answer(&self) -> (u64, Arc<Answer>) {
+        let answer = Arc::new(Answer { asked: AtomicU64::new(self.gate.now()), waits: AtomicBool::new(false) });
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        lock(&self.answers).insert(id, Arc::downgrade(&answer));
+        (id, answer)
+    }
+
+    /// An answer is over.
+    pub fn answered(&self, id: u64) {
+        lock(&self.answers).remove(&id);
+    }
+
+    /// Bytes were of use: they asked for something.
+    pub fn asked_with(&self, bytes: u64) {
+        lock(&self.idle).0 -= bytes as f64;
+    }
+
+    /// A request began.
+    pub fn asked(&self) {
+        self.asked_with(HEADER_BYTES);
+    }
+
+    fn hear(&self, bytes: u64) {
+        self.heard.fetch_add(bytes, Ordering::Relaxed);
+        let mut idle = lock(&self.idle);
+        let now = Instant::now();
+        let leaked = now.duration_since(idle.1).as_secs_f64() * IDLE_BYTES_RATE as f64;
+        // What was asked for may arrive after its bytes, and one message may be as large as a request may be.
+        *idle = ((idle.0 - leaked).max(-(IDLE_BYTES_RATE as f64)) + bytes as f64, now);
+        if idle.0 > self.gate.idle_bytes_max as f64 {
+            drop(idle);
+            self.cut("flood");
+        }
+    }
+
+    fn cut(&self, why: &'static str) {
+        if !self.dead.swap(true, Ordering::Relaxed) {
+            metrics::connection_cut(why);
+            tracing::warn!(peer = %self.peer, why, "a connection is cut");
+            self.waker.wake();
+        }
+    }
+
+    /// Says whether all its answers wait for a peer that takes none.
+    fn is_stalled(&self, now: u64, stall_max: Duration) -> bool {
+        let answers = lock(&self.answers);
+        let limit = u64::try_from(stall_max.as_millis()).unwrap_or(u64::MAX);
+        let stalled = |answer: &Answer| {
+            !answer.waits.load(Ordering::Relaxed) && now.saturating_sub(answer.asked.load(Ordering::Relaxed)) > limit
+        };
+        !answers.is_empty() && answers.values().all(|answer| answer.upgrade().is_none_or(|answer| stalled(&answer)))
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        lock(&self.gate.connections).remove(&self.id);
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Gate {
+    options: GateOptions,
+    idle_bytes_max: u64,
+    opened: Instant,
+    connections: Mutex<HashMap<u64, Weak<Connection>>>,
+    next: AtomicU64,
+}
+
+impl Gate {
+    /// A gate; one request may have so many bytes.
+    pub fn new(options: GateOptions, request_bytes_max: usize) -> Arc<Self> {
+        Arc::new(Self {
+            options,
+            // A whole request may be heard before it is known as one.
+            idle_bytes_max: IDLE_BYTES_RATE + request_bytes_max as u64 / 8,
+            opened: Instant::now(),
+            connections: Mutex::new(HashMap::new()),
+            next: AtomicU64::new(0),
+        })
+    }
+
+    /// Milliseconds since it opened.
+    pub fn now(&self) -> u64 {
+        u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Connections that are open.
+    pub fn connections(&self) -> usize {
+        lock(&self.connections).len()
+    }
+
+    /// Claim streams of one caller.
+    pub fn streams_of(&self, caller: IpAddr) -> usize {
+        let connections: Vec<Arc<Connection>> = lock(&self.connections).values().filter_map(Weak::upgrade).collect();
+        let of = connections.iter().filter(|connection| connection.caller() == caller);
+        of.map(|connection| connection.streams.load(Ordering::Relaxed)).sum()
+    }
+
+    fn admit(self: &Arc<Self>, socket: TcpStream, peer: SocketAddr) -> Option<Io> {
+        let mut connections = lock(&self.connections);
+        if connections.len() >= self.options.connections_max {
+            drop(connections);
+            metrics::connection_cut("limit");
+            return None;
+        }
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let connection = Arc::new(Connection {
+            id,
+            peer,
+            gate: Arc::clone(self),
+            since: Instant::now(),
+            heard: AtomicU64::new(0),
+            idle: Mutex::new((0.0, Instant::now())),
+            dead: AtomicBool::new(false),
+            waker: AtomicWaker::new(),
+            streams: AtomicUsize::new(0),
+            answers: Mutex::new(HashMap::new()),
+            next: AtomicU64::new(0),
+        });
+        connections.insert(id, Arc::downgrade(&connection));
+        Some(Io { socket, connection })
+    }
+
+    /// Accepts for ever. Without file descriptors it waits, with longer and longer pauses.
+    pub async fn accept(self: Arc<Self>, listener: TcpListener, tell: mpsc::Sender<io::Result<Io>>) {
+        let mut pause = Duration::from_millis(5);
+        loop {
+            match listener.accept().await {
+                Ok((socket, peer)) => {
+                    pause = Duration::from_millis(5);
+                    let _ = socket.set_nodelay(true);
+                    if let Some(io) = self.admit(socket, peer)
+                        && tell.send(Ok(io)).await.is_err()
+                    {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    metrics::accept_failed(&error);
+                    if pause >= PAUSE_MAX {
+                        tracing::warn!(%error, "no connection can be taken; trying again");
+                    }
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(PAUSE_MAX);
+                }
+            }
+        }
+    }
+
+    /// Looks for connections that only cost, for ever.
+    pub async fn watch(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let connections: Vec<Arc<Connection>> =
+                lock(&self.connections).values().filter_map(Weak::upgrade).collect();
+            let now = self.now();
+            for connection in connections {
+                if connection.heard.load(Ordering::Relaxed) < PREFACE_BYTES && connection.since.elapsed() > PREFACE_MAX
+                {
+                    connection.cut("silent");
+                } else if connection.is_stalled(now, self.options.stall_max) {
+                    connection.cut("stalled");
+                }
+            }
+        }
+    }
+}
+
+/// A channel for accepted connections.
+pub fn channel() -> (mpsc::Sender<io::Result<Io>>, mpsc::Receiver<io::Result<Io>>) {
+    mpsc::channel(WAITING_MAX)
+}
+
+/// A connection's bytes.
+#[derive(Debug)]
+pub struct Io {
+    socket: TcpStream,
+    connection: Arc<Connection>,
+}
+
+impl Connected for Io {
+    type ConnectInfo = Arc<Connection>;
+
+    fn connect_info(&self) -> Arc<Connection> {
+        Arc::clone(&self.connection)
+    }
+}
+
+fn cut() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionAborted, "cut by the server")
+}
+
+impl AsyncRead for Io {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.connection.waker.register(cx.waker());
+        if self.connection.dead.load(Ordering::Relaxed) {
+            return Poll::Ready(Err(cut()));
+        }
+        let before = buffer.filled().len();
+        let polled = Pin::new(&mut self.socket).poll_read(cx, buffer);
+        let count = buffer.filled().len() - before;
+        if count > 0 {
+            self.connection.hear(count as u64);
+        }
+        polled
+    }
+}
+
+impl AsyncWrite for Io {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.connection.dead.load(Ordering::Relaxed) {
+            return Poll::Ready(Err(cut()));
+        }
+        Pin::new(&mut self.socket).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffers: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        if self.connection.dead.load(Ordering::Relaxed) {
+            return Poll::Ready(Err(cut()));
+        }
+        Pin::new(&mut self.socket).poll_write_vectored(cx, buffers)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.socket.is_write_vectored()
+    }
+}

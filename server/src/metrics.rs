@@ -1,0 +1,136 @@
+//! Metrics: every name in one place, and the plain HTTP address where they are read.
+//!
+//! Names follow Prometheus: base units, `_total` for counters. No label holds an id; queues are labels only where an
+//! operator must act on one.
+
+use std::io;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::StatusCode;
+use axum::routing::get;
+use metrics::{counter, gauge, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio::net::TcpListener;
+
+use crate::engine::Engine;
+use crate::gate::Gate;
+use crate::store::Fault;
+
+/// Bounds of the buckets of times, in seconds.
+const SECONDS: [f64; 12] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
+
+static HANDLE: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
+
+/// One recorder for the process; servers in one process share it.
+pub fn install() {
+    HANDLE.get_or_init(|| {
+        let builder = PrometheusBuilder::new().set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS);
+        builder.and_then(PrometheusBuilder::install_recorder).map_err(|error| tracing::warn!(%error, "no metrics")).ok()
+    });
+}
+
+/// A call was answered.
+pub fn rpc(method: &'static str, code: &'static str, took: Duration) {
+    counter!("absurd_rpcs_total", "method" => method, "code" => code).increment(1);
+    histogram!("absurd_rpc_duration_seconds", "method" => method).record(took);
+}
+
+/// A call was refused, by the reason that the caller sees.
+pub fn refused(reason: &'static str) {
+    counter!("absurd_refused_total", "reason" => reason).increment(1);
+}
+
+/// The gate cut a connection.
+pub fn connection_cut(why: &'static str) {
+    counter!("absurd_connections_cut_total", "why" => why).increment(1);
+}
+
+/// No connection could be taken.
+pub fn accept_failed(error: &io::Error) {
+    let kind = match error.raw_os_error() {
+        Some(code) if code == rustix::io::Errno::MFILE.raw_os_error() => "process_files",
+        Some(code) if code == rustix::io::Errno::NFILE.raw_os_error() => "system_files",
+        _ => "other",
+    };
+    counter!("absurd_accept_errors_total", "kind" => kind).increment(1);
+}
+
+/// A stream ended.
+pub fn stream_ended(why: &'static str) {
+    counter!("absurd_streams_ended_total", "why" => why).increment(1);
+}
+
+/// Runs were claimed.
+pub fn claimed(count: usize) {
+    counter!("absurd_claimed_runs_total").increment(count as u64);
+}
+
+/// A claim went back without an outcome.
+pub fn released(why: &'static str) {
+    counter!("absurd_released_claims_total", "why" => why).increment(1);
+}
+
+/// Leases ran out.
+pub fn leases_expired(count: usize) {
+    counter!("absurd_leases_expired_total").increment(count as u64);
+}
+
+/// A task was set aside, because it cannot be handled.
+pub fn quarantined(queue: &str, why: &'static str) {
+    counter!("absurd_quarantined_total", "queue" => queue.to_owned(), "why" => why).increment(1);
+}
+
+/// A batch was carried out.
+pub fn batch(name: &'static str, items: usize, took: Duration) {
+    counter!("absurd_batch_items_total", "batch" => name).increment(items as u64);
+    histogram!("absurd_batch_duration_seconds", "batch" => name).record(took);
+}
+
+/// A statement failed.
+pub fn fault(fault: &Fault) {
+    counter!("absurd_database_faults_total", "kind" => fault.kind()).increment(1);
+}
+
+/// The listening session was lost.
+pub fn listener_lost() {
+    counter!("absurd_listen_reconnects_total").increment(1);
+}
+
+/// What is read rather than counted.
+fn observe(engine: &Engine, gate: &Gate) {
+    for (role, most, open, waiting) in engine.store.connections() {
+        gauge!("absurd_database_connections_max", "role" => role).set(most as f64);
+        gauge!("absurd_database_connections", "role" => role).set(open as f64);
+        gauge!("absurd_database_waiting", "role" => role).set(waiting as f64);
+    }
+    gauge!("absurd_connections").set(gate.connections() as f64);
+    gauge!("absurd_streams").set(engine.dispatcher.streams() as f64);
+    gauge!("absurd_writes_waiting").set(engine.waiting() as f64);
+    gauge!("absurd_listening").set(f64::from(u8::from(engine.hints.listening())));
+    let age = engine.store.clock_age().map_or(f64::INFINITY, |age| age.as_secs_f64());
+    gauge!("absurd_database_silence_seconds").set(age);
+}
+
+/// Serves `/metrics`, `/livez` and `/readyz` over plain HTTP, for ever.
+pub async fn serve(
+    listener: TcpListener,
+    engine: Arc<Engine>,
+    gate: Arc<Gate>,
+    ready: Arc<dyn Fn() -> bool + Send + Sync>,
+) {
+    let scrape = move || {
+        observe(&engine, &gate);
+        let text = HANDLE.get().and_then(Option::as_ref).map(PrometheusHandle::render);
+        std::future::ready(text.ok_or(StatusCode::SERVICE_UNAVAILABLE))
+    };
+    let is_ready = move || std::future::ready(if ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE });
+    let router = Router::new()
+        .route("/metrics", get(scrape))
+        .route("/livez", get(|| std::future::ready(StatusCode::OK)))
+        .route("/readyz", get(is_ready));
+    if let Err(error) = axum::serve(listener, router).await {
+        tracing::warn!(%error, "metrics are served no more");
+    }
+}

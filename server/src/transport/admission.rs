@@ -1,0 +1,277 @@
+//! What stands before every call: bounds on calls in flight and on streams, refused at once with a reason and a delay; and
+//! what is counted of every call.
+
+use std::collections::HashSet;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::{Frame, SizeHint};
+use prost::Message as _;
+use tonic::body::Body;
+use tonic::transport::server::TlsConnectInfo;
+use tonic::{Code, Status};
+use tower::{Layer, Service};
+
+use super::status::status;
+use crate::domain::Error;
+use crate::gate::{Answer, Connection, Io};
+use crate::metrics;
+
+/// Bounds of calls.
+#[derive(Debug, Clone, Copy)]
+pub struct AdmissionOptions {
+    /// Calls in flight on this replica, streams left out.
+    pub requests_max: usize,
+    /// Claim streams on one connection.
+    pub connection_streams_max: usize,
+    /// Claim streams from one address.
+    pub caller_streams_max: usize,
+}
+
+impl Default for AdmissionOptions {
+    fn default() -> Self {
+        Self { requests_max: 20_000, connection_streams_max: 10_000, caller_streams_max: usize::MAX }
+    }
+}
+
+const CLAIM_STREAM: &str = "ClaimStream";
+
+/// Names of all RPCs, for metrics; anything else is `other`.
+fn method(path: &str) -> &'static str {
+    static KNOWN: OnceLock<HashSet<&'static str>> = OnceLock::new();
+    let known = KNOWN.get_or_init(|| {
+        let files = prost_types::FileDescriptorSet::decode(absurd_proto::FILE_DESCRIPTOR_SET).unwrap_or_default();
+        let services = files.file.into_iter().flat_map(|file| file.service);
+        let methods = services.flat_map(|service| service.method);
+        methods.filter_map(|method| method.name).map(|name| &*name.leak()).collect()
+    });
+    path.rsplit('/').next().and_then(|name| known.get(name)).copied().unwrap_or("other")
+}
+
+#[derive(Debug)]
+struct Shared {
+    options: AdmissionOptions,
+    requests: AtomicUsize,
+}
+
+/// Wraps services; see the module.
+#[derive(Debug, Clone)]
+pub struct AdmissionLayer {
+    shared: Arc<Shared>,
+}
+
+impl AdmissionLayer {
+    /// A layer with its own counts.
+    pub fn new(options: AdmissionOptions) -> Self {
+        Self { shared: Arc::new(Shared { options, requests: AtomicUsize::new(0) }) }
+    }
+}
+
+impl<S> Layer<S> for AdmissionLayer {
+    type Service = Admission<S>;
+
+    fn layer(&self, inner: S) -> Admission<S> {
+        Admission { inner, shared: Arc::clone(&self.shared) }
+    }
+}
+
+/// A service behind the bounds.
+#[derive(Debug, Clone)]
+pub struct Admission<S> {
+    inner: S,
+    shared: Arc<Shared>,
+}
+
+impl<S> Service<Request<Body>> for Admission<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>>,
+    S::Error: Send,
+    S::Future: Send + 'static,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let connection = connection(&request);
+        if let Some(connection) = &connection {
+            connection.asked();
+        }
+        let call = match Call::begin(&self.shared, connection.clone(), method(request.uri().path())) {
+            Ok(call) => call,
+            Err(error) => {
+                let refusal = status(&error).into_http();
+                return Box::pin(async move { Ok(refusal) });
+            }
+        };
+        let request = match connection {
+            Some(connection) => request.map(|body| Body::new(Heard { body, connection })),
+            None => request,
+        };
+        let answer = self.inner.call(request);
+        Box::pin(async move { answer.await.map(|response| call.watch(response)) })
+    }
+}
+
+fn connection(request: &Request<Body>) -> Option<Arc<Connection>> {
+    let plain = request.extensions().get::<Arc<Connection>>();
+    let tls = || request.extensions().get::<TlsConnectInfo<<Io as tonic::transport::server::Connected>::ConnectInfo>>();
+    plain.cloned().or_else(|| tls().map(|info| Arc::clone(info.get_ref())))
+}
+
+/// A call in flight. Dropping it gives its place back.
+#[derive(Debug)]
+struct Call {
+    shared: Arc<Shared>,
+    connection: Option<Arc<Connection>>,
+    method: &'static str,
+    began: Instant,
+    code: Code,
+}
+
+impl Call {
+    fn begin(shared: &Arc<Shared>, connection: Option<Arc<Connection>>, method: &'static str) -> Result<Self, Error> {
+        let code = Code::ResourceExhausted;
+        let call = Self { shared: Arc::clone(shared), connection, method, began: Instant::now(), code };
+        if method == CLAIM_STREAM {
+            let Some(connection) = &call.connection else { return Ok(call) };
+            let streams = connection.streams().fetch_add(1, Ordering::Relaxed);
+            if streams >= shared.options.connection_streams_max {
+                let (whose, flag) = ("this connection has", "--max-streams-per-connection");
+                return Err(Error::StreamLimit { whose, limit: streams, flag });
+            }
+            let most = shared.options.caller_streams_max;
+            if most < usize::MAX && connection.gate().streams_of(connection.caller()) > most {
+                return Err(Error::StreamLimit {
+                    whose: "this address has",
+                    limit: most,
+                    flag: "--max-streams-per-caller",
+                });
+            }
+        } else if shared.requests.fetch_add(1, Ordering::Relaxed) >= shared.options.requests_max {
+            return Err(Error::TooManyRequests { after: std::time::Duration::from_millis(500) });
+        }
+        Ok(call)
+    }
+
+    fn watch(mut self, response: Response<Body>) -> Response<Body> {
+        self.code = Status::from_header_map(response.headers()).map_or(Code::Ok, |status| status.code());
+        let answer = self.connection.as_ref().map(|connection| connection.answer());
+        response.map(|body| Body::new(Watched { body, answer, call: self }))
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        if self.method == CLAIM_STREAM {
+            if let Some(connection) = &self.connection {
+                connection.streams().fetch_sub(1, Ordering::Relaxed);
+            }
+        } else {
+            self.shared.requests.fetch_sub(1, Ordering::Relaxed);
+            metrics::rpc(self.method, name(self.code), self.began.elapsed());
+        }
+    }
+}
+
+fn name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+/// A request's body, whose bytes are of use.
+struct Heard {
+    body: Body,
+    connection: Arc<Connection>,
+}
+
+impl http_body::Body for Heard {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        if let Poll::Ready(Some(Ok(frame))) = &polled
+            && let Some(data) = frame.data_ref()
+        {
+            self.connection.asked_with(data.len() as u64);
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// An answer's body, which knows whether its peer takes it.
+struct Watched {
+    body: Body,
+    answer: Option<(u64, Arc<Answer>)>,
+    call: Call,
+}
+
+impl http_body::Body for Watched {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        if let (Some((_, answer)), Some(connection)) = (&self.answer, &self.call.connection) {
+            answer.asked(connection.gate().now(), polled.is_pending());
+        }
+        if let Poll::Ready(Some(Ok(frame))) = &polled
+            && let Some(trailers) = frame.trailers_ref()
+            && let Some(status) = Status::from_header_map(trailers)
+        {
+            self.call.code = status.code();
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        if let (Some((id, _)), Some(connection)) = (&self.answer, &self.call.connection) {
+            connection.answered(*id);
+        }
+    }
+}
