@@ -54,7 +54,8 @@ struct Producer {
 
 /// Spawns until SIGTERM, then ends what it began.
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
-    let connect = ConnectOptions { deadline: Duration::from_secs(10), ..ConnectOptions::new(options.urls) };
+    let deadline = Duration::from_millis(if options.new_id_when_unknown { 500 } else { 10_000 });
+    let connect = ConnectOptions { deadline, ..ConnectOptions::new(options.urls) };
     let producer = Arc::new(Producer {
         history: History::create(&options.history)?,
         client: AbsurdClient::connect(&connect)?.with_queue(QUEUE),

@@ -210,12 +210,12 @@ fn is_ready(bytes: &[u8]) -> bool {
     matches!(bytes, [.., b'Z', 0, 0, 0, 5, b'I' | b'T' | b'E'])
 }
 
-/// Frames of HTTP/2 as they go by; every eighth one with data is held until the next one of its stream has passed.
+/// Frames of HTTP/2 as they go by; the first one with data of each stream is held until the next one has passed.
 #[derive(Default)]
 struct Frames {
     rest: Vec<u8>,
     held: Option<(u32, Vec<u8>)>,
-    seen: u32,
+    seen: std::collections::HashSet<u32>,
 }
 
 impl Frames {
@@ -230,7 +230,6 @@ impl Frames {
             }
             let frame: Vec<u8> = self.rest.drain(..9 + length).collect();
             let data = kind == 0 && length > 0;
-            self.seen += u32::from(data);
             match self.held.take() {
                 Some((held, first)) if held == stream => {
                     // Of another kind: the stream ends, and order matters no more to anybody.
@@ -238,7 +237,7 @@ impl Frames {
                     out.extend(one);
                     out.extend(two);
                 }
-                held if data && held.is_none() && self.seen.is_multiple_of(8) => self.held = Some((stream, frame)),
+                None if data && self.seen.insert(stream) => self.held = Some((stream, frame)),
                 held => {
                     self.held = held;
                     out.extend(frame);
