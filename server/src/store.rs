@@ -4,6 +4,7 @@ pub mod batch;
 pub mod checkpoint;
 pub mod clock;
 pub mod event;
+pub mod failing;
 pub mod fault;
 pub mod listen;
 pub mod migrate;
@@ -32,6 +33,7 @@ use uuid::Uuid;
 use crate::domain::{Error, Instant};
 use crate::metrics;
 use crate::scope::Scope;
+use failing::{Failing, Fate};
 pub use fault::Fault;
 use pool::{Pools, Role};
 pub use statement::{Statement, Wait};
@@ -78,6 +80,7 @@ struct Inner {
     last_id: AtomicU64,
     /// Only with `--test-clock`.
     test_clock: Option<clock::TestClock>,
+    failing: Failing,
 }
 
 /// Settings of our sessions: the doorbell's trigger stays silent for them, plans are made once per statement, and walk an
@@ -112,6 +115,7 @@ impl Store {
     pub fn new(options: StoreOptions) -> Result<Self, Error> {
         Ok(Self {
             inner: Arc::new(Inner {
+                failing: Failing::default(),
                 pools: Pools::new(&options)?,
                 test_clock: options.test_clock.then(clock::TestClock::default),
                 options,
@@ -130,6 +134,11 @@ impl Store {
     /// Closes all connections.
     pub fn close(&self) {
         self.inner.pools.close();
+    }
+
+    /// What fails on purpose, for tests.
+    pub fn failing(&self) -> &Failing {
+        &self.inner.failing
     }
 
     /// By role: connections at most, open, and callers that wait for one.
@@ -171,6 +180,10 @@ impl Store {
         scope: Option<&Scope>,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Fault> {
+        let fate = self.inner.failing.fate(statement.name);
+        if fate == Fate::FailsBefore {
+            return Err(on_purpose(fate));
+        }
         let role = statement.role();
         let client = self.client(role).await?;
         let text = self.text(statement, wait, scope);
@@ -179,6 +192,9 @@ impl Store {
         if matches!(done, Err(Fault::StalePlan)) {
             client.statement_cache.clear();
             done = query(&client, &text, params, limit).await;
+        }
+        if fate == Fate::FailsAfter {
+            done = Err(on_purpose(fate));
         }
         if let Err(fault) = &done {
             metrics::fault(fault);
@@ -213,6 +229,9 @@ impl Store {
 
     /// Begins a transaction whose statements wait for locks at most this long.
     pub(crate) async fn begin(&self, lock_wait: Duration) -> Result<Tx, Fault> {
+        if self.inner.failing.fate("begin") != Fate::Lives {
+            return Err(on_purpose(Fate::FailsBefore));
+        }
         let client = self.client(Role::Work).await?;
         let lock_ms = lock_wait.as_millis().clamp(1, 60_000);
         let limit = lock_wait + Role::Work.statement_timeout();
@@ -263,6 +282,13 @@ impl Store {
     }
 }
 
+fn on_purpose(fate: Fate) -> Fault {
+    match fate {
+        Fate::FailsAfter => Fault::Unknown("failed on purpose, after it was carried out".into()),
+        Fate::Lives | Fate::FailsBefore => Fault::Gone("failed on purpose, before it was carried out".into()),
+    }
+}
+
 /// Runs a statement; one that is not answered in time leaves its outcome unknown, and its connection is of no more use.
 async fn query(
     client: &Object,
@@ -307,7 +333,11 @@ impl Tx {
     ) -> Result<Vec<Row>, Fault> {
         let Some(client) = &self.client else { return Err(Fault::Gone("transaction ended".into())) };
         let text = self.store.text(statement, wait, scope);
-        query(client, &text, params, self.limit).await
+        match self.store.inner.failing.fate(statement.name) {
+            Fate::Lives => query(client, &text, params, self.limit).await,
+            // Whatever it did goes with the transaction.
+            fate => Err(on_purpose(fate)),
+        }
     }
 
     async fn say(&self, text: &str) -> Result<(), Fault> {
@@ -317,7 +347,14 @@ impl Tx {
 
     /// Commits; the connection goes back to the pool.
     pub(crate) async fn commit(mut self) -> Result<(), Fault> {
+        let fate = self.store.inner.failing.fate("commit");
+        if fate == Fate::FailsBefore {
+            return Err(on_purpose(Fate::FailsAfter));
+        }
         self.say("commit").await?;
+        if fate == Fate::FailsAfter {
+            return Err(on_purpose(fate));
+        }
         drop(self.client.take());
         Ok(())
     }

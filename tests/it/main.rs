@@ -18,6 +18,7 @@ mod input;
 mod limits;
 mod migrations;
 mod mixed;
+mod model;
 mod plans;
 mod readme;
 mod reference;

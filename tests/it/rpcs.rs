@@ -3,6 +3,7 @@
 
 mod cases;
 mod circumstances;
+mod nth;
 mod walk;
 mod world;
 

@@ -33,7 +33,8 @@ select i.item, coalesce(l.run_id, seen.run_id) is not null as found, l.run_id is
        coalesce(l.state, seen.state) as state, coalesce(l.owned, false) as owned,
        i.run_id in (select runs.run_id from runs) as done,
        coalesce(l.task_id, seen.task_id) as task_id,
-       l.state = 'completed' and l.stored is not distinct from i.result as same
+       l.state = 'completed' and l.stored is not distinct from i.result as same,
+       coalesce(l.failure_reason ->> 'name' = '$ClaimTimeout', false) as expired
   from item i
   left join locked l on l.item = i.item
   left join lateral (select r.run_id, r.task_id, r.state from {r} r where l.run_id is null and r.run_id = i.run_id

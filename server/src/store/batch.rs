@@ -261,8 +261,8 @@ fn answer(kind: Kind, run: &RunRef, row: &Row) -> Answer {
     let wrong_state = || Error::RunNotRunning { run: run_id, state: state.as_str().to_owned() };
     Answer::Settled(Err(match state {
         State::Cancelled => Error::TaskCancelled(run_id),
-        State::Failed if owned => Error::ClaimExpired(run_id),
-        State::Completed if owned => wrong_state(),
+        State::Failed if owned && row.get("expired") => Error::ClaimExpired(run_id),
+        State::Completed | State::Failed if owned => wrong_state(),
         _ if shown => Error::ClaimLost(run_id),
         _ => wrong_state(),
     }))

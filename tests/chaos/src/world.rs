@@ -122,6 +122,13 @@ pub(crate) struct World {
     starts: usize,
 }
 
+/// A program that ends with this process, however that ends: a worker that outlived its world would meet the next one.
+fn bound_to_us(program: &Path) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL"]).arg(program);
+    command
+}
+
 fn free_port() -> anyhow::Result<u16> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
@@ -271,7 +278,7 @@ impl World {
 
     pub(crate) async fn start_replica(&mut self, replica: usize) -> anyhow::Result<()> {
         let name = format!("replica-{replica}");
-        let mut command = Command::new(&self.size.program);
+        let mut command = bound_to_us(&self.size.program);
         for (variable, _) in std::env::vars().filter(|(variable, _)| variable.starts_with("ABSURD_")) {
             command.env_remove(variable);
         }
@@ -298,11 +305,11 @@ impl World {
         let history = self.home.join(format!("history-{name}-{}.jsonl", self.starts));
         // The first one is Python's, where its client has been generated.
         let mut command = if worker == 0 {
-            let mut python = Command::new(root().join(".venv/bin/python"));
+            let mut python = bound_to_us(&root().join(".venv/bin/python"));
             python.arg(root().join("tests/chaos/src/worker.py")).env("PYTHONPATH", root().join(".venv/generated"));
             python
         } else {
-            let mut own = Command::new(std::env::current_exe()?);
+            let mut own = bound_to_us(&std::env::current_exe()?);
             own.arg("worker");
             own
         };
@@ -322,7 +329,7 @@ impl World {
         let count = self.size.producers as f64;
         let name = format!("p{producer}");
         let urls = self.urls(self.size.workers + producer);
-        let mut command = Command::new(std::env::current_exe()?);
+        let mut command = bound_to_us(&std::env::current_exe()?);
         command
             .args(["producer", "--name", &name, "--urls", &urls, "--rate", &(self.size.rate / count).to_string()])
             .args(["--seed", &(self.size.seed.wrapping_add(producer as u64)).to_string()])
