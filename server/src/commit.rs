@@ -4,6 +4,9 @@
 //! locked leaves the batch for the slow lane, where it is tried alone until its caller's deadline. Work runs on tasks of
 //! its own: a caller that goes away cancels nothing half-way, and a batch that panics ends only itself.
 
+mod batches;
+mod sequence;
+
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::Future;
 use std::hash::Hash;
@@ -12,17 +15,13 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::Instant;
-use uuid::Uuid;
 
-use crate::dispatch::Dispatcher;
-use crate::domain::{Error, EventName, JsonText, Settled};
+use crate::domain::Error;
 use crate::metrics;
 use crate::scope::Scope;
-use crate::store::batch::{Answer, Kind, RunRef, Via, Write};
-use crate::store::event::Emission;
-use crate::store::suspend::{Awaited, Suspend, SuspendKind};
-use crate::store::task::{NewTask, Spawned};
-use crate::store::{Fault, Store, Wait, batch};
+use crate::store::Fault;
+pub(crate) use batches::{Emits, Settles, Spawns, Suspends};
+pub(crate) use sequence::sequence;
 
 /// A lane that is expected to take longer than this turns new callers away.
 const WAIT_MAX: Duration = Duration::from_secs(2);
@@ -162,7 +161,10 @@ impl<B: Batch> Committer<B> {
             let lane =
                 lanes.entry(key.clone()).or_insert_with(|| Lane { waiting: VecDeque::new(), drivers: 0, pace: 0.0 });
             let wait = lane.wait();
-            if B::SHEDS && lane.waiting.len() >= B::ITEMS_MAX && wait > WAIT_MAX.min(deadline - Instant::now()) {
+            if B::SHEDS
+                && lane.waiting.len() >= B::ITEMS_MAX
+                && wait > WAIT_MAX.min(deadline.saturating_duration_since(Instant::now()))
+            {
                 return Err(Error::TooManyRequests { after: wait });
             }
             lane.waiting.push_back(entry);
@@ -336,317 +338,6 @@ fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B
             pause = (pause * 2).min(SLOW_PAUSE_MAX);
         }
     });
-}
-
-/// Spawns. Keyed ones go apart, because they may have to wait for others.
-#[derive(Debug, Clone)]
-pub(crate) struct Spawns {
-    pub(crate) store: Store,
-    pub(crate) dispatcher: Dispatcher,
-}
-
-impl Spawns {
-    /// Spawns tasks, all of them or each on its own. Those that idle workers wait for go straight to them.
-    pub(crate) async fn spawn(
-        &self,
-        scope: &Scope,
-        tasks: &[&NewTask],
-        lock_wait: Duration,
-        all: bool,
-    ) -> Result<Vec<Result<Spawned, Error>>, Fault> {
-        let hand_over = self.dispatcher.hand_over(scope, tasks);
-        let slotted = hand_over.slotted(tasks);
-        let spawning = match all {
-            true => self.store.task_spawn_all(scope, &slotted, lock_wait, true).await,
-            false => self.store.task_spawn(scope, &slotted, lock_wait).await,
-        };
-        match spawning {
-            Ok(spawning) => {
-                hand_over.deliver(spawning.claims);
-                let mut spawned = spawning.answers.iter().flatten();
-                if spawned.any(|spawned| spawned.fresh && !spawned.claimed) {
-                    self.dispatcher.new_work(scope.queue());
-                }
-                Ok(spawning.answers)
-            }
-            Err(fault) => {
-                if matches!(fault, Fault::Unknown(_) | Fault::Timeout) {
-                    hand_over.lost();
-                }
-                Err(fault)
-            }
-        }
-    }
-}
-
-impl Batch for Spawns {
-    type Key = (Scope, bool);
-    type Item = NewTask;
-    type Out = Spawned;
-    type Id = Uuid;
-    const NAME: &'static str = "spawn";
-    const SHEDS: bool = true;
-    const ITEMS_MAX: usize = 500;
-
-    fn identity(item: &NewTask) -> Uuid {
-        item.task_id
-    }
-
-    fn knows_itself(_: &NewTask) -> bool {
-        true
-    }
-
-    fn scope(key: &Self::Key) -> &Scope {
-        &key.0
-    }
-
-    async fn execute(
-        &self,
-        (scope, _): &Self::Key,
-        items: &[&NewTask],
-        lock_wait: Option<Duration>,
-    ) -> Result<Outcomes<Self>, Fault> {
-        let wait = lock_wait.unwrap_or(Duration::from_millis(50));
-        let spawned = self.spawn(scope, items, wait, false).await?;
-        Ok(spawned.into_iter().map(Some).collect())
-    }
-}
-
-/// Completions, failures, extensions, releases and checkpoints.
-#[derive(Debug)]
-pub(crate) struct Settles {
-    pub(crate) store: Store,
-}
-
-impl Batch for Settles {
-    type Key = (Scope, Kind);
-    type Item = (RunRef, Write);
-    type Out = Settled;
-    type Id = Uuid;
-    const NAME: &'static str = "settle";
-    const SHEDS: bool = false;
-    const ITEMS_MAX: usize = 500;
-    const DRIVERS_MAX: usize = 2;
-
-    fn identity(item: &Self::Item) -> Uuid {
-        item.0.run_id
-    }
-
-    fn knows_itself((_, write): &Self::Item) -> bool {
-        matches!(write, Write::Complete { .. } | Write::Fail { .. } | Write::Expire | Write::Extend { .. })
-    }
-
-    fn scope(key: &Self::Key) -> &Scope {
-        &key.0
-    }
-
-    async fn execute(
-        &self,
-        (scope, _): &Self::Key,
-        items: &[&Self::Item],
-        lock_wait: Option<Duration>,
-    ) -> Result<Outcomes<Self>, Fault> {
-        let refs: Vec<(&RunRef, &Write)> = items.iter().map(|(run, write)| (run, write)).collect();
-        let answers = match lock_wait {
-            None => self.store.settle(scope, &refs).await?,
-            Some(lock_wait) => {
-                let tx = self.store.begin(lock_wait).await?;
-                let answers = batch::write(&self.store, Via::Tx(&tx), scope, Wait::Block, &refs).await;
-                match answers {
-                    Ok(answers) => {
-                        tx.commit().await?;
-                        answers
-                    }
-                    Err(fault) => {
-                        tx.rollback().await;
-                        return Err(fault);
-                    }
-                }
-            }
-        };
-        let settled = |answer| match answer {
-            Answer::Settled(outcome) => Some(outcome),
-            Answer::Busy => None,
-        };
-        Ok(answers.into_iter().map(settled).collect())
-    }
-}
-
-/// Sleeps and waits.
-#[derive(Debug)]
-pub(crate) struct Suspends {
-    pub(crate) store: Store,
-}
-
-impl Batch for Suspends {
-    type Key = (Scope, SuspendKind);
-    type Item = (RunRef, Suspend);
-    type Out = Awaited;
-    type Id = Uuid;
-    const NAME: &'static str = "suspend";
-    const SHEDS: bool = false;
-    // A function call each, and the events of all of them are held for as long as that takes.
-    const ITEMS_MAX: usize = 100;
-
-    fn identity(item: &Self::Item) -> Uuid {
-        item.0.run_id
-    }
-
-    fn knows_itself(_: &Self::Item) -> bool {
-        false
-    }
-
-    fn scope(key: &Self::Key) -> &Scope {
-        &key.0
-    }
-
-    async fn execute(
-        &self,
-        (scope, kind): &Self::Key,
-        items: &[&Self::Item],
-        _: Option<Duration>,
-    ) -> Result<Outcomes<Self>, Fault> {
-        let items: Vec<(&RunRef, &Suspend)> = items.iter().map(|(run, what)| (run, what)).collect();
-        self.store.suspend(scope, *kind, &items).await
-    }
-}
-
-/// Emissions.
-#[derive(Debug)]
-pub(crate) struct Emits {
-    pub(crate) store: Store,
-}
-
-impl Batch for Emits {
-    type Key = Scope;
-    type Item = (EventName, Option<JsonText>);
-    type Out = Emission;
-    type Id = String;
-    const NAME: &'static str = "emit";
-    const SHEDS: bool = true;
-    const ITEMS_MAX: usize = 500;
-
-    fn identity(item: &Self::Item) -> String {
-        item.0.as_str().to_owned()
-    }
-
-    fn knows_itself(_: &Self::Item) -> bool {
-        true
-    }
-
-    fn scope(key: &Self::Key) -> &Scope {
-        key
-    }
-
-    async fn execute(
-        &self,
-        scope: &Scope,
-        items: &[&Self::Item],
-        lock_wait: Option<Duration>,
-    ) -> Result<Outcomes<Self>, Fault> {
-        let items: Vec<(&EventName, Option<&JsonText>)> =
-            items.iter().map(|(event, payload)| (event, payload.as_ref())).collect();
-        let wait = if lock_wait.is_some() { Wait::Block } else { Wait::Skip };
-        let lock_wait = lock_wait.unwrap_or(Duration::from_millis(50));
-        let emitted = self.store.event_emit(scope, &items, wait, lock_wait).await?;
-        Ok(emitted.into_iter().map(|emission| emission.map(Ok)).collect())
-    }
-}
-
-/// Carries out several writes about one run, in order and in one transaction. The first that fails stops the later ones;
-/// what came before it stands.
-pub(crate) async fn sequence(
-    store: &Store,
-    scope: &Scope,
-    run: &RunRef,
-    writes: &[Write],
-    deadline: Instant,
-) -> Vec<Result<Settled, Error>> {
-    let mut writes = writes.to_vec();
-    let total = writes.len();
-    let mut refused = None;
-    let mut unknown = false;
-    let mut outcomes = loop {
-        let left = deadline.saturating_duration_since(Instant::now()).min(LOCK_WAIT_MAX);
-        if left.is_zero() {
-            break vec![Err(if unknown { Error::OutcomeUnknown } else { Error::DeadlineExceeded })];
-        }
-        match sequence_once(store, scope, run, &writes, left).await {
-            Ok(outcomes) if unknown && outcomes.iter().any(|done| done.as_ref().is_err_and(Error::is_claim_over)) => {
-                break read_back(store, scope, run, &writes, left).await;
-            }
-            Ok(outcomes) => break outcomes,
-            Err((_, fault)) if fault.is_passing() => {
-                unknown |= matches!(fault, Fault::Unknown(_));
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-            Err((index, fault)) => {
-                // The transaction is void: carry out what came before the refused write again, without it.
-                refused = Some(fault.into_error(scope));
-                writes.truncate(index);
-                if writes.is_empty() {
-                    break Vec::new();
-                }
-            }
-        }
-    };
-    if outcomes.iter().all(Result::is_ok) {
-        outcomes.extend(refused.map(Err));
-    }
-    while outcomes.len() < total {
-        outcomes.push(Err(Error::ItemSkipped));
-    }
-    outcomes
-}
-
-/// The answer of a commit was lost, and now the run is not the caller's any more: perhaps because that commit ended it. Its
-/// last write tells; all of them were one transaction.
-async fn read_back(
-    store: &Store,
-    scope: &Scope,
-    run: &RunRef,
-    writes: &[Write],
-    lock_wait: Duration,
-) -> Vec<Result<Settled, Error>> {
-    let last = writes.last().filter(|write| matches!(write, Write::Complete { .. } | Write::Fail { .. }));
-    if let Some(last) = last
-        && let Ok(mut outcomes) = sequence_once(store, scope, run, std::slice::from_ref(last), lock_wait).await
-        && let Some(Ok(settled)) = outcomes.pop()
-        && settled.replayed
-    {
-        let before = Settled { failed: None, applied: true, ..settled };
-        return writes.iter().skip(1).map(|_| Ok(before.clone())).chain([Ok(settled)]).collect();
-    }
-    writes.iter().map(|_| Err(Error::OutcomeUnknown)).collect()
-}
-
-async fn sequence_once(
-    store: &Store,
-    scope: &Scope,
-    run: &RunRef,
-    writes: &[Write],
-    lock_wait: Duration,
-) -> Result<Vec<Result<Settled, Error>>, (usize, Fault)> {
-    let tx = store.begin(lock_wait).await.map_err(|fault| (0, fault))?;
-    let mut outcomes = Vec::new();
-    for (index, write) in writes.iter().enumerate() {
-        let answers = batch::write(store, Via::Tx(&tx), scope, Wait::Block, &[(run, write)]).await;
-        let outcome = match answers.map(|mut answers| answers.pop()) {
-            Ok(Some(Answer::Settled(outcome))) => outcome,
-            Ok(Some(Answer::Busy) | None) => Err(Error::Unavailable("the row is busy".into())),
-            Err(fault) => {
-                tx.rollback().await;
-                return Err((index, fault));
-            }
-        };
-        let stop = outcome.is_err();
-        outcomes.push(outcome);
-        if stop {
-            break;
-        }
-    }
-    tx.commit().await.map_err(|fault| (0, fault))?;
-    Ok(outcomes)
 }
 
 #[cfg(test)]

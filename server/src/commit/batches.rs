@@ -1,0 +1,231 @@
+//! What is committed together: spawns, outcomes and steps, waits, emissions. Each says what tells its items apart, and which
+//! statement carries a batch of them out.
+
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::{Batch, Outcomes};
+use crate::dispatch::Dispatcher;
+use crate::domain::{Error, EventName, JsonText, Settled};
+use crate::scope::Scope;
+use crate::store::batch::{Answer, Kind, RunRef, Via, Write};
+use crate::store::event::Emission;
+use crate::store::suspend::{Awaited, Suspend, SuspendKind};
+use crate::store::task::{NewTask, Spawned};
+use crate::store::{Fault, Store, Wait, batch};
+
+/// Spawns. Keyed ones go apart, because they may have to wait for others.
+#[derive(Debug, Clone)]
+pub(crate) struct Spawns {
+    pub(crate) store: Store,
+    pub(crate) dispatcher: Dispatcher,
+}
+
+impl Spawns {
+    /// Spawns tasks, all of them or each on its own. Those that idle workers wait for go straight to them.
+    pub(crate) async fn spawn(
+        &self,
+        scope: &Scope,
+        tasks: &[&NewTask],
+        lock_wait: Duration,
+        all: bool,
+    ) -> Result<Vec<Result<Spawned, Error>>, Fault> {
+        let hand_over = self.dispatcher.hand_over(scope, tasks);
+        let slotted = hand_over.slotted(tasks);
+        let spawning = match all {
+            true => self.store.task_spawn_all(scope, &slotted, lock_wait, true).await,
+            false => self.store.task_spawn(scope, &slotted, lock_wait).await,
+        };
+        match spawning {
+            Ok(spawning) => {
+                hand_over.deliver(spawning.claims);
+                let mut spawned = spawning.answers.iter().flatten();
+                if spawned.any(|spawned| spawned.fresh && !spawned.claimed) {
+                    self.dispatcher.new_work(scope.queue());
+                }
+                Ok(spawning.answers)
+            }
+            Err(fault) => {
+                if matches!(fault, Fault::Unknown(_) | Fault::Timeout) {
+                    hand_over.lost();
+                }
+                Err(fault)
+            }
+        }
+    }
+}
+
+impl Batch for Spawns {
+    type Key = (Scope, bool);
+    type Item = NewTask;
+    type Out = Spawned;
+    type Id = Uuid;
+    const NAME: &'static str = "spawn";
+    const SHEDS: bool = true;
+    const ITEMS_MAX: usize = 500;
+
+    fn identity(item: &NewTask) -> Uuid {
+        item.task_id
+    }
+
+    fn knows_itself(_: &NewTask) -> bool {
+        true
+    }
+
+    fn scope(key: &Self::Key) -> &Scope {
+        &key.0
+    }
+
+    async fn execute(
+        &self,
+        (scope, _): &Self::Key,
+        items: &[&NewTask],
+        lock_wait: Option<Duration>,
+    ) -> Result<Outcomes<Self>, Fault> {
+        let wait = lock_wait.unwrap_or(Duration::from_millis(50));
+        let spawned = self.spawn(scope, items, wait, false).await?;
+        Ok(spawned.into_iter().map(Some).collect())
+    }
+}
+
+/// Completions, failures, extensions, releases and checkpoints.
+#[derive(Debug)]
+pub(crate) struct Settles {
+    pub(crate) store: Store,
+}
+
+impl Batch for Settles {
+    type Key = (Scope, Kind);
+    type Item = (RunRef, Write);
+    type Out = Settled;
+    type Id = Uuid;
+    const NAME: &'static str = "settle";
+    const SHEDS: bool = false;
+    const ITEMS_MAX: usize = 500;
+    const DRIVERS_MAX: usize = 2;
+
+    fn identity(item: &Self::Item) -> Uuid {
+        item.0.run_id
+    }
+
+    fn knows_itself((_, write): &Self::Item) -> bool {
+        matches!(write, Write::Complete { .. } | Write::Fail { .. } | Write::Expire | Write::Extend { .. })
+    }
+
+    fn scope(key: &Self::Key) -> &Scope {
+        &key.0
+    }
+
+    async fn execute(
+        &self,
+        (scope, _): &Self::Key,
+        items: &[&Self::Item],
+        lock_wait: Option<Duration>,
+    ) -> Result<Outcomes<Self>, Fault> {
+        let refs: Vec<(&RunRef, &Write)> = items.iter().map(|(run, write)| (run, write)).collect();
+        let answers = match lock_wait {
+            None => self.store.settle(scope, &refs).await?,
+            Some(lock_wait) => {
+                let tx = self.store.begin(lock_wait).await?;
+                let answers = batch::write(&self.store, Via::Tx(&tx), scope, Wait::Block, &refs).await;
+                match answers {
+                    Ok(answers) => {
+                        tx.commit().await?;
+                        answers
+                    }
+                    Err(fault) => {
+                        tx.rollback().await;
+                        return Err(fault);
+                    }
+                }
+            }
+        };
+        let settled = |answer| match answer {
+            Answer::Settled(outcome) => Some(outcome),
+            Answer::Busy => None,
+        };
+        Ok(answers.into_iter().map(settled).collect())
+    }
+}
+
+/// Sleeps and waits.
+#[derive(Debug)]
+pub(crate) struct Suspends {
+    pub(crate) store: Store,
+}
+
+impl Batch for Suspends {
+    type Key = (Scope, SuspendKind);
+    type Item = (RunRef, Suspend);
+    type Out = Awaited;
+    type Id = Uuid;
+    const NAME: &'static str = "suspend";
+    const SHEDS: bool = false;
+    // A function call each, and the events of all of them are held for as long as that takes.
+    const ITEMS_MAX: usize = 100;
+
+    fn identity(item: &Self::Item) -> Uuid {
+        item.0.run_id
+    }
+
+    fn knows_itself(_: &Self::Item) -> bool {
+        false
+    }
+
+    fn scope(key: &Self::Key) -> &Scope {
+        &key.0
+    }
+
+    async fn execute(
+        &self,
+        (scope, kind): &Self::Key,
+        items: &[&Self::Item],
+        _: Option<Duration>,
+    ) -> Result<Outcomes<Self>, Fault> {
+        let items: Vec<(&RunRef, &Suspend)> = items.iter().map(|(run, what)| (run, what)).collect();
+        self.store.suspend(scope, *kind, &items).await
+    }
+}
+
+/// Emissions.
+#[derive(Debug)]
+pub(crate) struct Emits {
+    pub(crate) store: Store,
+}
+
+impl Batch for Emits {
+    type Key = Scope;
+    type Item = (EventName, Option<JsonText>);
+    type Out = Emission;
+    type Id = String;
+    const NAME: &'static str = "emit";
+    const SHEDS: bool = true;
+    const ITEMS_MAX: usize = 500;
+
+    fn identity(item: &Self::Item) -> String {
+        item.0.as_str().to_owned()
+    }
+
+    fn knows_itself(_: &Self::Item) -> bool {
+        true
+    }
+
+    fn scope(key: &Self::Key) -> &Scope {
+        key
+    }
+
+    async fn execute(
+        &self,
+        scope: &Scope,
+        items: &[&Self::Item],
+        lock_wait: Option<Duration>,
+    ) -> Result<Outcomes<Self>, Fault> {
+        let items: Vec<(&EventName, Option<&JsonText>)> =
+            items.iter().map(|(event, payload)| (event, payload.as_ref())).collect();
+        let wait = if lock_wait.is_some() { Wait::Block } else { Wait::Skip };
+        let lock_wait = lock_wait.unwrap_or(Duration::from_millis(50));
+        let emitted = self.store.event_emit(scope, &items, wait, lock_wait).await?;
+        Ok(emitted.into_iter().map(|emission| emission.map(Ok)).collect())
+    }
+}

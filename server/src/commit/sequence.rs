@@ -1,0 +1,107 @@
+//! Several writes about one run, in order and in one transaction of their own; an answer that is lost is read back.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::LOCK_WAIT_MAX;
+use crate::domain::{Error, Settled};
+use crate::scope::Scope;
+use crate::store::batch::{Answer, RunRef, Via, Write};
+use crate::store::{Fault, Store, Wait, batch};
+
+/// Carries out several writes about one run, in order and in one transaction. The first that fails stops the later ones;
+/// what came before it stands.
+pub(crate) async fn sequence(
+    store: &Store,
+    scope: &Scope,
+    run: &RunRef,
+    writes: &[Write],
+    deadline: Instant,
+) -> Vec<Result<Settled, Error>> {
+    let mut writes = writes.to_vec();
+    let total = writes.len();
+    let mut refused = None;
+    let mut unknown = false;
+    let mut outcomes = loop {
+        let left = deadline.saturating_duration_since(Instant::now()).min(LOCK_WAIT_MAX);
+        if left.is_zero() {
+            break vec![Err(if unknown { Error::OutcomeUnknown } else { Error::DeadlineExceeded })];
+        }
+        match sequence_once(store, scope, run, &writes, left).await {
+            Ok(outcomes) if unknown && outcomes.iter().any(|done| done.as_ref().is_err_and(Error::is_claim_over)) => {
+                break read_back(store, scope, run, &writes, left).await;
+            }
+            Ok(outcomes) => break outcomes,
+            Err((_, fault)) if fault.is_passing() => {
+                unknown |= matches!(fault, Fault::Unknown(_));
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            Err((index, fault)) => {
+                // The transaction is void: carry out what came before the refused write again, without it.
+                refused = Some(fault.into_error(scope));
+                writes.truncate(index);
+                if writes.is_empty() {
+                    break Vec::new();
+                }
+            }
+        }
+    };
+    if outcomes.iter().all(Result::is_ok) {
+        outcomes.extend(refused.map(Err));
+    }
+    while outcomes.len() < total {
+        outcomes.push(Err(Error::ItemSkipped));
+    }
+    outcomes
+}
+
+/// The answer of a commit was lost, and now the run is not the caller's any more: perhaps because that commit ended it. Its
+/// last write tells; all of them were one transaction.
+async fn read_back(
+    store: &Store,
+    scope: &Scope,
+    run: &RunRef,
+    writes: &[Write],
+    lock_wait: Duration,
+) -> Vec<Result<Settled, Error>> {
+    let last = writes.last().filter(|write| matches!(write, Write::Complete { .. } | Write::Fail { .. }));
+    if let Some(last) = last
+        && let Ok(mut outcomes) = sequence_once(store, scope, run, std::slice::from_ref(last), lock_wait).await
+        && let Some(Ok(settled)) = outcomes.pop()
+        && settled.replayed
+    {
+        let before = Settled { failed: None, applied: true, ..settled };
+        return writes.iter().skip(1).map(|_| Ok(before.clone())).chain([Ok(settled)]).collect();
+    }
+    writes.iter().map(|_| Err(Error::OutcomeUnknown)).collect()
+}
+
+async fn sequence_once(
+    store: &Store,
+    scope: &Scope,
+    run: &RunRef,
+    writes: &[Write],
+    lock_wait: Duration,
+) -> Result<Vec<Result<Settled, Error>>, (usize, Fault)> {
+    let tx = store.begin(lock_wait).await.map_err(|fault| (0, fault))?;
+    let mut outcomes = Vec::new();
+    for (index, write) in writes.iter().enumerate() {
+        let answers = batch::write(store, Via::Tx(&tx), scope, Wait::Block, &[(run, write)]).await;
+        let outcome = match answers.map(|mut answers| answers.pop()) {
+            Ok(Some(Answer::Settled(outcome))) => outcome,
+            Ok(Some(Answer::Busy) | None) => Err(Error::Unavailable("the row is busy".into())),
+            Err(fault) => {
+                tx.rollback().await;
+                return Err((index, fault));
+            }
+        };
+        let stop = outcome.is_err();
+        outcomes.push(outcome);
+        if stop {
+            break;
+        }
+    }
+    tx.commit().await.map_err(|fault| (0, fault))?;
+    Ok(outcomes)
+}

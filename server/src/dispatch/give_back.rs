@@ -1,0 +1,188 @@
+//! Claims that go back: nobody took them, their answer was lost, or their worker gives no sign of life; and looks at what claims
+//! are worth. All of it runs beside the queue's loop, which waits for none of it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::state::{Leftover, Return};
+use super::{Dispatcher, Queue};
+use crate::domain::{ClaimToken, Digest, Instant as DbTime, JsonText, RunId};
+use crate::metrics;
+use crate::store::Fault;
+use crate::store::batch::{RunRef, Write};
+use crate::store::run::Slot;
+
+/// The release after delivery that fails a run.
+const RELEASES_MAX: i32 = 3;
+/// Until another look at silent claims, after one that failed.
+const LOOK_LATER: Duration = Duration::from_secs(1);
+/// Longest wait for the database in the dispatcher's own writes.
+const OWN_DEADLINE: Duration = Duration::from_secs(60);
+
+impl Dispatcher {
+    /// The answer of a claim was lost: what it took, if it took anything, goes back.
+    pub(super) fn find_lost_claims(&self, queue: &Arc<Queue>, slots: Vec<Slot>, since: Option<DbTime>) {
+        let dispatcher = self.clone();
+        let queue = Arc::clone(queue);
+        // The reckoned clock may be off by as much as a round trip; look a little further back.
+        let since = since.map_or(DbTime::from_micros(0), |at| DbTime::from_micros(at.micros() - 10_000_000));
+        tokio::spawn(async move {
+            for _ in 0..120 {
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                match dispatcher.shared.store.run_list_claimed(&queue.scope, &slots, since).await {
+                    Ok(found) => {
+                        let writes = found.into_iter().map(|(run_id, digest)| {
+                            let run = RunRef { run_id, digest: Some(digest) };
+                            (run, Write::Release { available_at: None, delay_ms: 0, first_claim: false })
+                        });
+                        dispatcher.release(&queue, writes.collect()).await;
+                        return;
+                    }
+                    Err(Fault::Missing) => return,
+                    Err(_) => {}
+                }
+            }
+        });
+    }
+
+    /// Looks at what claims are worth now.
+    pub(super) async fn check(&self, queue: &Arc<Queue>, claims: &[(RunId, Digest)]) {
+        for claims in claims.chunks(1000) {
+            match self.shared.store.run_check(&queue.scope, claims).await {
+                Ok(found) => {
+                    queue.lock().checked(claims, &found);
+                    queue.bell.notify_one();
+                }
+                Err(fault) => {
+                    tracing::debug!(queue.name = %queue.scope.queue(), ?fault, "could not check claims");
+                }
+            }
+        }
+    }
+
+    /// Takes care of what a lost stream leaves behind.
+    pub(super) fn clear_up(&self, queue: &Arc<Queue>, leftover: Leftover) {
+        self.give_back(queue, leftover.returns);
+        if leftover.cuts.is_empty() {
+            return;
+        }
+        let (dispatcher, scope) = (self.clone(), queue.scope.clone());
+        let grace = i32::try_from(leftover.grace.as_millis()).unwrap_or(i32::MAX);
+        tokio::spawn(async move {
+            for cuts in leftover.cuts.chunks(500) {
+                if let Err(fault) = dispatcher.shared.store.run_cut_lease(&scope, cuts, grace).await {
+                    tracing::warn!(queue.name = %scope.queue(), ?fault, "could not cut the leases of a lost stream");
+                }
+            }
+        });
+    }
+
+    /// Gives back claims that have given no sign of life on any replica.
+    pub(super) async fn check_silent(&self, queue: &Arc<Queue>, claims: &[(ClaimToken, Option<DbTime>)]) {
+        for claims in claims.chunks(1000) {
+            let silent = match self.shared.store.run_silent(&queue.scope, claims).await {
+                Ok(silent) => silent,
+                Err(fault) => {
+                    tracing::debug!(queue.name = %queue.scope.queue(), ?fault, "could not look at silent claims");
+                    queue.lock().look_later(claims, Instant::now() + LOOK_LATER);
+                    queue.bell.notify_one();
+                    continue;
+                }
+            };
+            let mut state = queue.lock();
+            let pairs = claims.iter().zip(silent);
+            let returns = pairs.filter_map(|((token, _), silent)| state.silence(token, silent)).collect();
+            drop(state);
+            queue.bell.notify_one();
+            self.give_back(queue, returns);
+        }
+    }
+
+    /// Gives claims back in the background; their runs are offered again right away.
+    pub(super) fn give_back(&self, queue: &Arc<Queue>, returns: Vec<Return>) {
+        if returns.is_empty() {
+            return;
+        }
+        let dispatcher = self.clone();
+        let queue = Arc::clone(queue);
+        self.shared.releasing.fetch_add(1, Ordering::Relaxed);
+        tokio::spawn(async move {
+            dispatcher.give_back_now(&queue, returns).await;
+            dispatcher.shared.releasing.fetch_sub(1, Ordering::Relaxed);
+        });
+    }
+
+    async fn give_back_now(&self, queue: &Arc<Queue>, returns: Vec<Return>) {
+        let scope = &queue.scope;
+        for back in &returns {
+            let why = if back.too_large.is_some() {
+                "too_large"
+            } else if back.delivered {
+                "silent"
+            } else {
+                "undelivered"
+            };
+            metrics::released(why);
+            if let Some(bytes) = back.too_large {
+                tracing::warn!(
+                    queue.name = %scope.queue(), run.id = %back.token.run_id, bytes,
+                    "the task fits into no message of the stream that it was claimed for; it is put off"
+                );
+            }
+        }
+        let delivered: Vec<RunId> =
+            returns.iter().filter(|back| back.delivered).map(|back| back.token.run_id).collect();
+        let spent: Vec<RunId> = if delivered.is_empty() {
+            Vec::new()
+        } else {
+            match self.shared.store.release_count(scope, &delivered).await {
+                Ok(counts) => {
+                    counts.into_iter().filter(|(_, count)| *count >= RELEASES_MAX).map(|(run, _)| run).collect()
+                }
+                Err(fault) => {
+                    tracing::warn!(queue.name = %scope.queue(), ?fault, "could not count releases");
+                    Vec::new()
+                }
+            }
+        };
+        let writes = returns.into_iter().map(|back| {
+            let run = RunRef { run_id: back.token.run_id, digest: Some(back.token.digest()) };
+            if spent.contains(&back.token.run_id) {
+                return (run, Write::Fail { reason: Some(no_sign_of_life()), retry_at: None });
+            }
+            let write = Write::Release {
+                available_at: Some(back.token.was_available_at),
+                delay_ms: i32::try_from(back.delay.as_millis()).unwrap_or(i32::MAX),
+                first_claim: back.token.first_claim,
+            };
+            (run, write)
+        });
+        self.release(queue, writes.collect()).await;
+    }
+
+    async fn release(&self, queue: &Arc<Queue>, writes: Vec<(RunRef, Write)>) {
+        let deadline = Instant::now() + OWN_DEADLINE;
+        let submitted = writes.into_iter().map(|(run, write)| async move {
+            let run_id = run.run_id;
+            let key = (queue.scope.clone(), write.kind());
+            if let Err(error) = self.shared.settles.submit(key, (run, write), deadline).await {
+                tracing::debug!(run.id = %run_id, %error, "a claim could not be given back");
+            }
+        });
+        futures_util::future::join_all(submitted).await;
+        self.new_work(queue.scope.queue());
+    }
+}
+
+fn no_sign_of_life() -> JsonText {
+    JsonText::trusted(
+        serde_json::json!({
+            "name": "$ClaimTimeout",
+            "message": "three workers took the run and gave no sign of life",
+        })
+        .to_string(),
+    )
+}
