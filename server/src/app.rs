@@ -122,7 +122,7 @@ impl App {
             TcpListener::bind(options.listen).await.with_context(|| format!("cannot listen on {}", options.listen))?;
         let addr = listener.local_addr()?;
         metrics::install();
-        let gate = Gate::new(options.gate, options.limits.request_bytes_max);
+        let gate = Gate::new(options.gate);
         let (tell, accepted) = gate::channel();
         let mut loops = JoinSet::new();
         loops.spawn(Arc::clone(&gate).accept(listener, tell));
@@ -272,7 +272,7 @@ fn server(tls: Option<&(PathBuf, PathBuf)>, header_list_bytes_max: u32) -> anyho
         .http2_max_header_list_size(header_list_bytes_max)
         .max_concurrent_streams(20_000)
         // Small frames are counted against half of it: a burst of tiny requests shall not end a connection.
-        .initial_connection_window_size(8 * 1024 * 1024)
+        .initial_connection_window_size(gate::WINDOW_BYTES)
         .initial_stream_window_size(1024 * 1024);
     let Some((certificate, key)) = tls else { return Ok(server) };
     let read = |path: &PathBuf| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));

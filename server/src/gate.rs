@@ -24,6 +24,10 @@ const PREFACE_BYTES: u64 = 24;
 const PREFACE_MAX: Duration = Duration::from_secs(10);
 /// Bytes per second that may ask for nothing (pings, settings, window updates), and as much at once.
 const IDLE_BYTES_RATE: u64 = 1024 * 1024;
+/// Bytes of requests on one connection that the transport takes before anybody reads them (HTTP/2's window).
+pub const WINDOW_BYTES: u32 = 8 * 1024 * 1024;
+/// What was heard and is not known as a request yet: a whole window may wait to be read.
+const IDLE_BYTES_MAX: u64 = IDLE_BYTES_RATE + WINDOW_BYTES as u64;
 /// What the headers of one request may take.
 const HEADER_BYTES: u64 = 16 * 1024;
 /// Descriptors that are not for clients: sessions of Postgres, files.
@@ -38,23 +42,19 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Bounds of connections.
 #[derive(Debug, Clone, Copy)]
 pub struct GateOptions {
-    /// Connections at most.
-    pub connections_max: usize,
+    /// Connections at most; None: as many as there are file descriptors, less some.
+    pub connections_max: Option<usize>,
     /// A connection whose peer takes no answer for this long is cut.
     pub stall_max: Duration,
 }
 
 impl Default for GateOptions {
     fn default() -> Self {
-        Self {
-            connections_max: files().saturating_sub(SPARE_FILES).clamp(16, 100_000) as usize,
-            stall_max: Duration::from_secs(30),
-        }
+        Self { connections_max: None, stall_max: Duration::from_secs(30) }
     }
 }
 
-/// File descriptors that this process may have; as many as the system allows it to ask for.
-#[allow(clippy::cast_possible_truncation, reason = "bounded")]
+/// File descriptors that this process may have; it asks for as many as the system allows.
 fn files() -> u64 {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
@@ -147,9 +147,8 @@ impl Connection {
         let mut idle = lock(&self.idle);
         let now = Instant::now();
         let leaked = now.duration_since(idle.1).as_secs_f64() * IDLE_BYTES_RATE as f64;
-        // What was asked for may arrive after its bytes, and one message may be as large as a request may be.
         *idle = ((idle.0 - leaked).max(-(IDLE_BYTES_RATE as f64)) + bytes as f64, now);
-        if idle.0 > self.gate.idle_bytes_max as f64 {
+        if idle.0 > IDLE_BYTES_MAX as f64 {
             drop(idle);
             self.cut("flood");
         }
@@ -183,20 +182,20 @@ impl Drop for Connection {
 /// See the module.
 #[derive(Debug)]
 pub struct Gate {
-    options: GateOptions,
-    idle_bytes_max: u64,
+    connections_max: usize,
+    stall_max: Duration,
     opened: Instant,
     connections: Mutex<HashMap<u64, Weak<Connection>>>,
     next: AtomicU64,
 }
 
 impl Gate {
-    /// A gate; one request may have so many bytes.
-    pub fn new(options: GateOptions, request_bytes_max: usize) -> Arc<Self> {
+    /// A gate that nobody has passed.
+    pub fn new(options: GateOptions) -> Arc<Self> {
+        let room = || usize::try_from(files().saturating_sub(SPARE_FILES)).unwrap_or(usize::MAX).max(16);
         Arc::new(Self {
-            options,
-            // A whole request may be heard before it is known as one.
-            idle_bytes_max: IDLE_BYTES_RATE + request_bytes_max as u64 / 8,
+            connections_max: options.connections_max.unwrap_or_else(room),
+            stall_max: options.stall_max,
             opened: Instant::now(),
             connections: Mutex::new(HashMap::new()),
             next: AtomicU64::new(0),
@@ -222,7 +221,7 @@ impl Gate {
 
     fn admit(self: &Arc<Self>, socket: TcpStream, peer: SocketAddr) -> Option<Io> {
         let mut connections = lock(&self.connections);
-        if connections.len() >= self.options.connections_max {
+        if connections.len() >= self.connections_max {
             drop(connections);
             metrics::connection_cut("limit");
             return None;
@@ -282,7 +281,7 @@ impl Gate {
                 if connection.heard.load(Ordering::Relaxed) < PREFACE_BYTES && connection.since.elapsed() > PREFACE_MAX
                 {
                     connection.cut("silent");
-                } else if connection.is_stalled(now, self.options.stall_max) {
+                } else if connection.is_stalled(now, self.stall_max) {
                     connection.cut("stalled");
                 }
             }

@@ -1,7 +1,6 @@
 //! Metrics: every name in one place, and the plain HTTP address where they are read.
 //!
-//! Names follow Prometheus: base units, `_total` for counters. No label holds an id; queues are labels only where an
-//! operator must act on one.
+//! Names follow Prometheus: base units, `_total` for counters. No label holds an id or a name that a caller chose.
 
 use std::io;
 use std::sync::{Arc, OnceLock};
@@ -75,11 +74,6 @@ pub fn released(why: &'static str) {
 /// Leases ran out.
 pub fn leases_expired(count: usize) {
     counter!("absurd_leases_expired_total").increment(count as u64);
-}
-
-/// A task was set aside, because it cannot be handled.
-pub fn quarantined(queue: &str, why: &'static str) {
-    counter!("absurd_quarantined_total", "queue" => queue.to_owned(), "why" => why).increment(1);
 }
 
 /// A batch was carried out.

@@ -230,17 +230,22 @@ impl Settings {
                 require_claim_token: self.require_claim_token.unwrap_or(false),
             },
             admission: AdmissionOptions {
-                requests_max: self.max_requests.unwrap_or(admission.requests_max),
-                connection_streams_max: self.max_streams_per_connection.unwrap_or(admission.connection_streams_max),
+                requests_max: within("max-requests", self.max_requests, admission.requests_max, COUNT_MAX)?,
+                connection_streams_max: within(
+                    "max-streams-per-connection",
+                    self.max_streams_per_connection,
+                    admission.connection_streams_max,
+                    COUNT_MAX,
+                )?,
                 caller_streams_max: self.max_streams_per_caller.unwrap_or(admission.caller_streams_max),
             },
             gate: GateOptions {
-                connections_max: self.max_clients.unwrap_or(gate.connections_max),
+                connections_max: bounded("max-clients", self.max_clients, COUNT_MAX)?,
                 stall_max: self.max_stall.map_or(gate.stall_max, |span| span.0),
             },
             engine: EngineOptions {
-                waiting_max: self.max_waiting_writes.unwrap_or(engine.waiting_max),
-                backlog_max: self.max_backlog,
+                waiting_max: within("max-waiting-writes", self.max_waiting_writes, engine.waiting_max, COUNT_MAX)?,
+                backlog_max: bounded("max-backlog", self.max_backlog, i64::MAX)?,
             },
             connection_wait_max: self.max_connection_wait.map_or(Duration::from_secs(10), |span| span.0),
             metrics_listen: self.metrics_listen,
@@ -251,16 +256,29 @@ impl Settings {
     }
 }
 
-/// A bound that may be set lower than usual, but not above what the rest is built for.
+/// More of anything that is counted is a mistake.
+const COUNT_MAX: usize = 100_000_000;
+
+/// A bound that is at least 1, and not above what the rest is built for.
+fn bounded<T: PartialOrd + From<u8> + std::fmt::Display + Copy>(
+    name: &str,
+    asked: Option<T>,
+    most: T,
+) -> anyhow::Result<Option<T>> {
+    if let Some(value) = asked.filter(|value| *value < T::from(1) || *value > most) {
+        anyhow::bail!("{name} must be 1 to {most}, not {value}");
+    }
+    Ok(asked)
+}
+
+/// The same, where there is a usual one.
 fn within<T: PartialOrd + From<u8> + std::fmt::Display + Copy>(
     name: &str,
     asked: Option<T>,
     usual: T,
     most: T,
 ) -> anyhow::Result<T> {
-    let value = asked.unwrap_or(usual);
-    anyhow::ensure!(value >= T::from(1) && value <= most, "{name} must be 1 to {most}, not {value}");
-    Ok(value)
+    Ok(bounded(name, asked, most)?.unwrap_or(usual))
 }
 
 /// Where a server listens unless told otherwise.
@@ -293,6 +311,23 @@ mod tests {
         let file = Settings { max_streams: Some(2), max_connections: Some(3), ..Settings::default() };
         let joined = flags.or(file);
         assert_eq!((joined.max_streams, joined.max_connections), (Some(1), Some(3)));
+    }
+
+    #[test]
+    fn bounds_that_let_nothing_through_are_errors() {
+        let database_url = || Some(Secret::from("postgresql://me@nowhere/db"));
+        for settings in [
+            Settings { max_requests: Some(0), ..Settings::default() },
+            Settings { max_clients: Some(0), ..Settings::default() },
+            Settings { max_backlog: Some(-1), ..Settings::default() },
+            Settings { max_waiting_writes: Some(usize::MAX), ..Settings::default() },
+            Settings { max_json_depth: Some(101), ..Settings::default() },
+            Settings { max_batch: Some(1001), ..Settings::default() },
+        ] {
+            let error =
+                Settings { database_url: database_url(), ..settings }.into_app_options().unwrap_err().to_string();
+            assert!(error.starts_with("max-"), "{error}");
+        }
     }
 
     #[test]

@@ -5,13 +5,27 @@
 
 use std::fs::File;
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use absurd_client::{Error, Reason};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+/// What every process of the load is told.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Who {
+    /// URLs of the replicas, with commas between
+    #[arg(long)]
+    pub urls: String,
+    /// Its book
+    #[arg(long)]
+    pub history: PathBuf,
+    /// Its name, which no other process of the run has
+    #[arg(long)]
+    pub name: String,
+}
 
 /// What was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

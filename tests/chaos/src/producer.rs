@@ -1,7 +1,6 @@
 //! A producer process of the load: spawns tasks at a rate, twice under one key now and then, emits the events that they
 //! wait for, cancels a few. Asks again until it knows how each call ended.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -10,21 +9,14 @@ use absurd_client::{AbsurdClient, ConnectOptions, NewTask, Reason, RetryStrategy
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::history::{Call, History, Op};
+use crate::history::{Call, History, Op, Who};
 use crate::shape::{ATTEMPTS_MAX, QUEUE, Shape};
 
 /// Command line of a producer.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Options {
-    /// URLs of the replicas, with commas between
-    #[arg(long)]
-    pub urls: String,
-    /// Its book
-    #[arg(long)]
-    pub history: PathBuf,
-    /// Its name, which no other process of the run has
-    #[arg(long)]
-    pub name: String,
+    #[command(flatten)]
+    pub who: Who,
     /// What its choices follow from
     #[arg(long)]
     pub seed: u64,
@@ -55,11 +47,11 @@ struct Producer {
 /// Spawns until SIGTERM, then ends what it began.
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let deadline = Duration::from_millis(if options.new_id_when_unknown { 500 } else { 10_000 });
-    let connect = ConnectOptions { deadline, ..ConnectOptions::new(options.urls) };
+    let connect = ConnectOptions { deadline, ..ConnectOptions::new(options.who.urls) };
     let producer = Arc::new(Producer {
-        history: History::create(&options.history)?,
+        history: History::create(&options.who.history)?,
         client: AbsurdClient::connect(&connect)?.with_queue(QUEUE),
-        name: options.name,
+        name: options.who.name,
         values: AtomicU64::new(0),
         new_id_when_unknown: options.new_id_when_unknown,
     });

@@ -317,7 +317,7 @@ async fn freeze_postgres(world: &mut World, until: Instant) -> anyhow::Result<()
         processes.iter().for_each(|pid| kill(*pid, Signal::STOP));
         pause(3000..6000, world, until).await;
         processes.iter().for_each(|pid| kill(*pid, Signal::CONT));
-        world.is_up();
+        world.up();
     }
 }
 

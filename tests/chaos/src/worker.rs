@@ -1,6 +1,5 @@
 //! A worker process of the load, on the Rust client: carries out tasks and writes down what it does and hears.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -8,21 +7,14 @@ use std::time::Duration;
 use absurd_client::{AbsurdClient, Awaited, ClaimedTask, ConnectOptions, Error, Json, Slept, StreamOptions};
 use serde_json::json;
 
-use crate::history::{Call, History, Line, Op, now};
+use crate::history::{Call, History, Line, Op, Who, now};
 use crate::shape::{QUEUE, Shape};
 
 /// Command line of a worker.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Options {
-    /// URLs of the replicas, with commas between
-    #[arg(long)]
-    pub urls: String,
-    /// Its book
-    #[arg(long)]
-    pub history: PathBuf,
-    /// Its name, which no other process of the run has
-    #[arg(long)]
-    pub name: String,
+    #[command(flatten)]
+    pub who: Who,
     /// Tasks at the same time
     #[arg(long, default_value_t = 8)]
     pub in_flight: i32,
@@ -40,12 +32,13 @@ struct Worker {
 /// Works until it is told to stop by SIGTERM.
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let worker = Arc::new(Worker {
-        history: History::create(&options.history)?,
-        name: options.name.clone(),
+        history: History::create(&options.who.history)?,
+        name: options.who.name.clone(),
         values: AtomicU64::new(0),
     });
-    let client =
-        AbsurdClient::connect(&ConnectOptions::new(options.urls))?.with_queue(QUEUE).with_worker_id(options.name);
+    let client = AbsurdClient::connect(&ConnectOptions::new(options.who.urls))?
+        .with_queue(QUEUE)
+        .with_worker_id(options.who.name);
     let how = StreamOptions {
         max_in_flight: options.in_flight,
         claim_timeout: Duration::from_secs(options.lease),

@@ -364,7 +364,8 @@ impl World {
         self.down_since.get_or_insert_with(now);
     }
 
-    fn up(&mut self) {
+    /// Something can be done again.
+    pub(crate) fn up(&mut self) {
         if let Some(since) = self.down_since.take() {
             self.down.push((since, now()));
         }
@@ -412,11 +413,6 @@ impl World {
 }
 
 impl World {
-    /// Postgres answers again, without having been started.
-    pub(crate) fn is_up(&mut self) {
-        self.up();
-    }
-
     /// Writes down how a replica ended after SIGTERM.
     pub(crate) fn restarted(&mut self, took: Duration, code: Option<i32>) {
         self.restarts.push((took, code));
