@@ -6,16 +6,16 @@
 
 mod cluster;
 mod database;
+mod link;
 mod process;
-mod proxy;
 mod server;
 
 use std::time::Duration;
 
 pub use cluster::OwnCluster;
 pub use database::{Database, cluster, data_directory, pg_bin};
+pub use link::{Link, Target, Toxic};
 pub use process::{Absurd, absurd, binary, example, root, tool};
-pub use proxy::Proxy;
 pub use server::{Grpc, Server, ServerOptions, json, raw};
 
 /// Longest wait for a fact. A healthy run needs a fraction of it; a loaded machine may need more.

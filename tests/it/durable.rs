@@ -14,7 +14,7 @@ use absurd_client::durable::{
 };
 use absurd_client::{AbsurdClient, CancellationRules, ConnectOptions, Json, Reason, State, TaskResult};
 use absurd_server::domain::QueueName;
-use absurd_tests::{OwnCluster, PATIENCE, Proxy, Server, eventually, in_time};
+use absurd_tests::{Link, OwnCluster, PATIENCE, Server, Toxic, eventually, in_time};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json as j};
 use tokio::sync::{Notify, mpsc};
@@ -600,8 +600,8 @@ async fn a_stop_takes_no_longer_than_its_grace() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_connection_loses_no_execution() {
     let server = Server::start().await;
-    let proxy = Proxy::before(&server.url()).await;
-    let absurd = Absurd::new(AbsurdClient::connect(&ConnectOptions::new(proxy.url())).unwrap().with_queue("q"));
+    let link = Link::before(&server.url()).await;
+    let absurd = Absurd::new(AbsurdClient::connect(&ConnectOptions::new(link.url())).unwrap().with_queue("q"));
     let executions = Arc::new(AtomicUsize::new(0));
     let (begun, go) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
     let signals = (Arc::clone(&begun), Arc::clone(&go), Arc::clone(&executions));
@@ -619,9 +619,9 @@ async fn a_lost_connection_loses_no_execution() {
     let worker = worker(&absurd, 1).await;
     let spawned = absurd.spawn(&cut, &j!(null)).max_attempts(2).await.unwrap();
     in_time("it runs", begun.notified()).await;
-    proxy.reset();
+    link.set(Toxic::Reset);
     no_stream(&server).await;
-    proxy.pass();
+    link.set(Toxic::Pass);
     go.notify_one();
     assert_eq!(result(&absurd_on(&server), spawned.task_id).await, 1);
     assert_eq!(executions.load(SeqCst), 1);

@@ -7,7 +7,8 @@ use absurd_client::{
     AbsurdClient, Awaited, ClaimOptions, ConnectOptions, NewTask, Slept, SpawnOptions, State, StreamOptions,
 };
 use absurd_proto::v1 as pb;
-use absurd_tests::{OwnCluster, Proxy, Server, eventually, in_time, json, raw};
+use absurd_server::settings::{Secret, Settings};
+use absurd_tests::{Link, OwnCluster, Server, ServerOptions, Target, Toxic, eventually, in_time, json, raw};
 use serde_json::json as j;
 
 use crate::streams::{complete, next_task, open, request, seconds};
@@ -20,14 +21,14 @@ fn tasks(count: usize) -> Vec<NewTask> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reset_connection_moves_its_tasks_within_the_grace() {
     let server = Server::start().await;
-    let proxy = Proxy::before(&server.url()).await;
+    let link = Link::before(&server.url()).await;
     let options = SpawnOptions { max_attempts: Some(2), ..SpawnOptions::default() };
     let spawned = server.client().spawn_task("n", &j!(null), options).await.unwrap();
-    let mut lost = raw(&proxy.url()).await;
+    let mut lost = raw(&link.url()).await;
     let graceful = pb::ClaimStreamRequest { reconnect_grace: seconds(1), claim_timeout: seconds(3600), ..request(1) };
     let (_, mut messages) = open(&mut lost, graceful).await;
     assert_eq!(next_task(&mut messages).await.attempt, 1);
-    proxy.reset();
+    link.set(Toxic::Reset);
     let mut stream = server.client().claim_stream(StreamOptions::default()).await.unwrap();
     let task = in_time("the task moves on", stream.next()).await.unwrap();
     assert_eq!((task.task_id, task.attempt), (spawned.task_id, 2));
@@ -37,16 +38,16 @@ async fn a_reset_connection_moves_its_tasks_within_the_grace() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_comes_back_keeps_its_claims() {
     let server = Server::start().await;
-    let proxy = Proxy::before(&server.url()).await;
+    let link = Link::before(&server.url()).await;
     let spawned = server.client().spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap();
-    let client = AbsurdClient::connect(&ConnectOptions::new(proxy.url())).unwrap().with_queue("q");
+    let client = AbsurdClient::connect(&ConnectOptions::new(link.url())).unwrap().with_queue("q");
     let options =
         StreamOptions { reconnect_grace: Some(Duration::from_secs(5)), max_in_flight: 2, ..StreamOptions::default() };
     let mut stream = client.claim_stream(options).await.unwrap();
     let task = in_time("the task is pushed", stream.next()).await.unwrap();
-    proxy.reset();
+    link.set(Toxic::Reset);
     tokio::time::sleep(Duration::from_millis(300)).await;
-    proxy.pass();
+    link.set(Toxic::Pass);
     // The client reconnects by itself, hands the token back in, and gets more.
     let more = server.client().spawn_task("n", &j!(2), SpawnOptions::default()).await.unwrap();
     let second = in_time("the stream is back", stream.next()).await.unwrap();
@@ -61,12 +62,12 @@ async fn a_worker_that_comes_back_keeps_its_claims() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_black_hole_does_not_hold_a_task_for_ever() {
     let server = Server::start().await;
-    let proxy = Proxy::before(&server.url()).await;
-    let mut deaf = raw(&proxy.url()).await;
+    let link = Link::before(&server.url()).await;
+    let mut deaf = raw(&link.url()).await;
     let spawned = {
         let deadline = pb::ClaimStreamRequest { start_deadline: seconds(1), ..request(1) };
         let (_, _messages) = open(&mut deaf, deadline).await;
-        proxy.hole();
+        link.set(Toxic::Hole(true, true));
         // It is pushed into the hole, and comes back because nobody gives a sign of life.
         let spawned = server.client().spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap();
         tokio::time::sleep(Duration::from_millis(200)).await;
@@ -116,6 +117,42 @@ async fn one_bad_and_one_locked_item_hurt_nobody_else() {
     let results = in_time("the batch is answered", settling).await.unwrap();
     let failed: Vec<usize> = (0..300).filter(|index| results[*index].error.is_some()).collect();
     assert_eq!(failed, [3]);
+}
+
+/// Postgres hangs: it takes what is sent and answers nothing, and TCP says that all is well. Each call is answered in time, and
+/// what was asked for is carried out once Postgres is back, once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_postgres_that_hangs_is_given_up() {
+    let database = absurd_tests::Database::new().await;
+    let socket = database.url().rsplit_once("host=").unwrap().1.to_owned();
+    let link = Link::to(Target::Path(format!("{socket}/.s.PGSQL.5432").into())).await.unwrap();
+    let through = format!("postgresql://absurd@127.0.0.1:{}/{}", link.port(), database.name());
+    let settings = Settings { database_url: Some(Secret::from(through.as_str())), ..Settings::default() };
+    let server = Server::start_with(database, ServerOptions { settings, ..ServerOptions::default() }).await;
+    let client = server.client();
+    client.spawn_tasks(tasks(1)).await.unwrap();
+    link.set(Toxic::Hole(false, true));
+    let hung = tokio::spawn({
+        let client = client.clone();
+        async move { client.spawn_tasks(tasks(1)).await }
+    });
+    let began = std::time::Instant::now();
+    let mut grpc = server.raw().await;
+    let mut reading = tonic::Request::new(pb::GetQueueStatsRequest { queue: "q".into() });
+    reading.set_timeout(Duration::from_secs(3));
+    assert!(in_time("a reader is told", grpc.get_queue_stats(reading)).await.is_err());
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    // Somebody without a deadline of his own: the connection is given up all the same.
+    let store = &server.app().engine().store;
+    let began = std::time::Instant::now();
+    let fault = in_time("the silence ends", store.queue_list(None, "", 1)).await.unwrap_err();
+    assert!(matches!(fault, absurd_server::store::Fault::Unknown(_)), "{fault:?}");
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    link.set(Toxic::Pass);
+    in_time("the spawn is carried out", hung).await.unwrap().unwrap();
+    let spawned: i64 =
+        server.database().connect().await.query_one("select count(*) from absurd.t_q", &[]).await.unwrap().get(0);
+    assert_eq!(spawned, 2);
 }
 
 /// Whoever holds a task's row makes the outcomes of its run wait, and tells nobody that a claim is lost.

@@ -270,6 +270,30 @@ async fn a_burst_of_tiny_requests_is_answered() {
     server.client().get_queue_stats().await.unwrap();
 }
 
+/// Many large requests at once on one connection are work too; one that is far too large hurts nobody beside it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_burst_of_large_requests_is_answered() {
+    let server = server(Settings::default()).await;
+    let grpc = server.raw().await.max_encoding_message_size(usize::MAX);
+    let spawn = |bytes: usize| {
+        let task = pb::NewTask {
+            task_name: "n".into(),
+            params: json(format!("\"{}\"", "x".repeat(bytes))),
+            ..Default::default()
+        };
+        let mut grpc = grpc.clone();
+        async move { grpc.spawn_task(pb::SpawnTaskRequest { queue: "q".into(), task: Some(task) }).await }
+    };
+    let (huge, answers) = in_time("all are answered", async {
+        tokio::join!(spawn(100 * 1024 * 1024), futures_util::future::join_all((0..40).map(|_| spawn(1_000_000))))
+    })
+    .await;
+    for answer in answers {
+        answer.unwrap();
+    }
+    assert_eq!(refusal(&huge.unwrap_err()).1, "PAYLOAD_TOO_LARGE");
+}
+
 #[derive(Debug, Clone, Copy)]
 enum Flood {
     Ping,

@@ -10,7 +10,6 @@
 mod history;
 mod ledger;
 mod producer;
-mod proxy;
 mod run;
 mod scenario;
 mod shape;

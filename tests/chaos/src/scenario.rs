@@ -7,8 +7,8 @@ use std::time::Duration;
 use rustix::process::Signal;
 use tokio::time::Instant;
 
-use crate::proxy::Toxic;
 use crate::world::{Size, World};
+use absurd_tests::Toxic;
 
 /// What a scenario does until a time.
 type Act = for<'a> fn(&'a mut World, Instant) -> Pin<Box<dyn Future<Output = anyhow::Result<()>> + 'a>>;

@@ -14,8 +14,8 @@ use tokio::time::Instant;
 use tokio_postgres::NoTls;
 
 use crate::history::now;
-use crate::proxy::{Link, Target, Toxic};
 use crate::shape::QUEUE;
+use absurd_tests::{Link, Target, Toxic};
 
 /// How big a world is, and what is wrong with it.
 #[derive(Debug, Clone)]

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 /// What a link does to its connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Toxic {
+pub enum Toxic {
     /// Bytes pass.
     Pass,
     /// Bytes pass after this many ms, up to half as many more.
@@ -33,7 +33,7 @@ pub(crate) enum Toxic {
 
 /// Where a link leads.
 #[derive(Debug, Clone)]
-pub(crate) enum Target {
+pub enum Target {
     /// A port of this machine.
     Port(u16),
     /// A socket in the file system.
@@ -42,7 +42,7 @@ pub(crate) enum Target {
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct Link {
+pub struct Link {
     port: u16,
     toxic: Arc<watch::Sender<Toxic>>,
     swallowed: Arc<AtomicU64>,
@@ -50,7 +50,7 @@ pub(crate) struct Link {
 
 impl Link {
     /// A link to a target, which passes bytes.
-    pub(crate) async fn to(target: Target) -> anyhow::Result<Self> {
+    pub async fn to(target: Target) -> std::io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let port = listener.local_addr()?.port();
         let toxic = Arc::new(watch::Sender::new(Toxic::Pass));
@@ -64,18 +64,29 @@ impl Link {
         Ok(Self { port, toxic, swallowed })
     }
 
+    /// A link before an address such as `http://127.0.0.1:1234`.
+    pub async fn before(url: &str) -> Self {
+        let (_, port) = url.rsplit_once(':').expect("a URL with a port");
+        Self::to(Target::Port(port.parse().unwrap())).await.unwrap()
+    }
+
+    /// A URL that leads through it.
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
     /// The port to connect to.
-    pub(crate) fn port(&self) -> u16 {
+    pub fn port(&self) -> u16 {
         self.port
     }
 
     /// From now on, for all connections.
-    pub(crate) fn set(&self, toxic: Toxic) {
+    pub fn set(&self, toxic: Toxic) {
         self.toxic.send_replace(toxic);
     }
 
     /// Answers that were swallowed.
-    pub(crate) fn swallowed(&self) -> u64 {
+    pub fn swallowed(&self) -> u64 {
         self.swallowed.load(Ordering::Relaxed)
     }
 }
