@@ -10,17 +10,22 @@ use serde_json::json as j;
 
 use crate::streams::{complete, next_task, open, seconds};
 
-/// A task claimed at one replica is completed at the other; the first one's stream gets its credit back from the hint.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_completion_at_another_replica_returns_the_credit() {
-    let one = Server::start().await;
-    let two = Server::start_on(one.database()).await;
+/// Waits until two replicas know of each other.
+async fn acquainted(one: &Server) {
     eventually("the replicas know of each other", || async {
         let sql = one.database().connect().await;
         let seen: i64 = sql.query_one("select count(*) from absurd_server.replica", &[]).await.unwrap().get(0);
         (seen == 2).then_some(())
     })
     .await;
+}
+
+/// A task claimed at one replica is completed at the other; the first one's stream gets its credit back from the hint.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_completion_at_another_replica_returns_the_credit() {
+    let one = Server::start().await;
+    let two = Server::start_on(one.database()).await;
+    acquainted(&one).await;
     let mut stream = one.client().claim_stream(StreamOptions::default()).await.unwrap();
     let elsewhere = two.client();
     for _ in 0..5 {
@@ -67,6 +72,47 @@ async fn a_sign_of_life_at_another_replica_counts() {
     tokio::time::sleep(Duration::from_millis(2500)).await;
     complete(&mut there, &task).await;
     let run = one.client().get_run_status(spawned.run_id).await.unwrap().unwrap();
+    assert_eq!((run.state, run.attempt), (State::Completed, 1));
+}
+
+/// The same, where what the worker says changes nothing in the database: the other replica passes it on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sign_of_life_without_a_trace_is_passed_on() {
+    use absurd_client::proto as pb;
+    let one = Server::start().await;
+    let two = Server::start_on(one.database()).await;
+    acquainted(&one).await;
+    // A tick tells each replica of the other.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let client = one.client();
+    let spawned = client.spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap();
+    client.emit_event("e", &j!(1)).await.unwrap();
+    let first = client.claim_task(absurd_client::ClaimOptions::default()).await.unwrap().pop().unwrap();
+    first.await_event("wait", "e", None).await.unwrap();
+    first.release(Duration::ZERO).await.unwrap();
+    // What was said under the first claim must not be heard under the second one.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let request = pb::ClaimStreamRequest {
+        queue: "q".into(),
+        worker_id: "w".into(),
+        start_deadline: seconds(1),
+        max_in_flight: 1,
+        ..Default::default()
+    };
+    let (mut here, mut there) = (one.raw().await, two.raw().await);
+    let (_, mut messages) = open(&mut here, request).await;
+    let task = next_task(&mut messages).await;
+    let again = pb::AwaitEventRequest {
+        queue: "q".into(),
+        claim_token: Some(task.claim_token.clone()),
+        step_name: "wait".into(),
+        event_name: "e".into(),
+        ..Default::default()
+    };
+    there.await_event(again).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    complete(&mut there, &task).await;
+    let run = client.get_run_status(spawned.run_id).await.unwrap().unwrap();
     assert_eq!((run.state, run.attempt), (State::Completed, 1));
 }
 

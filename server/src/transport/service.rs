@@ -112,7 +112,7 @@ fn reply<T>(outcome: Result<T, Error>) -> Reply<T> {
 /// When a call must be answered: a little before the transport would cut it off, which it does with another code.
 fn deadline<T>(request: &Request<T>) -> Instant {
     let asked = request.metadata().get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(timeout);
-    Instant::now() + asked.map_or(DEADLINE, |asked| asked.saturating_sub((asked / 10).min(Duration::from_millis(20))))
+    Instant::now() + asked.map_or(DEADLINE, |asked| asked.saturating_sub((asked / 10).min(Duration::from_millis(100))))
 }
 
 /// `grpc-timeout`: up to eight digits and a unit.
