@@ -1,9 +1,10 @@
-//! One cluster per test process, one database per test, copied from a migrated template.
+//! One cluster per test process, one database per test, copied from a migrated template; databases of tests that have
+//! ended are dropped, so that a long run needs little of the disk.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use absurd_server::postgres::{Cluster, ClusterOptions};
 use absurd_server::store::migrate;
@@ -13,6 +14,8 @@ use tokio_postgres::{Client, NoTls};
 static CLUSTER: OnceLock<Mutex<Cluster>> = OnceLock::new();
 static TEMPLATE: OnceCell<()> = OnceCell::const_new();
 static NEXT: AtomicU32 = AtomicU32::new(1);
+/// Databases that nobody uses any more.
+static ENDED: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 /// Where this process keeps its cluster; directories of processes that are gone are swept.
 pub fn data_directory() -> PathBuf {
@@ -78,6 +81,19 @@ async fn init(release: &str, url: &str) {
 pub struct Database {
     name: String,
     url: String,
+    _use: Arc<Use>,
+}
+
+/// Held by whoever uses a database of the shared cluster; the last one to let go leaves it to be dropped.
+#[derive(Debug, Default)]
+struct Use(Option<String>);
+
+impl Drop for Use {
+    fn drop(&mut self) {
+        if let Some(name) = self.0.take() {
+            ENDED.lock().unwrap().push(name);
+        }
+    }
 }
 
 impl Database {
@@ -146,18 +162,22 @@ impl Database {
         admin.batch_execute("create database own").await.unwrap();
         let url = cluster.url("own");
         migrate::migrate(&url.parse().unwrap(), migrate::Options::default()).await.unwrap();
-        Self { name: "own".into(), url }
+        Self { name: "own".into(), url, _use: Arc::default() }
     }
 
     async fn create(how: &str) -> Self {
         let name = format!("t{}", NEXT.fetch_add(1, Ordering::Relaxed));
         let admin = connect(&url("postgres")).await;
+        let ended = std::mem::take(&mut *ENDED.lock().unwrap());
+        for name in ended {
+            admin.batch_execute(&format!("drop database {name} with (force)")).await.unwrap();
+        }
         // Postgres refuses to copy a database that another session is just copying from, for a moment.
         crate::eventually("the database is created", || async {
             admin.batch_execute(&format!("create database {name} {how}")).await.ok()
         })
         .await;
-        Self { url: url(&name), name }
+        Self { url: url(&name), _use: Arc::new(Use(Some(name.clone()))), name }
     }
 
     /// Its name.
