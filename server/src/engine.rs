@@ -13,6 +13,7 @@ use crate::commit::{self, Committer, Emits, Settles, Spawns, Suspends};
 use crate::dispatch::{DispatchOptions, Dispatcher};
 use crate::domain::{Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};
 use crate::doorbell::Hints;
+use crate::planted::{self, Bug};
 use crate::scope::{Caller, Scope};
 use crate::store::batch::{Kind, RunRef, Write};
 use crate::store::event::StepWait;
@@ -196,9 +197,23 @@ impl Engine {
         let run_id = run.run_id;
         let kind = write.kind();
         self.dispatcher.alive(scope.queue(), run_id, None);
+        if planted::is(Bug::EarlyAck) && kind == Kind::Complete {
+            return Ok(self.forget(scope, run, write));
+        }
         let outcome = self.settles.submit((scope.clone(), kind), (run, write), deadline).await;
         self.settled(scope, run_id, kind, &outcome);
         outcome
+    }
+
+    /// The planted bug of an answer before the commit.
+    fn forget(&self, scope: &Scope, run: RunRef, write: Write) -> Settled {
+        let (settles, key) = (self.settles.clone(), (scope.clone(), write.kind()));
+        self.dispatcher.left(scope.queue(), run.run_id);
+        tokio::spawn(async move {
+            let soon = Deadline::now() + Duration::from_millis(300);
+            let _ = settles.submit(key, (run, write), soon).await;
+        });
+        Settled { task_id: Uuid::nil(), replayed: false, claim_expires_at: None, applied: true, failed: None }
     }
 
     /// Carries out writes about one run, in order and in one transaction.

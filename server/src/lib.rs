@@ -16,6 +16,7 @@ pub mod engine;
 pub mod gate;
 pub mod maintenance;
 pub mod metrics;
+mod planted;
 pub mod postgres;
 pub mod scope;
 pub mod settings;

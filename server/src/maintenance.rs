@@ -7,13 +7,16 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::dispatch::random;
-use crate::domain::{Error, EventName, QueueName};
+use crate::domain::{Error, EventName, QueueName, RunId};
 use crate::doorbell;
 use crate::engine::Engine;
 use crate::metrics;
+use crate::planted::{self, Bug};
 use crate::scope::{Caller, Scope};
 use crate::store::Fault;
 use crate::store::batch::{RunRef, Write};
+use crate::store::quarantine::Reason;
+use crate::store::task::Cancellable;
 use crate::store::tick::QueueTick;
 
 /// Between looks at the queues that have streams here, less or more by a third.
@@ -26,6 +29,8 @@ const EXPIRED_MAX: i64 = 500;
 const CANCELLED_MAX: usize = 200;
 /// Time that one look spends on an unfinished emission.
 const EMISSION_MAX: Duration = Duration::from_secs(5);
+/// Tasks that are set aside and counted.
+const QUARANTINE_MAX: i64 = 10_000;
 /// Queues looked at in one wide statement.
 const QUEUES_MAX: i64 = 500;
 
@@ -59,6 +64,7 @@ async fn wide(engine: &Arc<Engine>, cursors: &mut Cursors) {
         tracing::debug!(?fault, "could not forget old release counts");
     }
     finish_emissions(engine).await;
+    look_at_quarantine(engine).await;
     let mut after = String::new();
     loop {
         let rows = match engine.store.queue_list(None, &after, QUEUES_MAX).await {
@@ -113,12 +119,21 @@ async fn sweep(engine: &Arc<Engine>, ticks: &[QueueTick], cursors: &mut Cursors)
 /// Fails runs whose lease has run out. Each is decided by itself; one that is locked is passed over.
 async fn expire(engine: &Arc<Engine>, scope: &Scope) -> Result<(), Fault> {
     let runs = engine.store.run_list_expired(scope, EXPIRED_MAX, 0).await?;
+    let all = runs.clone();
     // A locked row must not hold up the sweep: it is left to its holder after this long.
     let deadline = Instant::now() + Duration::from_secs(2);
     let writes =
         runs.into_iter().map(|run_id| engine.settle(scope, RunRef { run_id, digest: None }, Write::Expire, deadline));
+    if planted::is(Bug::FaintSweep) {
+        for write in writes {
+            write.await.map_err(|error| Fault::Bug(error.to_string()))?;
+        }
+        return Ok(());
+    }
     let outcomes = futures_util::future::join_all(writes).await;
     let swept = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
+    set_aside(engine, scope, Reason::Lease, all.into_iter().zip(outcomes.iter().map(|outcome| outcome.as_ref().err())))
+        .await;
     if swept > 0 {
         metrics::leases_expired(swept);
         tracing::info!(queue.name = %scope.queue(), runs = swept, "failed runs whose lease had run out");
@@ -126,22 +141,66 @@ async fn expire(engine: &Arc<Engine>, scope: &Scope) -> Result<(), Fault> {
     Ok(())
 }
 
+/// Sets those aside that Postgres refuses to move on: tried again with the next sweep, they would only hold it up.
+async fn set_aside<'a>(
+    engine: &Arc<Engine>,
+    scope: &Scope,
+    reason: Reason,
+    tried: impl Iterator<Item = (RunId, Option<&'a Error>)>,
+) {
+    let refused = |(run_id, error): (RunId, Option<&Error>)| match error? {
+        Error::Internal(problem) | Error::Json { problem, .. } => Some((run_id, problem.clone())),
+        _ => None,
+    };
+    let found: Vec<_> = tried.filter_map(refused).collect();
+    let Some((run_id, problem)) = found.first() else { return };
+    tracing::warn!(
+        queue.name = %scope.queue(), tasks = found.len(), reason = reason.as_str(), run.id = %run_id, problem,
+        "set tasks aside that cannot be moved on; see `absurd doctor`"
+    );
+    if let Err(fault) = engine.store.quarantine_put(scope, reason, &found).await {
+        tracing::warn!(queue.name = %scope.queue(), ?fault, "could not note which tasks cannot be moved on");
+    }
+}
+
+/// Forgets what has moved on, and counts the rest.
+async fn look_at_quarantine(engine: &Arc<Engine>) {
+    if let Err(fault) = engine.store.quarantine_forget().await {
+        tracing::debug!(?fault, "could not forget what was set aside");
+    }
+    match engine.store.quarantine_list(QUARANTINE_MAX).await {
+        Ok(tasks) => {
+            for reason in Reason::ALL {
+                let count = tasks.iter().filter(|task| task.reason == reason.as_str()).count();
+                metrics::quarantined(reason.as_str(), count);
+            }
+        }
+        Err(fault) => tracing::debug!(?fault, "could not list what was set aside"),
+    }
+}
+
 /// Cancels tasks by their policies, walking on by a cursor from sweep to sweep.
 async fn cancel(engine: &Arc<Engine>, scope: &Scope, cursors: &mut Cursors) -> Result<(), Fault> {
     let key = scope.queue().as_str().to_owned();
     let after = cursors.get(&key).copied().unwrap_or(Uuid::nil());
     let page = engine.store.task_list_cancellable(scope, after).await?;
-    let next = if page.len() < 1000 { None } else { page.last().map(|(task, _)| *task) };
-    let due: Vec<Uuid> = page.iter().filter(|(_, due)| *due).map(|(task, _)| *task).collect();
-    for task_id in due.iter().take(CANCELLED_MAX) {
-        match engine.cancel_task(scope, *task_id, Duration::from_millis(100)).await {
+    let due: Vec<Cancellable> = page.iter().filter(|task| task.due).copied().collect();
+    // So many at once; the next sweep goes on after them, whatever became of them.
+    let next = match due.get(CANCELLED_MAX - 1).filter(|_| due.len() > CANCELLED_MAX) {
+        Some(last) => Some(last.task_id),
+        None if page.len() < 1000 => None,
+        None => page.last().map(|task| task.task_id),
+    };
+    let mut refused = Vec::new();
+    for task in due.iter().take(CANCELLED_MAX) {
+        match engine.cancel_task(scope, task.task_id, Duration::from_millis(100)).await {
             Ok(_) | Err(Error::TaskNotFound(_) | Error::DeadlineExceeded) => {}
-            Err(error) => tracing::warn!(task.id = %task_id, %error, "could not cancel a task by its policy"),
+            Err(error) => refused.extend(task.run_id.map(|run_id| (run_id, error))),
         }
     }
+    set_aside(engine, scope, Reason::Policy, refused.iter().map(|(run_id, error)| (*run_id, Some(error)))).await;
     match next {
-        Some(next) if due.len() <= CANCELLED_MAX => cursors.insert(key, next),
-        Some(_) => None,
+        Some(next) => cursors.insert(key, next),
         None => cursors.remove(&key),
     };
     Ok(())

@@ -71,6 +71,11 @@ pub fn released(why: &'static str) {
     counter!("absurd_released_claims_total", "why" => why).increment(1);
 }
 
+/// Tasks that are set aside, in the whole database.
+pub fn quarantined(reason: &'static str, count: usize) {
+    gauge!("absurd_quarantined_tasks", "reason" => reason).set(count as f64);
+}
+
 /// Leases ran out.
 pub fn leases_expired(count: usize) {
     counter!("absurd_leases_expired_total").increment(count as u64);

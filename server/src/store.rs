@@ -10,6 +10,7 @@ pub mod listen;
 pub mod migrate;
 pub mod policy;
 pub mod pool;
+pub mod quarantine;
 pub mod queue;
 pub mod run;
 pub mod statement;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use absurd_client::ClaimOptions;
 use absurd_server::settings::{Settings, Span};
 use absurd_tests::{Database, Server, ServerOptions, absurd, eventually, in_time};
 use serde_json::Value;
@@ -218,4 +219,83 @@ async fn old_things_are_deleted_by_hand() {
     assert_eq!(client.cleanup_tasks(Duration::ZERO, Some(-1)).await.unwrap_err().field(), Some("limit"));
     let nowhere = client.with_queue("nowhere").cleanup_events(Duration::ZERO, None).await.unwrap_err();
     assert_eq!(nowhere.reason(), absurd_client::Reason::QueueNotFound);
+}
+
+/// Tasks that Postgres refuses to move on, more than a sweep takes at once, hold up nobody: they are set aside, the doctor
+/// and the metrics tell why, and they move on once they can.
+#[tokio::test(flavor = "multi_thread")]
+async fn tasks_that_cannot_be_moved_on_hold_up_nobody() {
+    let server = Server::start().await;
+    let sql = server.database().connect().await;
+    sql.batch_execute(
+        "select absurd.spawn_task('q', 'poison', '{}') from generate_series(1, 600);
+         select absurd.spawn_task('q', 'fine', '{}', '{\"max_attempts\": 3}');
+         select absurd.claim_task('q', 'w', 3600, 1000);
+         create function refuse() returns trigger language plpgsql as $$ begin raise exception 'not today'; end $$;
+         create trigger poison before update of state on absurd.r_q for each row
+           when (old.claim_expires_at = '2001-01-01') execute function refuse();
+         update absurd.r_q r set claim_expires_at = case t.task_name when 'poison' then timestamptz '2001-01-01'
+                                                                     else now() - interval '1 minute' end
+           from absurd.t_q t where t.task_id = r.task_id",
+    )
+    .await
+    .unwrap();
+    let count = async |query: &str| sql.query_one(query, &[]).await.unwrap().get::<_, i64>(0);
+    eventually("the others' leases are swept", || async {
+        (count("select count(*) from absurd.r_q r join absurd.t_q t using (task_id) where t.task_name = 'fine'").await
+            == 2)
+            .then_some(())
+    })
+    .await;
+    eventually("all of them are set aside", || async {
+        (count("select count(*) from absurd_server.quarantine where reason = 'lease'").await == 600).then_some(())
+    })
+    .await;
+    let (good, found) = doctor(server.database()).await;
+    let told = found.iter().filter(|finding| finding["what"].as_str().unwrap().contains("not today")).count();
+    assert!(!good && told == 600, "{told} {found:?}");
+    sql.batch_execute("drop trigger poison on absurd.r_q; update absurd_server.quarantine set retry_at = now()")
+        .await
+        .unwrap();
+    eventually("they move on", || async {
+        (count("select count(*) from absurd.r_q where state = 'running'").await == 0).then_some(())
+    })
+    .await;
+    eventually("and are forgotten", || async {
+        (count("select count(*) from absurd_server.quarantine").await == 0).then_some(())
+    })
+    .await;
+    server.stop().await;
+}
+
+/// Policies that nobody can read, written by plain SQL, harm only their own task.
+#[tokio::test(flavor = "multi_thread")]
+async fn unreadable_policies_harm_only_their_task() {
+    let server = Server::start().await;
+    let sql = server.database().connect().await;
+    sql.batch_execute("select absurd.spawn_task('q', 'fine', '{}') from generate_series(1, 20)").await.unwrap();
+    sql.batch_execute(
+        r#"update absurd.t_q t set retry_strategy = p.retry, cancellation = p.cancel
+             from (select task_id, row_number() over (order by task_id) as n from absurd.t_q) o
+             join (select row_number() over () as n, retry, cancel from (values
+               ('"x"'::jsonb, '"x"'::jsonb), ('[]', '[1]'), ('{"kind": "exponential", "factor": "NaN"}', '{"max_delay": "NaN"}'),
+               ('{"kind": "fixed", "base_seconds": 1e300}', '{"max_duration": 1e300}'),
+               ('{"kind": "fixed", "base_seconds": -1}', '{"max_delay": -1e308}'), ('{"kind": 7}', '{"max_delay": {}}'),
+               ('{"kind": "fixed", "base_seconds": "1e400"}', '{"max_duration": "1e400"}'), ('7', 'true')) v (retry, cancel)) p using (n)
+            where t.task_id = o.task_id"#,
+    )
+    .await
+    .unwrap();
+    let client = server.client();
+    let mut seen = std::collections::BTreeSet::new();
+    while seen.len() < 20 {
+        let options = ClaimOptions { qty: 20, wait: Duration::from_secs(10), ..ClaimOptions::default() };
+        let tasks = client.claim_task(options).await.unwrap();
+        assert!(!tasks.is_empty(), "only {seen:?} arrived");
+        for task in tasks {
+            task.fail(&"once").await.unwrap();
+            seen.insert(task.task_id);
+        }
+    }
+    server.stop().await;
 }

@@ -12,6 +12,7 @@ use crate::domain::QueueName;
 use crate::scope::Caller;
 use crate::settings::{Secret, parse_database};
 use crate::store::migrate::{self, Origin, Report};
+use crate::store::quarantine::Quarantined;
 use crate::store::{Fault, Store, StoreOptions};
 
 /// Counts go up to here.
@@ -74,6 +75,7 @@ pub(super) async fn run(args: DoctorArgs) -> anyhow::Result<()> {
         }
         findings.extend(queues(&store, &names).await?);
         findings.extend(upkeep.iter().filter_map(problem));
+        findings.extend(store.quarantine_list(BOUND).await.map_err(told)?.iter().map(set_aside));
     }
     store.close();
     print(args.output, &version, &report, &upkeep, &findings);
@@ -150,6 +152,30 @@ fn problem(row: &Row) -> Option<Finding> {
         format!("the last upkeep of queue {queue:?} could not do everything: {problem}"),
         "see the text",
     ))
+}
+
+fn set_aside(task: &Quarantined) -> Finding {
+    let Quarantined { queue, task_id, problem, times, .. } = task;
+    let (what, mend) = match task.reason.as_str() {
+        "lease" => (
+            "its lease ran out, and Postgres refuses to fail its run",
+            "mend what refuses it, such as a trigger or a constraint; it is tried again within 10 minutes".to_owned(),
+        ),
+        "policy" => (
+            "its policy cancels it, and Postgres refuses that",
+            "mend what refuses it, such as a trigger or a constraint; it is tried again within 10 minutes".to_owned(),
+        ),
+        _ => (
+            "it fits into no message of the streams that asked for it",
+            format!(
+                "start a worker whose stream takes larger messages (max_message_bytes), or: absurd task cancel {task_id}"
+            ),
+        ),
+    };
+    Finding::wrong(
+        format!("queue {queue:?}: task {task_id} is set aside: {what} ({problem}; tried {times} times)"),
+        mend,
+    )
 }
 
 async fn queues(store: &Store, names: &[&str]) -> anyhow::Result<Vec<Finding>> {

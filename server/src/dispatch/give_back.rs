@@ -11,8 +11,10 @@ use super::state::{Leftover, Return};
 use super::{Dispatcher, Queue};
 use crate::domain::{ClaimToken, Digest, Instant as DbTime, JsonText, RunId};
 use crate::metrics;
+use crate::planted::{self, Bug};
 use crate::store::Fault;
 use crate::store::batch::{RunRef, Write};
+use crate::store::quarantine::Reason;
 use crate::store::run::Slot;
 
 /// The release after delivery that fails a run.
@@ -67,6 +69,17 @@ impl Dispatcher {
     pub(super) fn clear_up(&self, queue: &Arc<Queue>, leftover: Leftover) {
         self.give_back(queue, leftover.returns);
         if leftover.cuts.is_empty() {
+            return;
+        }
+        if planted::is(Bug::ReleaseAfterDelivery) {
+            let (dispatcher, queue) = (self.clone(), Arc::clone(queue));
+            tokio::spawn(async move {
+                let writes = leftover.cuts.into_iter().map(|(run_id, digest, _)| {
+                    let write = Write::Release { available_at: None, delay_ms: 0, first_claim: false };
+                    (RunRef { run_id, digest: Some(digest) }, write)
+                });
+                dispatcher.release(&queue, writes.collect()).await;
+            });
             return;
         }
         let (dispatcher, scope) = (self.clone(), queue.scope.clone());
@@ -132,6 +145,15 @@ impl Dispatcher {
                     "the task fits into no message of the stream that it was claimed for; it is put off"
                 );
             }
+        }
+        let large = |back: &Return| {
+            back.too_large.map(|bytes| (back.token.run_id, format!("{bytes} bytes are more than the stream takes")))
+        };
+        let large: Vec<_> = returns.iter().filter_map(large).collect();
+        if !large.is_empty()
+            && let Err(fault) = self.shared.store.quarantine_put(scope, Reason::Size, &large).await
+        {
+            tracing::warn!(queue.name = %scope.queue(), ?fault, "could not note which tasks are too large");
         }
         let delivered: Vec<RunId> =
             returns.iter().filter(|back| back.delivered).map(|back| back.token.run_id).collect();

@@ -8,6 +8,7 @@ use super::statement::{CHECKPOINT_PUT, RUN_COMPLETE, RUN_EXTEND, RUN_FAIL, RUN_R
 use super::{Fault, Store, Tx, Wait};
 use crate::domain::claim::Failed;
 use crate::domain::{CheckpointName, Digest, Error, Instant, JsonText, RunId, Settled, State};
+use crate::planted::{self, Bug};
 use crate::scope::Scope;
 
 /// Names a run, and the claim if a token was shown.
@@ -139,7 +140,11 @@ pub(crate) async fn write(
 ) -> Result<Vec<Answer>, Fault> {
     let Some(kind) = items.first().map(|(_, write)| write.kind()) else { return Ok(Vec::new()) };
     let runs: Vec<Uuid> = items.iter().map(|(run, _)| run.run_id).collect();
-    let digests: Vec<Option<&str>> = items.iter().map(|(run, _)| run.digest.as_ref().map(Digest::as_str)).collect();
+    let digests: Vec<Option<&str>> = if planted::is(Bug::NoTokenCheck) {
+        vec![None; items.len()]
+    } else {
+        items.iter().map(|(run, _)| run.digest.as_ref().map(Digest::as_str)).collect()
+    };
     let rows = match kind {
         Kind::Complete => {
             let results: Vec<Option<&JsonText>> = items.iter().map(|(_, write)| json(write)).collect();

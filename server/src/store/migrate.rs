@@ -63,6 +63,12 @@ const MIGRATIONS: &[Migration] = &[
     Migration { version: 5, name: "workflows", min_server: 1, sql: &[include_str!("../../sql/side/06_workflows.sql")] },
     Migration { version: 6, name: "awaited", min_server: 1, sql: &[include_str!("../../sql/side/07_awaited.sql")] },
     Migration { version: 7, name: "emissions", min_server: 1, sql: &[include_str!("../../sql/side/08_emissions.sql")] },
+    Migration {
+        version: 8,
+        name: "quarantine",
+        min_server: 1,
+        sql: &[include_str!("../../sql/side/09_quarantine.sql")],
+    },
 ];
 
 /// Where the storage contract in a database comes from.

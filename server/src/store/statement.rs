@@ -12,6 +12,7 @@ const UPKEEP: &[&str] = &[
     "doctor_registry",
     "doctor_upkeep",
     "event_cleanup",
+    "quarantine_forget",
     "queue_drop",
     "queue_stats",
     "release_forget",
@@ -26,6 +27,7 @@ const READ: &[&str] = &[
     "checkpoint_list",
     "checkpoint_page",
     "event_list_unfinished",
+    "quarantine_list",
     "queue_backlog",
     "queue_collision",
     "queue_get",
@@ -142,6 +144,9 @@ statements! {
     EVENT_EMIT_MORE = "event_emit_more";
     EVENT_LIST_UNFINISHED = "event_list_unfinished";
     KEY_RESERVE = "key_reserve";
+    QUARANTINE_FORGET = "quarantine_forget";
+    QUARANTINE_LIST = "quarantine_list";
+    QUARANTINE_PUT = "quarantine_put";
     QUEUE_BACKLOG = "queue_backlog";
     QUEUE_COLLISION = "queue_collision";
     QUEUE_CREATE = "queue_create";

@@ -82,6 +82,17 @@ pub struct TaskEnd {
     pub length: i64,
 }
 
+/// A task that has a cancellation policy.
+#[derive(Debug, Clone, Copy)]
+pub struct Cancellable {
+    /// The task.
+    pub task_id: TaskId,
+    /// Its last run.
+    pub run_id: Option<RunId>,
+    /// Whether the policy cancels it now, and it is not set aside.
+    pub due: bool,
+}
+
 impl Store {
     /// Spawns tasks, each on its own. With keys it waits for other spawns of the same key at most `lock_wait`.
     pub async fn task_spawn(
@@ -380,9 +391,12 @@ impl Store {
     }
 
     /// A page of tasks with a cancellation policy, after a cursor; and which are due.
-    pub async fn task_list_cancellable(&self, scope: &Scope, after: TaskId) -> Result<Vec<(TaskId, bool)>, Fault> {
-        let rows = self.rows(&TASK_LIST_CANCELLABLE, Wait::Skip, Some(scope), &[&after]).await?;
-        Ok(rows.iter().map(|row| (row.get("task_id"), row.get("due"))).collect())
+    pub async fn task_list_cancellable(&self, scope: &Scope, after: TaskId) -> Result<Vec<Cancellable>, Fault> {
+        let params: [&(dyn postgres_types::ToSql + Sync); 2] = [&after, &scope.queue().as_str()];
+        let rows = self.rows(&TASK_LIST_CANCELLABLE, Wait::Skip, Some(scope), &params).await?;
+        let read =
+            |row: &Row| Cancellable { task_id: row.get("task_id"), run_id: row.get("run_id"), due: row.get("due") };
+        Ok(rows.iter().map(read).collect())
     }
 }
 

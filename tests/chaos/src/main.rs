@@ -78,6 +78,8 @@ enum What {
     },
     /// Test of the test: plants bugs that the checker must find
     Bugs {
+        /// Names, such as B-token; none: all
+        names: Vec<String>,
         #[command(flatten)]
         how: How,
     },
@@ -127,10 +129,12 @@ impl How {
             rate: self.rate,
             tasks: u64::MAX,
             in_flight: 8,
+            work: 20,
             lease: 10,
             settings: Vec::new(),
             program: self.program.clone().map_or_else(build, Ok)?,
             new_id_when_unknown: false,
+            planted: None,
             flags: Vec::new(),
         };
         let span = Duration::from_secs(self.seconds);
@@ -140,15 +144,29 @@ impl How {
 
 /// Builds the server, as this program was built; its path.
 fn build() -> anyhow::Result<PathBuf> {
+    build_with(&[])?;
+    Ok(std::env::current_exe()?.with_file_name("absurd"))
+}
+
+/// Builds the server with bugs in it, in a folder of its own; its path.
+fn build_planted() -> anyhow::Result<PathBuf> {
+    println!("building the server with planted bugs");
+    let target = std::env::current_exe()?.ancestors().nth(2).context("a target folder")?.join("planted");
+    build_with(&["--features", "planted-bugs", "--target-dir", &target.to_string_lossy()])?;
+    Ok(target.join(if cfg!(debug_assertions) { "debug" } else { "release" }).join("absurd"))
+}
+
+fn build_with(flags: &[&str]) -> anyhow::Result<()> {
     let mut cargo = std::process::Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
         .args(["build", "--quiet", "--package", "absurd-server", "--bin", "absurd"])
+        .args(flags)
         .current_dir(env!("CARGO_MANIFEST_DIR"));
     if !cfg!(debug_assertions) {
         cargo.arg("--release");
     }
     anyhow::ensure!(cargo.status()?.success(), "the server cannot be built");
-    Ok(std::env::current_exe()?.with_file_name("absurd"))
+    Ok(())
 }
 
 fn main() -> ExitCode {
@@ -188,7 +206,7 @@ async fn act(command: What) -> anyhow::Result<bool> {
             run_all(&choose(&names)?, how.plan()?).await
         }
         What::Random { how } => run_all(&[scenario::random()], how.plan()?).await,
-        What::Bugs { how } => find_bugs(&how.plan()?).await,
+        What::Bugs { names, how } => find_bugs(&names, &how.plan()?).await,
         What::Soak { tasks, how } => {
             let mut plan = how.plan()?;
             plan.size.tasks = tasks;
@@ -207,10 +225,21 @@ fn choose(names: &[String]) -> anyhow::Result<Vec<Scenario>> {
 }
 
 /// Each planted bug must be found by one of the checks that are there for it.
-async fn find_bugs(plan: &Plan) -> anyhow::Result<bool> {
+async fn find_bugs(names: &[String], plan: &Plan) -> anyhow::Result<bool> {
     let mut all_found = true;
-    for bug in scenario::bugs() {
-        let outcome = run::run(&bug.scenario, plan.clone()).await?;
+    let planted = build_planted()?;
+    let all = scenario::bugs();
+    if let Some(unknown) = names.iter().find(|name| !all.iter().any(|bug| bug.scenario.id == name.as_str())) {
+        let known: Vec<&str> = all.iter().map(|bug| bug.scenario.id).collect();
+        anyhow::bail!("there is no planted bug {unknown}, but {}", known.join(", "));
+    }
+    for bug in all.iter().filter(|bug| names.is_empty() || names.iter().any(|name| name == bug.scenario.id)) {
+        let mut plan = plan.clone();
+        plan.size.planted = bug.planted;
+        if bug.planted.is_some() {
+            plan.size.program.clone_from(&planted);
+        }
+        let outcome = run::run(&bug.scenario, plan).await?;
         let found: std::collections::BTreeSet<&str> =
             outcome.verdict.findings.iter().map(|finding| finding.check).collect();
         let good = bug.found_by.iter().any(|check| found.contains(check));

@@ -26,6 +26,9 @@ pub(crate) struct Options {
     /// Tasks at most
     #[arg(long, default_value_t = u64::MAX)]
     pub tasks: u64,
+    /// Longest time of a step, ms
+    #[arg(long, default_value_t = 20)]
+    pub work: u64,
     /// Planted bug: a spawn of which nothing is known is made again as another task
     #[arg(long)]
     pub new_id_when_unknown: bool,
@@ -77,7 +80,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
                 calls.spawn(Arc::clone(&producer).emit(event.clone(), after));
             }
         }
-        let shape = Shape::random(&mut random, format!("{}-{index}", producer.name), event);
+        let shape = Shape::random(&mut random, format!("{}-{index}", producer.name), event, options.work);
         let keyed = random.u32(0..20) == 0;
         let cancel = (random.u32(0..100) == 0).then(|| Duration::from_millis(random.u64(0..2000)));
         let strategy =

@@ -101,7 +101,8 @@ async fn drain(world: &mut World) -> Option<Duration> {
     futures_util::future::join_all(stopping).await;
     while began.elapsed() < HEAL_MAX {
         if let Ok(sql) = world.sql().await {
-            let left = "select exists (select from absurd.t_chaos where state in ('pending', 'sleeping', 'running'))";
+            let left = "select exists (select from absurd.t_chaos
+                          where state in ('pending', 'sleeping', 'running') and task_name <> 'poison')";
             if let Ok(row) = sql.query_one(left, &[]).await
                 && !row.get::<_, bool>(0)
             {
@@ -133,7 +134,8 @@ async fn sample(url: String, problems: Arc<Mutex<Vec<Finding>>>) {
     let look = "with live as (
                   select t.task_id, t.state in ('pending', 'sleeping', 'running') as live,
                          count(r.run_id) filter (where r.state in ('pending', 'sleeping', 'running')) as runs
-                    from absurd.t_chaos t left join absurd.r_chaos r using (task_id) group by t.task_id, t.state)
+                    from absurd.t_chaos t left join absurd.r_chaos r using (task_id)
+                   where t.task_name <> 'poison' group by t.task_id, t.state)
                 select count(*) filter (where live and runs <> 1), count(*) filter (where not live and runs <> 0),
                        count(*) - (select count(*) filter (where op = 'I') - count(*) filter (where op = 'D')
                                      from chaos.audit where kind = 't') from live";

@@ -62,6 +62,7 @@ pub(crate) fn all() -> Vec<Scenario> {
         scenario!("F15", "the database's clock jumps: an hour, a month, backwards", jump_clock, clock: true, random: false),
         scenario!("F18", "another session holds rows of running tasks, and of all tasks", hold_rows),
         scenario!("F19", "a snapshot is pinned all the while", pin_snapshot, random: false),
+        scenario!("F21", "runs that nobody can fail beside others whose lease runs out", poison, size: short_lease, evidence: &[("leases that ran out", 1)], random: false),
         scenario!("F24", "replicas restarted by SIGTERM in turn", roll, evidence: &[("restarts", 2)]),
         scenario!("F26", "the listening session killed; malformed notifications", kill_listener),
         scenario!("F27", "cleanup of events beside emissions and waits", clean_events, random: false),
@@ -484,9 +485,11 @@ async fn starve_descriptors(world: &mut World, until: Instant) -> anyhow::Result
     }
 }
 
-/// A bug that is planted outside of the server, and must be found.
+/// A bug that is planted, and must be found.
 pub(crate) struct Bug {
     pub name: &'static str,
+    /// The server's own bug, by the name that `server/src/planted.rs` gives it; None: it is planted around the server.
+    pub planted: Option<&'static str>,
     pub scenario: Scenario,
     /// Any of these checks finds it.
     pub found_by: &'static [&'static str],
@@ -497,11 +500,13 @@ pub(crate) fn bugs() -> Vec<Bug> {
     vec![
         Bug {
             name: "a spawn of which nothing is known is made again as another task",
+            planted: None,
             scenario: scenario!("B-new-id", "answers lost, new ids", lose_answers, size: |size| size.new_id_when_unknown = true),
             found_by: &["C2"],
         },
         Bug {
             name: "commits are acknowledged before they are flushed",
+            planted: None,
             scenario: scenario!("B-no-flush", "synchronous_commit off, postmaster killed", kill_postgres, size: |size| {
                 size.settings.extend(["synchronous_commit=off".into(), "wal_writer_delay=10s".into()]);
             }),
@@ -509,13 +514,39 @@ pub(crate) fn bugs() -> Vec<Bug> {
         },
         Bug {
             name: "a cleanup deletes events by the age that they had when it looked",
+            planted: None,
             scenario: scenario!("B-cleanup", "careless cleanup beside traffic", clean_carelessly),
             found_by: &["C1", "C7", "C8"],
         },
         Bug {
             name: "the network swaps messages of a stream",
+            planted: None,
             scenario: scenario!("B-reorder", "frames change places", reorder),
             found_by: &["C12", "C8", "C1"],
+        },
+        Bug {
+            name: "no token check",
+            planted: Some("NoTokenCheck"),
+            scenario: scenario!("B-token", "workers come back late", stop_workers, size: short_lease),
+            found_by: &["C4"],
+        },
+        Bug {
+            name: "completions are acknowledged before they are committed",
+            planted: Some("EarlyAck"),
+            scenario: scenario!("B-early", "SIGKILL of the postmaster", kill_postgres),
+            found_by: &["C6"],
+        },
+        Bug {
+            name: "what a lost stream has delivered is given back at once",
+            planted: Some("ReleaseAfterDelivery"),
+            scenario: scenario!("B-release", "links of workers fail while they work for long", hole_workers, size: |size| size.work = 1000),
+            found_by: &["C9"],
+        },
+        Bug {
+            name: "a sweep of expired leases stops at its first error",
+            planted: Some("FaintSweep"),
+            scenario: scenario!("B-sweep", "poisoned runs, and workers killed", poison, size: short_lease),
+            found_by: &["C8", "C9"],
         },
     ]
 }
@@ -531,6 +562,13 @@ async fn lose_answers(world: &mut World, until: Instant) -> anyhow::Result<()> {
         world.heal_links();
     }
     Ok(())
+}
+
+/// Runs whose lease has run out and whose failure raises: what must not keep the sweeps from everybody else's.
+async fn poison(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    world.deed("five runs are poisoned: whatever would fail them is refused").await;
+    world.sql().await?.batch_execute(include_str!("poison.sql")).await?;
+    kill_workers(world, until).await
 }
 
 async fn clean_carelessly(world: &mut World, until: Instant) -> anyhow::Result<()> {

@@ -26,7 +26,7 @@ pub(crate) struct Shape {
 
 impl Shape {
     /// One at random: one to five steps; some sleep, some wait for an event, 5 % fail once or twice, 2 % always.
-    pub(crate) fn random(random: &mut fastrand::Rng, id: String, event: Option<String>) -> Self {
+    pub(crate) fn random(random: &mut fastrand::Rng, id: String, event: Option<String>, work: u64) -> Self {
         let fails = match random.u32(0..100) {
             0..2 => ATTEMPTS_MAX,
             2..7 => random.i32(1..3),
@@ -35,7 +35,7 @@ impl Shape {
         Self {
             id,
             steps: random.u32(1..6),
-            work: random.u64(0..20),
+            work: random.u64(0..work),
             nap: if random.u32(0..10) == 0 { random.u64(50..1500) } else { 0 },
             event,
             fails,

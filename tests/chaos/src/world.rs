@@ -30,6 +30,8 @@ pub(crate) struct Size {
     /// Tasks of all producers at most.
     pub tasks: u64,
     pub in_flight: u32,
+    /// Longest time of a step, ms.
+    pub work: u64,
     /// Lease of a claim, s.
     pub lease: u64,
     /// More settings of Postgres.
@@ -38,6 +40,8 @@ pub(crate) struct Size {
     pub program: PathBuf,
     /// Planted bug: producers make another task of a spawn of which nothing is known.
     pub new_id_when_unknown: bool,
+    /// Planted bug of the server, by its name; the program must have been built for it.
+    pub planted: Option<&'static str>,
     /// Flags of every replica.
     pub flags: Vec<String>,
 }
@@ -291,6 +295,9 @@ impl World {
             .stdout(self.log(&name)?)
             .stderr(self.log(&name)?)
             .kill_on_drop(true);
+        if let Some(bug) = self.size.planted {
+            command.env("ABSURD_PLANTED_BUG", bug);
+        }
         self.replicas[replica].child =
             Some(command.spawn().with_context(|| format!("{}", self.size.program.display()))?);
         if self.cluster.is_some() {
@@ -332,6 +339,7 @@ impl World {
         let mut command = bound_to_us(&std::env::current_exe()?);
         command
             .args(["producer", "--name", &name, "--urls", &urls, "--rate", &(self.size.rate / count).to_string()])
+            .args(["--work", &self.size.work.to_string()])
             .args(["--seed", &(self.size.seed.wrapping_add(producer as u64)).to_string()])
             .args(["--tasks", &(self.size.tasks / self.size.producers as u64).to_string(), "--history"])
             .arg(self.home.join(format!("history-{name}.jsonl")))

@@ -1,0 +1,38 @@
+-- Tasks that cannot be moved on: set aside with a reason, so that they hold up nobody else and an operator sees them.
+
+create table if not exists absurd_server.quarantine (
+  queue_name text not null,
+  run_id     uuid not null,
+  task_id    uuid not null,
+  -- lease: its lease ran out and its failure raises; policy: its cancellation raises; size: it fits into no message.
+  reason     text not null check (reason in ('lease', 'policy', 'size')),
+  problem    text not null,
+  times      integer not null default 1,
+  since      timestamptz not null default absurd.current_time(),
+  retry_at   timestamptz not null,
+  primary key (queue_name, run_id)
+);
+
+-- Forgets what has moved on, or whose queue is gone.
+create or replace function absurd_server.quarantine_forget() returns void
+language plpgsql as $$
+declare
+  v_queue text;
+begin
+  for v_queue in select distinct q.queue_name from absurd_server.quarantine q order by q.queue_name loop
+    if to_regclass(format('absurd.%I', 'r_' || v_queue)) is null then
+      delete from absurd_server.quarantine q where q.queue_name = v_queue;
+    else
+      execute format(
+        'delete from absurd_server.quarantine q
+          where q.queue_name = $1
+            and not exists (select from absurd.%I r
+                             where r.run_id = q.run_id
+                               and case q.reason when ''lease'' then r.state = ''running''
+                                                 when ''size'' then r.state = ''pending''
+                                                 else r.state in (''pending'', ''sleeping'', ''running'') end)',
+        'r_' || v_queue) using v_queue;
+    end if;
+  end loop;
+end
+$$;
