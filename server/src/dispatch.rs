@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use crate::activity::{Activity, Feed};
 use crate::commit::{Committer, Settles};
-use crate::domain::{Claim, ClaimToken, Error, Instant as DbTime, QueueName, RunId, SessionId, Verdict};
+use crate::domain::{Claim, ClaimToken, Digest, Error, Instant as DbTime, QueueName, RunId, SessionId, Verdict};
 use crate::doorbell::Hints;
 use crate::metrics;
 use crate::scope::Scope;
@@ -355,12 +355,37 @@ impl Dispatcher {
     }
 
     fn left_here(&self, queue: &QueueName, run_id: RunId) -> bool {
+        self.here(queue, |state| state.left(run_id))
+    }
+
+    fn here(&self, queue: &QueueName, left: impl FnOnce(&mut State) -> bool) -> bool {
         let Some(queue) = self.find(queue) else { return false };
-        let here = queue.lock().left(run_id);
+        let here = left(&mut queue.lock());
         if here {
             queue.bell.notify_one();
         }
         here
+    }
+
+    /// A claim ended whose run goes on: it may be claimed again before this is heard of.
+    pub fn left_claim(&self, queue: &QueueName, run_id: RunId, digest: Option<&Digest>) {
+        let Some(digest) = digest.map(Digest::to_uuid) else { return self.left(queue, run_id) };
+        if !self.here(queue, |state| state.left_claim(run_id, digest)) {
+            self.shared.hints.credit_of_claim(run_id, digest);
+        }
+    }
+
+    /// Another replica says that claims ended whose runs go on.
+    pub fn claims_left_elsewhere(&self, claims: &[(RunId, uuid::Uuid)]) {
+        let queues: Vec<Arc<Queue>> = self.queues().values().cloned().collect();
+        for queue in queues {
+            let mut state = queue.lock();
+            let here = claims.iter().filter(|(run, digest)| state.left_claim(*run, *digest)).count();
+            drop(state);
+            if here > 0 {
+                queue.bell.notify_one();
+            }
+        }
     }
 
     /// Another replica says that runs left their claims.

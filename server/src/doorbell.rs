@@ -32,6 +32,8 @@ struct Inside {
     dirty: HashSet<QueueName>,
     credit: Vec<RunId>,
     alive: Vec<RunId>,
+    /// Claims that ended while their runs go on.
+    claims: Vec<(RunId, Uuid)>,
     drained: Vec<(QueueName, SessionId)>,
 }
 
@@ -113,17 +115,22 @@ impl Hints {
         self.tell(run_id, |inside| &mut inside.credit);
     }
 
+    /// A claim ended here that was in flight elsewhere, and its run goes on.
+    pub fn credit_of_claim(&self, run_id: RunId, digest: Uuid) {
+        self.tell((run_id, digest), |inside| &mut inside.claims);
+    }
+
     /// A worker spoke here of a run that is in flight elsewhere, and left no trace in the database.
     pub fn alive(&self, run_id: RunId) {
         self.tell(run_id, |inside| &mut inside.alive);
     }
 
-    fn tell(&self, run_id: RunId, of: impl FnOnce(&mut Inside) -> &mut Vec<RunId>) {
+    fn tell<T>(&self, what: T, of: impl FnOnce(&mut Inside) -> &mut Vec<T>) {
         if self.others.load(Ordering::Relaxed) > 0 {
             let mut inside = self.lock();
             let list = of(&mut inside);
             if list.len() < CREDIT_MAX {
-                list.push(run_id);
+                list.push(what);
             }
             drop(inside);
             self.bell.notify_one();
@@ -162,6 +169,7 @@ pub async fn send(hints: &Hints, store: &Store, dispatcher: &Dispatcher) {
             !inside.dirty.is_empty()
                 || !inside.credit.is_empty()
                 || !inside.alive.is_empty()
+                || !inside.claims.is_empty()
                 || !inside.drained.is_empty()
         };
         if !waiting {
@@ -213,7 +221,7 @@ pub(crate) async fn look(
 }
 
 async fn flush(hints: &Hints, store: &Store) {
-    let Inside { dirty, credit, alive, drained, .. } = {
+    let Inside { dirty, credit, alive, claims, drained, .. } = {
         let mut inside = hints.lock();
         let arm = std::mem::take(&mut inside.arm);
         std::mem::replace(&mut *inside, Inside { arm, ..Inside::default() })
@@ -226,7 +234,11 @@ async fn flush(hints: &Hints, store: &Store) {
     let drains = drained.iter().map(|(queue, session)| encode_drain(queue, session));
     let left = credit.chunks(IDS_MAX).map(|ids| encode_ids('c', ids));
     let alive = alive.chunks(IDS_MAX).map(|ids| encode_ids('a', ids));
-    let messages: Vec<String> = left.chain(alive).chain(drains).collect();
+    let claims = claims.chunks(IDS_MAX / 2).map(|claims| {
+        let ids: Vec<Uuid> = claims.iter().flat_map(|(run, digest)| [*run, *digest]).collect();
+        encode_ids('l', &ids)
+    });
+    let messages: Vec<String> = left.chain(alive).chain(claims).chain(drains).collect();
     if !messages.is_empty() {
         outcome = outcome.and(store.credit_notify(&messages).await);
     }
@@ -300,6 +312,9 @@ fn act(payload: &str, dispatcher: &Dispatcher) {
         dispatcher.left_elsewhere(&runs);
     } else if let Some(runs) = payload.strip_prefix('a').and_then(decode_ids) {
         dispatcher.alive_elsewhere(&runs);
+    } else if let Some(ids) = payload.strip_prefix('l').and_then(decode_ids) {
+        let claims: Vec<(RunId, Uuid)> = ids.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
+        dispatcher.claims_left_elsewhere(&claims);
     }
 }
 

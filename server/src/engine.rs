@@ -11,7 +11,7 @@ use crate::awaited::AwaitedTasks;
 use crate::backlog::Backlog;
 use crate::commit::{self, Committer, Emits, Settles, Spawns, Suspends};
 use crate::dispatch::{DispatchOptions, Dispatcher};
-use crate::domain::{Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};
+use crate::domain::{Digest, Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};
 use crate::doorbell::Hints;
 use crate::planted::{self, Bug};
 use crate::scope::{Caller, Scope};
@@ -200,8 +200,9 @@ impl Engine {
         if planted::is(Bug::EarlyAck) && kind == Kind::Complete {
             return Ok(self.forget(scope, run, write));
         }
+        let digest = run.digest.clone();
         let outcome = self.settles.submit((scope.clone(), kind), (run, write), deadline).await;
-        self.settled(scope, run_id, kind, &outcome);
+        self.settled(scope, (run_id, digest.as_ref()), kind, &outcome);
         outcome
     }
 
@@ -226,19 +227,25 @@ impl Engine {
     ) -> Vec<Result<Settled, Error>> {
         self.dispatcher.alive(scope.queue(), run.run_id, None);
         let kinds: Vec<Kind> = writes.iter().map(Write::kind).collect();
-        let run_id = run.run_id;
+        let (run_id, digest) = (run.run_id, run.digest.clone());
         let (store, scope_) = (self.store.clone(), scope.clone());
         // On a task of its own: a caller that goes away must not leave half of it undone.
         let work = tokio::spawn(async move { commit::sequence(&store, &scope_, &run, &writes, deadline).await });
         let outcomes =
             work.await.unwrap_or_else(|error| kinds.iter().map(|_| Err(Error::Internal(error.to_string()))).collect());
         for (kind, outcome) in kinds.iter().zip(&outcomes) {
-            self.settled(scope, run_id, *kind, outcome);
+            self.settled(scope, (run_id, digest.as_ref()), *kind, outcome);
         }
         outcomes
     }
 
-    fn settled(&self, scope: &Scope, run_id: Uuid, kind: Kind, outcome: &Result<Settled, Error>) {
+    fn settled(
+        &self,
+        scope: &Scope,
+        (run_id, digest): (Uuid, Option<&Digest>),
+        kind: Kind,
+        outcome: &Result<Settled, Error>,
+    ) {
         let queue = scope.queue();
         match (kind, outcome) {
             (Kind::Extend | Kind::Checkpoint, Ok(settled)) => {
@@ -249,7 +256,7 @@ impl Engine {
                 self.ended(scope, settled.task_id, State::Completed);
             }
             (Kind::Release, Ok(_)) => {
-                self.dispatcher.left(queue, run_id);
+                self.dispatcher.left_claim(queue, run_id, digest);
                 self.dispatcher.new_work(scope.queue());
             }
             (Kind::Fail, Ok(settled)) => {
@@ -302,8 +309,9 @@ impl Engine {
     ) -> Result<Awaited, Error> {
         let run_id = run.run_id;
         self.dispatcher.alive(scope.queue(), run_id, None);
+        let digest = run.digest.clone();
         let outcome = self.suspends.submit((scope.clone(), what.kind()), (run, what), deadline).await;
-        self.waited(scope, run_id, outcome)
+        self.waited(scope, (run_id, digest.as_ref()), outcome)
     }
 
     /// Waits for the end of a task as a step of a run.
@@ -321,13 +329,18 @@ impl Engine {
             // It may have ended between the look at it and now.
             self.awaited.ended(awaited.0, awaited.1);
         }
-        self.waited(scope, wait.run.run_id, outcome)
+        self.waited(scope, (wait.run.run_id, wait.run.digest.as_ref()), outcome)
     }
 
     /// Takes in how a wait stands.
-    fn waited(&self, scope: &Scope, run_id: Uuid, outcome: Result<Awaited, Error>) -> Result<Awaited, Error> {
+    fn waited(
+        &self,
+        scope: &Scope,
+        (run_id, digest): (Uuid, Option<&Digest>),
+        outcome: Result<Awaited, Error>,
+    ) -> Result<Awaited, Error> {
         match &outcome {
-            Ok(Awaited::Suspended(wake_at)) => self.sleeps(scope, run_id, *wake_at),
+            Ok(Awaited::Suspended(wake_at)) => self.sleeps(scope, (run_id, digest), *wake_at),
             Err(Error::TaskCancelled(_) | Error::ClaimExpired(_)) => self.dispatcher.left(scope.queue(), run_id),
             Ok(Awaited::Payload(_) | Awaited::TimedOut) => self.dispatcher.spoke(scope.queue(), run_id),
             Err(_) => {}
@@ -335,8 +348,8 @@ impl Engine {
         outcome
     }
 
-    fn sleeps(&self, scope: &Scope, run_id: Uuid, wake_at: Option<Instant>) {
-        self.dispatcher.left(scope.queue(), run_id);
+    fn sleeps(&self, scope: &Scope, (run_id, digest): (Uuid, Option<&Digest>), wake_at: Option<Instant>) {
+        self.dispatcher.left_claim(scope.queue(), run_id, digest);
         let wait = wake_at.zip(self.store.now()).map(|(at, now)| at.micros().saturating_sub(now.micros()).max(0));
         if let Some(wait) = wait {
             self.dispatcher.note_available(scope.queue(), Duration::from_micros(wait.unsigned_abs()));

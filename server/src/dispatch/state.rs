@@ -340,6 +340,14 @@ impl State {
         true
     }
 
+    /// A claim of the run has ended, and the run may be claimed again since: only that claim leaves. Says whether the run is,
+    /// or was, in flight here.
+    pub fn left_claim(&mut self, run_id: RunId, digest: uuid::Uuid) -> bool {
+        let streamed = || self.streams.get(self.owners.get(&run_id)?)?.runs.get(&run_id);
+        let Some(held) = self.strays.get(&run_id).or_else(streamed) else { return self.left(run_id) };
+        held.token.digest().to_uuid() != digest || self.left(run_id)
+    }
+
     /// The transport dropped a stream.
     pub fn close(&mut self, id: StreamId) -> Leftover {
         let mut leftover = Leftover::default();

@@ -21,6 +21,12 @@ impl Digest {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Its 16 bytes, in the form in which replicas tell each other of claims.
+    pub fn to_uuid(&self) -> Uuid {
+        let bytes = URL_SAFE_NO_PAD.decode(&self.0).ok().and_then(|bytes| <[u8; 16]>::try_from(bytes).ok());
+        bytes.map_or(Uuid::nil(), Uuid::from_bytes)
+    }
 }
 
 /// The random part of a token; never stored, never logged.

@@ -239,11 +239,15 @@ async fn find_bugs(names: &[String], plan: &Plan) -> anyhow::Result<bool> {
         if bug.planted.is_some() {
             plan.size.program.clone_from(&planted);
         }
+        let (seed, home) = (plan.size.seed, plan.home.clone());
         let outcome = run::run(&bug.scenario, plan).await?;
         let found: std::collections::BTreeSet<&str> =
             outcome.verdict.findings.iter().map(|finding| finding.check).collect();
         let good = bug.found_by.iter().any(|check| found.contains(check));
         all_found &= good;
+        if !good {
+            run::tell(&bug.scenario, seed, &outcome, &home);
+        }
         println!("{}: {} ({found:?})", if good { "found" } else { "NOT FOUND" }, bug.name);
     }
     Ok(all_found)

@@ -57,6 +57,7 @@ pub(crate) fn all() -> Vec<Scenario> {
         scenario!("F9", "answers of Postgres lost after the commit", swallow),
         scenario!("F10", "a black hole between a replica and Postgres", hole_database),
         scenario!("F11", "links of workers: black holes one way or both, slow, late, reset", hole_workers),
+        scenario!("F11b", "links of workers are reset while they work for long", reset_workers, size: |size| size.work = 1000),
         scenario!("F12", "half-open connections: the worker's end hears nothing of the close", half_open),
         scenario!("F14", "Postgres stands still for seconds", freeze_postgres),
         scenario!("F15", "the database's clock jumps: an hour, a month, backwards", jump_clock, clock: true, random: false),
@@ -539,7 +540,7 @@ pub(crate) fn bugs() -> Vec<Bug> {
         Bug {
             name: "what a lost stream has delivered is given back at once",
             planted: Some("ReleaseAfterDelivery"),
-            scenario: scenario!("B-release", "links of workers fail while they work for long", hole_workers, size: |size| size.work = 1000),
+            scenario: scenario!("B-release", "links of workers are reset while they work for long", reset_workers, size: |size| size.work = 1000),
             found_by: &["C9"],
         },
         Bug {
@@ -560,6 +561,20 @@ async fn lose_answers(world: &mut World, until: Instant) -> anyhow::Result<()> {
         }
         pause(1000..2000, world, until).await;
         world.heal_links();
+    }
+    Ok(())
+}
+
+async fn reset_workers(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    let count = world.workers.len();
+    while !over(until) {
+        pause(1000..2000, world, until).await;
+        let cut: Vec<usize> = (0..count / 3).map(|_| world.random.usize(0..count)).collect();
+        world.deed(format!("links of workers {cut:?} are reset")).await;
+        for toxic in [Toxic::Reset, Toxic::Pass] {
+            cut.iter().flat_map(|worker| &world.before[*worker]).for_each(|link| link.set(toxic));
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
     Ok(())
 }
