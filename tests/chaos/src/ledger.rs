@@ -7,6 +7,8 @@ mod claims;
 mod effects;
 mod load;
 mod tasks;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 
