@@ -34,6 +34,8 @@ use crate::upkeep;
 
 /// Name of the service in health checks.
 const SERVICE: &str = "absurd.v1.AbsurdService";
+/// Until a part of the server that ended in a bug begins anew.
+const PART_PAUSE: Duration = Duration::from_secs(1);
 /// The database counts as gone when its clock was last read this long ago.
 const DATABASE_SILENCE: Duration = Duration::from_secs(6);
 /// Between rounds of upkeep.
@@ -141,7 +143,7 @@ impl App {
         start_loops(&mut loops, &engine, options.listen_database.unwrap_or(options.database), health.clone());
         if !upkeep.is_zero() {
             let parts = Arc::clone(&engine);
-            loops.spawn(async move { upkeep::run(&parts, upkeep).await });
+            loops.spawn(keep_up("upkeep", parts, move |parts| async move { upkeep::run(&parts, upkeep).await }));
         }
         health.set(true).await;
         let (stop, stopped) = oneshot::channel();
@@ -219,19 +221,37 @@ async fn inspect(database: &Config) -> anyhow::Result<migrate::Known> {
     known.context("the database is not set up for this server; run `absurd migrate`, or add --migrate")
 }
 
-fn start_loops(loops: &mut JoinSet<()>, engine: &Arc<Engine>, listen_database: Config, health: Health) {
-    let parts = Arc::clone(engine);
-    loops.spawn(async move { doorbell::send(&parts.hints, &parts.store, &parts.dispatcher).await });
-    let parts = Arc::clone(engine);
-    loops.spawn(async move { doorbell::hear(&parts.hints, &parts.store, &listen_database, &parts.dispatcher).await });
-    let parts = Arc::clone(engine);
-    loops.spawn(async move { maintenance::tick(&parts).await });
-    let parts = Arc::clone(engine);
-    loops.spawn(async move { parts.waits.run(&parts.store).await });
-    let parts = Arc::clone(engine);
-    loops.spawn(async move { awaited::run(&parts).await });
-    let parts = Arc::clone(engine);
+fn start_loops(loops: &mut JoinSet<()>, engine: &Arc<Engine>, database: Config, health: Health) {
+    let parts = || Arc::clone(engine);
+    loops.spawn(keep_up("hints", parts(), |parts| async move {
+        doorbell::send(&parts.hints, &parts.store, &parts.dispatcher).await;
+    }));
+    loops.spawn(keep_up("listening", (parts(), database), |(parts, database)| async move {
+        doorbell::hear(&parts.hints, &parts.store, &database, &parts.dispatcher).await;
+    }));
+    loops.spawn(keep_up("tick", parts(), |parts| async move { maintenance::tick(&parts).await }));
+    loops.spawn(keep_up("waits", parts(), |parts| async move { parts.waits.run(&parts.store).await }));
+    loops.spawn(keep_up("awaited tasks", parts(), |parts| async move { awaited::run(&parts).await }));
+    let parts = parts();
     loops.spawn(async move { watch_database(&parts.store, &health).await });
+}
+
+/// Runs a part of the server for ever: one that ends in a bug begins anew, so that it costs a second and not the replica.
+async fn keep_up<T, F>(name: &'static str, parts: T, part: impl Fn(T) -> F)
+where
+    T: Clone,
+    F: Future<Output = ()> + Send + 'static,
+{
+    loop {
+        // Dropped with this task, it ends the part too.
+        let mut work = JoinSet::new();
+        work.spawn(part(parts.clone()));
+        if let Some(Err(error)) = work.join_next().await {
+            metrics::part_ended(name);
+            tracing::error!(part = name, %error, "a part of the server ended in a bug; it begins anew");
+        }
+        tokio::time::sleep(PART_PAUSE).await;
+    }
 }
 
 /// Health follows the database: the tick reads its clock, so that no query of its own is needed.
@@ -290,4 +310,26 @@ fn reflection<'a>() -> tonic_reflection::server::Builder<'a> {
 fn replica_id() -> String {
     let host = gethostname::gethostname().to_string_lossy().into_owned();
     format!("{host}:{}:{:x}", std::process::id(), uuid::Uuid::new_v4().as_fields().0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_part_that_ends_in_a_bug_begins_anew() {
+        let begun = Arc::new(AtomicU32::new(0));
+        let (tell, mut told) = tokio::sync::mpsc::channel(1);
+        let parts = (Arc::clone(&begun), tell);
+        let mut loops = JoinSet::new();
+        loops.spawn(keep_up("test", parts, |(begun, tell)| async move {
+            assert!(begun.fetch_add(1, Ordering::Relaxed) > 0, "a bug");
+            let _ = tell.send(()).await;
+            std::future::pending::<()>().await;
+        }));
+        told.recv().await;
+        assert_eq!(begun.load(Ordering::Relaxed), 2);
+    }
 }

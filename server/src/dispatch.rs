@@ -8,11 +8,13 @@ pub mod outbox;
 pub mod state;
 
 use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
@@ -348,16 +350,12 @@ impl Dispatcher {
 
     /// A run left its claim; other replicas hear of it when it was not in flight here.
     pub fn left(&self, queue: &QueueName, run_id: RunId) {
-        let here = self.left_here(queue, run_id);
-        if !here {
+        if !self.here(queue, |state| state.left(run_id)) {
             self.shared.hints.credit(run_id);
         }
     }
 
-    fn left_here(&self, queue: &QueueName, run_id: RunId) -> bool {
-        self.here(queue, |state| state.left(run_id))
-    }
-
+    /// Says whether what left was in flight here.
     fn here(&self, queue: &QueueName, left: impl FnOnce(&mut State) -> bool) -> bool {
         let Some(queue) = self.find(queue) else { return false };
         let here = left(&mut queue.lock());
@@ -535,7 +533,7 @@ impl Dispatcher {
     async fn claim(&self, queue: &Arc<Queue>, plan: Plan) {
         let scope = &queue.scope;
         let since = self.shared.store.now();
-        let claimed = self.shared.store.run_claim(scope, &plan.slots, &plan.names, plan.cursor).await;
+        let claimed = readable(self.shared.store.run_claim(scope, &plan.slots, &plan.names, plan.cursor)).await;
         let (mut claims, cursor, more) = match claimed {
             Ok(claimed) => (claimed.claims, claimed.cursor, claimed.more),
             Err(Fault::Missing) => {
@@ -553,7 +551,8 @@ impl Dispatcher {
                 return;
             }
         };
-        if let Err(fault) = self.shared.store.run_load_checkpoints(scope, &mut claims, CHECKPOINT_BUDGET).await {
+        let loaded = readable(self.shared.store.run_load_checkpoints(scope, &mut claims, CHECKPOINT_BUDGET)).await;
+        if let Err(fault) = loaded {
             tracing::warn!(queue.name = %scope.queue(), ?fault, "could not read checkpoints; giving the claims back");
             let returns = claims.drain(..).map(|(_, claim)| Return {
                 token: claim.token,
@@ -567,6 +566,13 @@ impl Dispatcher {
         let returns = queue.lock().deliver(plan, claims, cursor, more, Instant::now(), put_off);
         self.give_back(queue, returns);
     }
+}
+
+/// Whoever wrote rows by plain SQL may have left what no schema of ours allows. That it cannot be read must not end the
+/// queue's loop: what was taken is given back, as if the answer had been lost.
+async fn readable<T>(reading: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
+    let read = AssertUnwindSafe(reading).catch_unwind().await;
+    read.unwrap_or_else(|_| Err(Fault::Unknown("a row could not be read".into())))
 }
 
 /// How long a task is put off that fits into no message of its stream.

@@ -29,8 +29,6 @@ const EXPIRED_MAX: i64 = 500;
 const CANCELLED_MAX: usize = 200;
 /// Time that one look spends on an unfinished emission.
 const EMISSION_MAX: Duration = Duration::from_secs(5);
-/// Tasks that are set aside and counted.
-const QUARANTINE_MAX: i64 = 10_000;
 /// Queues looked at in one wide statement.
 const QUEUES_MAX: i64 = 500;
 
@@ -118,12 +116,11 @@ async fn sweep(engine: &Arc<Engine>, ticks: &[QueueTick], cursors: &mut Cursors)
 
 /// Fails runs whose lease has run out. Each is decided by itself; one that is locked is passed over.
 async fn expire(engine: &Arc<Engine>, scope: &Scope) -> Result<(), Fault> {
-    let runs = engine.store.run_list_expired(scope, EXPIRED_MAX, 0).await?;
-    let all = runs.clone();
+    let runs = engine.store.run_list_expired(scope, EXPIRED_MAX).await?;
     // A locked row must not hold up the sweep: it is left to its holder after this long.
     let deadline = Instant::now() + Duration::from_secs(2);
     let writes =
-        runs.into_iter().map(|run_id| engine.settle(scope, RunRef { run_id, digest: None }, Write::Expire, deadline));
+        runs.iter().map(|id| engine.settle(scope, RunRef { run_id: *id, digest: None }, Write::Expire, deadline));
     if planted::is(Bug::FaintSweep) {
         for write in writes {
             write.await.map_err(|error| Fault::Bug(error.to_string()))?;
@@ -132,8 +129,8 @@ async fn expire(engine: &Arc<Engine>, scope: &Scope) -> Result<(), Fault> {
     }
     let outcomes = futures_util::future::join_all(writes).await;
     let swept = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
-    set_aside(engine, scope, Reason::Lease, all.into_iter().zip(outcomes.iter().map(|outcome| outcome.as_ref().err())))
-        .await;
+    let errors = outcomes.iter().map(|outcome| outcome.as_ref().err());
+    set_aside(engine, scope, Reason::Lease, runs.iter().copied().zip(errors)).await;
     if swept > 0 {
         metrics::leases_expired(swept);
         tracing::info!(queue.name = %scope.queue(), runs = swept, "failed runs whose lease had run out");
@@ -168,14 +165,9 @@ async fn look_at_quarantine(engine: &Arc<Engine>) {
     if let Err(fault) = engine.store.quarantine_forget().await {
         tracing::debug!(?fault, "could not forget what was set aside");
     }
-    match engine.store.quarantine_list(QUARANTINE_MAX).await {
-        Ok(tasks) => {
-            for reason in Reason::ALL {
-                let count = tasks.iter().filter(|task| task.reason == reason.as_str()).count();
-                metrics::quarantined(reason.as_str(), count);
-            }
-        }
-        Err(fault) => tracing::debug!(?fault, "could not list what was set aside"),
+    match engine.store.quarantine_count().await {
+        Ok(counts) => counts.iter().for_each(|(reason, count)| metrics::quarantined(reason.as_str(), *count)),
+        Err(fault) => tracing::debug!(?fault, "could not count what was set aside"),
     }
 }
 
@@ -195,7 +187,10 @@ async fn cancel(engine: &Arc<Engine>, scope: &Scope, cursors: &mut Cursors) -> R
     for task in due.iter().take(CANCELLED_MAX) {
         match engine.cancel_task(scope, task.task_id, Duration::from_millis(100)).await {
             Ok(_) | Err(Error::TaskNotFound(_) | Error::DeadlineExceeded) => {}
-            Err(error) => refused.extend(task.run_id.map(|run_id| (run_id, error))),
+            Err(error) => {
+                tracing::debug!(task.id = %task.task_id, %error, "could not cancel a task by its policy");
+                refused.extend(task.run_id.map(|run_id| (run_id, error)));
+            }
         }
     }
     set_aside(engine, scope, Reason::Policy, refused.iter().map(|(run_id, error)| (*run_id, Some(error)))).await;

@@ -72,7 +72,7 @@ pub fn released(why: &'static str) {
 }
 
 /// Tasks that are set aside, in the whole database.
-pub fn quarantined(reason: &'static str, count: usize) {
+pub fn quarantined(reason: &'static str, count: i64) {
     gauge!("absurd_quarantined_tasks", "reason" => reason).set(count as f64);
 }
 
@@ -90,6 +90,11 @@ pub fn batch(name: &'static str, items: usize, took: Duration) {
 /// A statement failed.
 pub fn fault(fault: &Fault) {
     counter!("absurd_database_faults_total", "kind" => fault.kind()).increment(1);
+}
+
+/// A part of the server ended in a bug, and begins anew.
+pub fn part_ended(name: &'static str) {
+    counter!("absurd_parts_ended_total", "part" => name).increment(1);
 }
 
 /// The listening session was lost.

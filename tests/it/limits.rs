@@ -14,7 +14,7 @@ use tonic_types::StatusExt as _;
 
 use crate::streams::request;
 
-async fn server(settings: Settings) -> Server {
+pub(crate) async fn server(settings: Settings) -> Server {
     let settings = Settings { metrics_listen: Some(([127, 0, 0, 1], 0).into()), ..settings };
     Server::start_with(Database::new().await, ServerOptions { settings, ..ServerOptions::default() }).await
 }
@@ -30,7 +30,7 @@ async fn page(server: &Server, path: &str) -> String {
 }
 
 /// A metric's value; 0 when it has none yet.
-async fn metric(server: &Server, name: &str) -> f64 {
+pub(crate) async fn metric(server: &Server, name: &str) -> f64 {
     let text = page(server, "/metrics").await;
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     line.map_or(0.0, |value| value.trim().parse().unwrap())

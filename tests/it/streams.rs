@@ -349,6 +349,10 @@ async fn a_task_too_large_for_a_stream_is_put_off_not_lost() {
     })
     .await;
     assert_eq!((sleeping.get::<_, bool>(0), sleeping.get::<_, i32>(1)), (true, 1));
+    let told = "select reason, problem from absurd_server.quarantine where queue_name = 'q'";
+    let told = sql.query_one(told, &[]).await.unwrap();
+    assert_eq!(told.get::<_, &str>(0), "size");
+    assert!(told.get::<_, &str>(1).contains("more than the stream takes"), "{told:?}");
     spawn(&server, 1).await;
     assert_eq!(next_task(&mut small).await.task_name, "n", "the stream lives on");
     // It is for whoever takes large messages, or reads the params himself.
@@ -395,4 +399,53 @@ async fn a_replica_takes_only_so_many_streams() {
         async move { grpc.claim_stream(request(1)).await.ok() }
     })
     .await;
+}
+
+/// The note that a claim has ended returns that claim's credit only: a run that is claimed again since keeps its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_late_note_of_an_ended_claim_frees_no_newer_one() {
+    let server = Server::start().await;
+    let sql = server.database().connect().await;
+    let mut grpc = server.raw().await;
+    spawn(&server, 4).await;
+    let (_, mut messages) = open(&mut grpc, request(2)).await;
+    let (first, second) = (next_task(&mut messages).await, next_task(&mut messages).await);
+    // As other replicas write it: the run, and the digest of its claim.
+    let note = "select pg_notify('absurd_server', 'l' || rtrim(translate(encode(uuid_send(r.run_id) || case when $2
+                  then decode(translate(split_part(r.claimed_by, '#', 2), '-_', '+/') || '==', 'base64')
+                  else uuid_send(gen_random_uuid()) end, 'base64'), '+/' || chr(10), '-_'), '='))::text
+                  from absurd.r_q r where r.run_id::text = $1";
+    for (task, ended) in [(&first, false), (&second, true)] {
+        sql.query_one(note, &[&task.run_id, &ended]).await.unwrap();
+    }
+    next_task(&mut messages).await;
+    // Notes are heard in their order: were the first one believed, the last task would be claimed as well.
+    let left = server.client().claim_task(ClaimOptions::default()).await.unwrap();
+    assert_eq!(left.len(), 1);
+}
+
+/// What cannot be read, written past every rule by plain SQL, ends no queue: once it is mended, the open stream goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_cannot_be_read_ends_no_stream() {
+    let server = Server::start().await;
+    let sql = server.database().connect().await;
+    sql.batch_execute(
+        "alter table absurd.t_q alter column params drop not null;
+         select absurd.spawn_task('q', 'n', '1'); update absurd.t_q set params = null;
+         create table given_back (); create function note() returns trigger language plpgsql as $$
+           begin insert into given_back default values; return null; end $$;
+         create trigger note after update on absurd.r_q for each row
+           when (old.state = 'running' and new.state = 'pending') execute function note()",
+    )
+    .await
+    .unwrap();
+    let mut grpc = server.raw().await;
+    let (_, mut messages) = open(&mut grpc, request(1)).await;
+    eventually("it was claimed and given back", || async {
+        let given_back = "select exists (select from given_back)";
+        sql.query_one(given_back, &[]).await.unwrap().get::<_, bool>(0).then_some(())
+    })
+    .await;
+    sql.batch_execute("update absurd.t_q set params = '2'").await.unwrap();
+    assert_eq!(next_task(&mut messages).await.params.unwrap().text, "2");
 }

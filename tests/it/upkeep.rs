@@ -299,3 +299,36 @@ async fn unreadable_policies_harm_only_their_task() {
     }
     server.stop().await;
 }
+
+/// The same for tasks that a policy cancels: more of them than a sweep takes, before one that can be cancelled.
+#[tokio::test(flavor = "multi_thread")]
+async fn tasks_that_cannot_be_cancelled_hold_up_nobody() {
+    let server = crate::limits::server(Settings::default()).await;
+    let sql = server.database().connect().await;
+    sql.batch_execute(
+        "create function refuse() returns trigger language plpgsql as $$ begin raise exception 'not today' using errcode = 'ZZ001'; end $$;
+         create trigger poison before update of state on absurd.t_q for each row
+           when (old.task_name = 'poison') execute function refuse();
+         select absurd.spawn_task('q', 'poison', '{}', '{\"cancellation\": {\"max_delay\": 1}}') from generate_series(1, 250);
+         select absurd.spawn_task('q', 'fine', '{}', '{\"cancellation\": {\"max_delay\": 1}}')",
+    )
+    .await
+    .unwrap();
+    eventually("the other one is cancelled", || async {
+        let state = "select state from absurd.t_q where task_name = 'fine'";
+        (sql.query_one(state, &[]).await.unwrap().get::<_, &str>(0) == "cancelled").then_some(())
+    })
+    .await;
+    eventually("all of them are set aside", || async {
+        let count =
+            "select count(*) from absurd_server.quarantine where reason = 'policy' and problem like '%not today'";
+        (sql.query_one(count, &[]).await.unwrap().get::<_, i64>(0) == 250).then_some(())
+    })
+    .await;
+    eventually("the metrics tell", || async {
+        let count = crate::limits::metric(&server, "absurd_quarantined_tasks{reason=\"policy\"}").await;
+        ((count - 250.0).abs() < 0.5).then_some(())
+    })
+    .await;
+    server.stop().await;
+}

@@ -3,6 +3,6 @@ select r.run_id
   from {r} r
  where r.state = 'running' and r.claim_expires_at is not null and r.claim_expires_at <= absurd.current_time()
    and not exists (select from absurd_server.quarantine q
-                    where q.queue_name = $3::text and q.run_id = r.run_id and q.retry_at > absurd.current_time())
+                    where q.queue_name = $2::text and q.run_id = r.run_id and q.retry_at > absurd.current_time())
  order by r.claim_expires_at
- limit $1::bigint offset $2::bigint
+ limit $1::bigint

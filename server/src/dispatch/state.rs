@@ -340,12 +340,19 @@ impl State {
         true
     }
 
-    /// A claim of the run has ended, and the run may be claimed again since: only that claim leaves. Says whether the run is,
-    /// or was, in flight here.
+    /// A claim of the run has ended, and the run may be claimed again since: only that claim leaves. Says whether any claim of
+    /// the run was in flight here.
     pub fn left_claim(&mut self, run_id: RunId, digest: uuid::Uuid) -> bool {
-        let streamed = || self.streams.get(self.owners.get(&run_id)?)?.runs.get(&run_id);
-        let Some(held) = self.strays.get(&run_id).or_else(streamed) else { return self.left(run_id) };
-        held.token.digest().to_uuid() != digest || self.left(run_id)
+        let ended = |held: &Held| held.token.digest().to_uuid() == digest;
+        let stray = self.strays.get(&run_id);
+        let streamed = self.owners.get(&run_id).and_then(|id| self.streams.get(id)?.runs.get(&run_id));
+        let here = stray.or(streamed).is_some();
+        if stray.is_some_and(ended) {
+            self.strays.remove(&run_id);
+        } else if streamed.is_some_and(ended) {
+            self.left(run_id);
+        }
+        here
     }
 
     /// The transport dropped a stream.

@@ -2,7 +2,7 @@
 
 use uuid::Uuid;
 
-use super::statement::{QUARANTINE_FORGET, QUARANTINE_LIST, QUARANTINE_PUT};
+use super::statement::{QUARANTINE_COUNT, QUARANTINE_FORGET, QUARANTINE_LIST, QUARANTINE_PUT};
 use super::{Fault, Store, Wait};
 use crate::domain::{RunId, TaskId};
 use crate::scope::Scope;
@@ -22,8 +22,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Lease, Self::Policy, Self::Size];
+    const ALL: [Self; 3] = [Self::Lease, Self::Policy, Self::Size];
 
     /// As stored, and as the label of a metric.
     pub fn as_str(self) -> &'static str {
@@ -72,6 +71,13 @@ impl Store {
             times: row.get("times"),
         };
         Ok(rows.iter().map(read).collect())
+    }
+
+    /// How many are set aside, by reason.
+    pub async fn quarantine_count(&self) -> Result<[(Reason, i64); 3], Fault> {
+        let rows = self.rows(&QUARANTINE_COUNT, Wait::Skip, None, &[]).await?;
+        let of = |reason: Reason| rows.iter().find(|row| row.get::<_, &str>("reason") == reason.as_str());
+        Ok(Reason::ALL.map(|reason| (reason, of(reason).map_or(0, |row| row.get("tasks")))))
     }
 
     /// Forgets what has moved on.

@@ -215,9 +215,8 @@ impl Store {
     }
 
     /// Runs whose lease has run out, but for those that are set aside.
-    pub async fn run_list_expired(&self, scope: &Scope, limit: i64, offset: i64) -> Result<Vec<RunId>, Fault> {
-        let rows =
-            self.rows(&RUN_LIST_EXPIRED, Wait::Skip, Some(scope), &[&limit, &offset, &scope.queue().as_str()]).await?;
+    pub async fn run_list_expired(&self, scope: &Scope, limit: i64) -> Result<Vec<RunId>, Fault> {
+        let rows = self.rows(&RUN_LIST_EXPIRED, Wait::Skip, Some(scope), &[&limit, &scope.queue().as_str()]).await?;
         Ok(rows.iter().map(|row| row.get("run_id")).collect())
     }
 

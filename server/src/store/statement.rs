@@ -27,6 +27,7 @@ const READ: &[&str] = &[
     "checkpoint_list",
     "checkpoint_page",
     "event_list_unfinished",
+    "quarantine_count",
     "quarantine_list",
     "queue_backlog",
     "queue_collision",
@@ -144,6 +145,7 @@ statements! {
     EVENT_EMIT_MORE = "event_emit_more";
     EVENT_LIST_UNFINISHED = "event_list_unfinished";
     KEY_RESERVE = "key_reserve";
+    QUARANTINE_COUNT = "quarantine_count";
     QUARANTINE_FORGET = "quarantine_forget";
     QUARANTINE_LIST = "quarantine_list";
     QUARANTINE_PUT = "quarantine_put";

@@ -123,39 +123,28 @@ fn what_is_lost_is_found() {
     assert!(no_end.is_superset(&BTreeSet::from(["C1", "C6", "C8"])), "{no_end:?}");
 }
 
+/// What a second row like one of the story's breaks.
+fn again(place: usize, change: impl FnOnce(&mut Row)) -> BTreeSet<&'static str> {
+    broken(|books| {
+        let mut row = books.audit[place].clone();
+        change(&mut row);
+        books.audit.insert(place + 1, row);
+    })
+}
+
 #[test]
 fn what_happens_twice_is_found() {
     let other = Uuid::from_u128(9);
-    let two_tasks = broken(|books| {
-        let mut row = books.audit[0].clone();
-        row.task = other;
-        books.audit.insert(1, row);
-    });
+    let two_tasks = again(0, |row| row.task = other);
     assert!(two_tasks.contains("C2"), "{two_tasks:?}");
-    let two_runs = broken(|books| {
-        let mut row = books.audit[1].clone();
-        row.run = other;
-        books.audit.insert(2, row);
-    });
+    let two_runs = again(1, |row| row.run = other);
     assert!(two_runs.contains("C3"), "{two_runs:?}");
-    let two_values = broken(|books| {
-        let mut row = books.audit[5].clone();
-        row.value = Some("v3".into());
-        books.audit.insert(6, row);
-    });
-    assert!(two_values.contains("C5"), "{two_values:?}");
-    let two_ends = broken(|books| {
-        let mut row = books.audit[7].clone();
-        row.old_state = "running".into();
-        books.audit.push(row);
-    });
-    assert!(two_ends.contains("C6"), "{two_ends:?}");
-    let two_payloads = broken(|books| {
-        let mut row = books.audit[2].clone();
-        row.value = Some("another".into());
-        books.audit.insert(3, row);
-    });
+    let two_payloads = again(2, |row| row.value = Some("another".into()));
     assert!(two_payloads.contains("C7"), "{two_payloads:?}");
+    let two_values = again(5, |row| row.value = Some("v3".into()));
+    assert!(two_values.contains("C5"), "{two_values:?}");
+    let two_ends = again(7, |_| {});
+    assert!(two_ends.contains("C6"), "{two_ends:?}");
 }
 
 #[test]
