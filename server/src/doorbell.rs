@@ -1,16 +1,17 @@
 //! Hints between replicas and from direct SQL writers. Any of them may be lost; the tick makes that a delay, not a loss.
 
+pub mod note;
+
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use self::note::Note;
 use crate::dispatch::{Dispatcher, random};
 use crate::domain::{QueueName, RunId, SessionId};
 use crate::metrics;
@@ -21,8 +22,6 @@ use crate::store::{Fault, Store};
 const GATHER: Duration = Duration::from_millis(15);
 /// Looks after arming: a spawn that saw no armed row may commit after the first look.
 const PROBES: [u64; 5] = [0, 5, 20, 80, 320];
-/// Run ids in one notification; a payload must stay below 8,000 bytes.
-const IDS_MAX: usize = 300;
 /// Ids that wait to be sent at most; what is beyond is found by the reconciling look.
 const CREDIT_MAX: usize = 20_000;
 
@@ -231,39 +230,15 @@ async fn flush(hints: &Hints, store: &Store) {
     if !names.is_empty() {
         outcome = store.doorbell_ring(&names, &hints.replica_id).await;
     }
-    let drains = drained.iter().map(|(queue, session)| encode_drain(queue, session));
-    let left = credit.chunks(IDS_MAX).map(|ids| encode_ids('c', ids));
-    let alive = alive.chunks(IDS_MAX).map(|ids| encode_ids('a', ids));
-    let claims = claims.chunks(IDS_MAX / 2).map(|claims| {
-        let ids: Vec<Uuid> = claims.iter().flat_map(|(run, digest)| [*run, *digest]).collect();
-        encode_ids('l', &ids)
-    });
-    let messages: Vec<String> = left.chain(alive).chain(claims).chain(drains).collect();
+    let drains = drained.into_iter().map(|(queue, session)| Note::Drain(queue, session));
+    let notes = Note::left(&credit).chain(Note::alive(&alive)).chain(Note::claims_left(&claims)).chain(drains);
+    let messages: Vec<String> = notes.map(|note| note.encode()).collect();
     if !messages.is_empty() {
         outcome = outcome.and(store.credit_notify(&messages).await);
     }
     if let Err(fault) = outcome {
         tracing::debug!(?fault, "could not send hints to other replicas");
     }
-}
-
-fn encode_drain(queue: &QueueName, session: &SessionId) -> String {
-    format!("d{}", serde_json::json!([queue.as_str(), session.as_str()]))
-}
-
-fn decode_drain(text: &str) -> Option<(QueueName, SessionId)> {
-    let [queue, session]: [String; 2] = serde_json::from_str(text).ok()?;
-    Some((QueueName::parse("queue", &queue).ok()?, SessionId::parse("session_id", &session).ok()?))
-}
-
-fn encode_ids(kind: char, ids: &[Uuid]) -> String {
-    let bytes: Vec<u8> = ids.iter().flat_map(|id| *id.as_bytes()).collect();
-    format!("{kind}{}", URL_SAFE_NO_PAD.encode(bytes))
-}
-
-fn decode_ids(text: &str) -> Option<Vec<Uuid>> {
-    let bytes = URL_SAFE_NO_PAD.decode(text).ok()?;
-    bytes.chunks(16).map(|chunk| Uuid::from_slice(chunk).ok()).collect()
 }
 
 /// Listens for ever: LISTEN first, then look; after a loss listen again, look everywhere, arm everything anew.
@@ -302,36 +277,14 @@ pub async fn hear(hints: &Hints, store: &Store, database: &tokio_postgres::Confi
 
 /// Carries out a notification; what is not understood is somebody else's.
 fn act(payload: &str, dispatcher: &Dispatcher) {
-    if let Some(name) = payload.strip_prefix('q') {
-        if let Ok(queue) = QueueName::parse("queue", name) {
-            dispatcher.note_rung(&queue);
+    match Note::parse(payload) {
+        Some(Note::Rung(queue)) => dispatcher.note_rung(&queue),
+        Some(Note::Drain(queue, session)) => {
+            dispatcher.drain(&queue, &session);
         }
-    } else if let Some((queue, session)) = payload.strip_prefix('d').and_then(decode_drain) {
-        dispatcher.drain(&queue, &session);
-    } else if let Some(runs) = payload.strip_prefix('c').and_then(decode_ids) {
-        dispatcher.left_elsewhere(&runs);
-    } else if let Some(runs) = payload.strip_prefix('a').and_then(decode_ids) {
-        dispatcher.alive_elsewhere(&runs);
-    } else if let Some(ids) = payload.strip_prefix('l').and_then(decode_ids) {
-        let claims: Vec<(RunId, Uuid)> = ids.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
-        dispatcher.claims_left_elsewhere(&claims);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ids_fit_into_a_notification_and_come_back() {
-        let ids: Vec<Uuid> = (0..IDS_MAX).map(|_| Uuid::new_v4()).collect();
-        let text = encode_ids('c', &ids);
-        assert!(text.len() < 8000, "{}", text.len());
-        assert_eq!(decode_ids(&text[1..]), Some(ids));
-        assert_eq!(decode_ids("@@@"), None);
-        let (queue, session) = (QueueName::parse("q", "it's \"q\"").unwrap(), SessionId::parse("s", "a-b").unwrap());
-        assert_eq!(decode_drain(&encode_drain(&queue, &session)[1..]), Some((queue, session)));
-        assert_eq!(decode_drain("[]"), None);
-        assert_eq!(decode_ids("AAAA"), None);
+        Some(Note::Left(runs)) => dispatcher.left_elsewhere(&runs),
+        Some(Note::Alive(runs)) => dispatcher.alive_elsewhere(&runs),
+        Some(Note::ClaimsLeft(claims)) => dispatcher.claims_left_elsewhere(&claims),
+        None => {}
     }
 }

@@ -5,6 +5,8 @@ mod checkpoints;
 pub mod claim_stream;
 mod claims;
 pub mod convert;
+pub mod deadline;
+pub mod page_token;
 mod policies;
 mod queues;
 pub mod refusal;

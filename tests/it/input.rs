@@ -338,6 +338,18 @@ async fn a_late_deadline_is_deadline_exceeded() {
     held.complete(&j!(1)).await.unwrap();
 }
 
+/// A deadline beyond all time, and texts that are none, are as if nothing was said.
+#[tokio::test(flavor = "multi_thread")]
+async fn deadlines_that_do_not_exist_hurt_nobody() {
+    let server = Server::start().await;
+    let mut grpc = server.raw().await;
+    for text in ["9999999999999999999S", "18446744073709551615H", "99999999H", "+1S", "-1S", "1", "S", "1 S", "0x1S"] {
+        let mut request = tonic::Request::new(pb::GetQueueStatsRequest { queue: "q".into() });
+        request.metadata_mut().insert("grpc-timeout", text.parse().unwrap());
+        grpc.get_queue_stats(request).await.unwrap_or_else(|status| panic!("{text}: {status:?}"));
+    }
+}
+
 /// JSON texts, good and nearly good.
 fn texts() -> impl Strategy<Value = String> {
     let leaf = prop_oneof![

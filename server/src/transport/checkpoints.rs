@@ -1,12 +1,11 @@
 //! The RPCs about checkpoints: writes go the way of all writes about a run, reads come in pages.
 
 use absurd_proto::v1 as pb;
-use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use tokio::time::Instant as Deadline;
 use tokio_postgres::Row;
 
 use super::convert::{self, run_ref, scope};
+use super::page_token;
 use super::service::Service;
 use crate::domain::id::parse_uuid;
 use crate::domain::{CheckpointName, Error, Instant, RunId, TaskId};
@@ -130,17 +129,13 @@ fn stored(row: &Row) -> pb::StoredCheckpoint {
 }
 
 fn token_of(row: &Row) -> String {
-    let updated_at: Instant = row.get("updated_at");
-    let name: &str = row.get("checkpoint_name");
-    URL_SAFE_NO_PAD.encode(format!("{}:{name}", updated_at.micros()))
+    page_token::encode(row.get("updated_at"), row.get("checkpoint_name"))
 }
 
 fn parse_token(token: &str) -> Result<After, Error> {
     if token.is_empty() {
         return Ok(After { updated_at: Instant::from_micros(0), name: String::new() });
     }
-    let wrong = || Error::invalid("page_token", "is not a token of this service");
-    let text = URL_SAFE_NO_PAD.decode(token).ok().and_then(|bytes| String::from_utf8(bytes).ok()).ok_or_else(wrong)?;
-    let (micros, name) = text.split_once(':').filter(|(_, name)| !name.contains('\0')).ok_or_else(wrong)?;
-    Ok(After { updated_at: Instant::from_micros(micros.parse().map_err(|_| wrong())?), name: name.to_owned() })
+    let (updated_at, name) = page_token::parse(token)?;
+    Ok(After { updated_at, name })
 }

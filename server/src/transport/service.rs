@@ -12,6 +12,7 @@ use tonic::{Request, Response, Status};
 use super::claim_stream::Responses;
 use super::claims::pull_options;
 use super::convert::{self, new_task, pb_spawned, run_ref, scope, settle_item, timestamp};
+use super::deadline::{DEADLINE, deadline, left};
 use super::status::status;
 use crate::domain::id::parse_uuid;
 use crate::domain::json::{DEPTH_MAX, JsonBound};
@@ -21,8 +22,6 @@ use crate::scope::Scope;
 use crate::store::batch::{RunRef, Write};
 use crate::store::policy::Old;
 
-/// Time of a call that names no deadline.
-pub(super) const DEADLINE: Duration = Duration::from_secs(30);
 /// Longest wait for a result, and longest grace of a lost worker.
 pub(super) const AWAIT_MAX: Duration = Duration::from_secs(600);
 
@@ -107,31 +106,6 @@ type Reply<T> = Result<Response<T>, Status>;
 
 fn reply<T>(outcome: Result<T, Error>) -> Reply<T> {
     outcome.map(Response::new).map_err(|error| status(&error))
-}
-
-/// When a call must be answered: a little before the transport would cut it off, which it does with another code.
-fn deadline<T>(request: &Request<T>) -> Instant {
-    let asked = request.metadata().get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(timeout);
-    Instant::now() + asked.map_or(DEADLINE, |asked| asked.saturating_sub((asked / 10).min(Duration::from_millis(100))))
-}
-
-/// `grpc-timeout`: up to eight digits and a unit.
-fn timeout(text: &str) -> Option<Duration> {
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    let amount: u64 = digits.parse().ok()?;
-    Some(match unit {
-        "H" => Duration::from_secs(amount.checked_mul(3600)?),
-        "M" => Duration::from_secs(amount.checked_mul(60)?),
-        "S" => Duration::from_secs(amount),
-        "m" => Duration::from_millis(amount),
-        "u" => Duration::from_micros(amount),
-        "n" => Duration::from_nanos(amount),
-        _ => return None,
-    })
-}
-
-pub(super) fn left(deadline: Instant) -> Duration {
-    deadline.saturating_duration_since(Instant::now()).min(DEADLINE)
 }
 
 async fn in_time<T>(deadline: Instant, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {

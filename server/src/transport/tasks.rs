@@ -7,7 +7,8 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::convert::{self, chosen_id, duration_between, pb_spawned, pb_state, scope, state_filter};
-use super::service::{AWAIT_MAX, DEADLINE, Service, left};
+use super::deadline::{DEADLINE, left};
+use super::service::{AWAIT_MAX, Service};
 use crate::domain::Error;
 use crate::domain::id::parse_uuid;
 

@@ -6,7 +6,8 @@ use absurd_proto::v1 as pb;
 use tokio::time::Instant as Deadline;
 
 use super::convert::{self, duration, duration_between, run_ref, scope, timestamp};
-use super::service::{Service, left};
+use super::deadline::left;
+use super::service::Service;
 use crate::domain::id::parse_uuid;
 use crate::domain::{CheckpointName, Error, EventName, Instant, JsonText, QueueName};
 use crate::store::event::StepWait;

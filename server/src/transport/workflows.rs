@@ -1,12 +1,11 @@
 //! The RPCs about workflow runs: tracking records beside the engine.
 
 use absurd_proto::v1 as pb;
-use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use tokio_postgres::Row;
 use uuid::Uuid;
 
 use super::convert::{at, instant, json, stored_json};
+use super::page_token;
 use super::service::Service;
 use crate::domain::id::{bounded, parse_uuid};
 use crate::domain::{Error, Instant, JsonText, QueueName, RunId, WorkflowName, WorkflowVersion};
@@ -151,16 +150,13 @@ fn pb_workflow(row: &Row) -> pb::WorkflowRun {
 }
 
 fn token_of(row: &Row) -> String {
-    let created_at: Instant = row.get("created_at");
-    URL_SAFE_NO_PAD.encode(format!("{}:{}", created_at.micros(), row.get::<_, Uuid>("workflow_run_id")))
+    page_token::encode(row.get("created_at"), &row.get::<_, Uuid>("workflow_run_id").to_string())
 }
 
 fn parse_token(token: &str) -> Result<(Instant, Uuid), Error> {
     if token.is_empty() {
         return Ok((Instant::NEVER, Uuid::max()));
     }
-    let wrong = || Error::invalid("page_token", "is not a token of this service");
-    let text = URL_SAFE_NO_PAD.decode(token).ok().and_then(|bytes| String::from_utf8(bytes).ok()).ok_or_else(wrong)?;
-    let (micros, id) = text.split_once(':').ok_or_else(wrong)?;
-    Ok((Instant::from_micros(micros.parse().map_err(|_| wrong())?), Uuid::parse_str(id).map_err(|_| wrong())?))
+    let (created_at, id) = page_token::parse(token)?;
+    Ok((created_at, Uuid::parse_str(&id).map_err(|_| page_token::wrong())?))
 }
