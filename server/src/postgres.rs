@@ -163,7 +163,7 @@ impl Cluster {
             let text = fs::read_to_string(self.home.join("data/postmaster.pid")).unwrap_or_default();
             let lines: Vec<&str> = text.lines().map(str::trim).collect();
             let ours = lines.first().is_some_and(|pid| *pid == self.pid().to_string());
-            if ours && lines.get(7).is_some_and(|state| *state == "ready") {
+            if ours && lines.get(7).is_some_and(|state| matches!(*state, "ready" | "standby")) {
                 return Ok(());
             }
             pause(Duration::from_millis(10));

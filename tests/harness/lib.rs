@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod attacker;
 mod cluster;
 mod database;
 mod link;
@@ -12,6 +13,7 @@ mod server;
 
 use std::time::Duration;
 
+pub use attacker::{Attacker, Flood};
 pub use cluster::OwnCluster;
 pub use database::{Database, cluster, data_directory, pg_bin};
 pub use link::{Link, Target, Toxic};

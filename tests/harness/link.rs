@@ -44,6 +44,7 @@ pub enum Target {
 #[derive(Debug)]
 pub struct Link {
     port: u16,
+    target: Arc<watch::Sender<Target>>,
     toxic: Arc<watch::Sender<Toxic>>,
     swallowed: Arc<AtomicU64>,
 }
@@ -53,15 +54,17 @@ impl Link {
     pub async fn to(target: Target) -> std::io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let port = listener.local_addr()?.port();
+        let target = Arc::new(watch::Sender::new(target));
         let toxic = Arc::new(watch::Sender::new(Toxic::Pass));
         let swallowed = Arc::new(AtomicU64::new(0));
-        let (control, count) = (Arc::clone(&toxic), Arc::clone(&swallowed));
+        let (control, count, there) = (Arc::clone(&toxic), Arc::clone(&swallowed), Arc::clone(&target));
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(carry(client, target.clone(), control.subscribe(), Arc::clone(&count)));
+                let target = there.borrow().clone();
+                tokio::spawn(carry(client, target, control.subscribe(), Arc::clone(&count)));
             }
         });
-        Ok(Self { port, toxic, swallowed })
+        Ok(Self { port, target, toxic, swallowed })
     }
 
     /// A link before an address such as `http://127.0.0.1:1234`.
@@ -78,6 +81,11 @@ impl Link {
     /// The port to connect to.
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// Leads new connections elsewhere.
+    pub fn lead_to(&self, target: Target) {
+        self.target.send_replace(target);
     }
 
     /// From now on, for all connections.

@@ -39,6 +39,8 @@ pub enum Fault {
     ReadOnly,
     /// The database's disk is full.
     Full,
+    /// The database gives out no more transaction ids until it has been vacuumed.
+    NoIds,
     /// Anything else; a bug.
     Bug(String),
 }
@@ -66,6 +68,10 @@ impl Fault {
             };
         };
         let text = format!("{} {}", database.code().code(), database.message());
+        // Too much of something is the caller's, with one exception.
+        if database.routine().is_some_and(|routine| matches!(routine, "GetNewTransactionId" | "GetNewMultiXactId")) {
+            return Self::NoIds;
+        }
         match database.code().code() {
             "42P01" | "3F000" => Self::Missing,
             "22P02" | "22P05" | "22003" | "22021" | "22007" | "22008" | "22004" | "23502" | "23514" | "54000"
@@ -102,6 +108,7 @@ impl Fault {
             Self::StalePlan => "stale_plan",
             Self::ReadOnly => "read_only",
             Self::Full => "disk_full",
+            Self::NoIds => "no_transaction_ids",
             Self::Bug(_) => "bug",
         }
     }
@@ -116,6 +123,7 @@ impl Fault {
                 | Self::Busy
                 | Self::ReadOnly
                 | Self::Full
+                | Self::NoIds
                 | Self::StalePlan
         )
     }
@@ -135,6 +143,7 @@ impl Fault {
             Self::Gone(text) => Error::Unavailable(text),
             Self::ReadOnly => Error::NotWritable("takes no writes: it is a standby or set to read only"),
             Self::Full => Error::NotWritable("has no room: its disk is full"),
+            Self::NoIds => Error::NotWritable("gives out no transaction ids: it must be vacuumed first"),
             Self::StalePlan => Error::Unavailable("a statement had to be prepared again".into()),
             Self::Unknown(_) => Error::OutcomeUnknown,
             Self::Busy => Error::TooManyRequests { after: std::time::Duration::from_millis(500) },

@@ -7,6 +7,7 @@
     reason = "rates and quantiles"
 )]
 
+mod crowd;
 mod history;
 mod ledger;
 mod producer;
@@ -136,6 +137,7 @@ impl How {
             new_id_when_unknown: false,
             planted: None,
             flags: Vec::new(),
+            disk: None,
         };
         let span = Duration::from_secs(self.seconds);
         Ok(Plan { size, span, until_done: false, home: self.home.clone(), keep: self.keep })

@@ -55,7 +55,7 @@ pub(crate) async fn run(scenario: &Scenario, mut plan: Plan) -> anyhow::Result<O
     let mut world = World::start(&home, plan.size.clone()).await?;
     world.load().await?;
     let samples = Arc::new(Mutex::new(Vec::new()));
-    let sampler = tokio::spawn(sample(world.url(), Arc::clone(&samples)));
+    let sampler = tokio::spawn(sample(Arc::clone(&world.address), Arc::clone(&samples)));
     let began = Instant::now();
     if plan.until_done {
         while world.producers.iter_mut().any(crate::world::Process::is_running) {
@@ -82,12 +82,12 @@ pub(crate) async fn run(scenario: &Scenario, mut plan: Plan) -> anyhow::Result<O
 
 async fn progress(world: &World, began: Instant) {
     let Ok(sql) = world.sql().await else { return };
-    let count = "select (select reltuples::bigint from pg_class where oid = 'absurd.t_chaos'::regclass),
+    let count = "select (select count(*) from absurd.t_chaos),
                         (select count(*) from absurd.r_chaos where state = 'running'), (select max(seq) from chaos.audit)";
     if let Ok(row) = sql.query_one(count, &[]).await {
         let (tasks, running, audit): (i64, i64, Option<i64>) = (row.get(0), row.get(1), row.get(2));
         println!(
-            "{:>6} s: about {tasks} tasks, {running} claimed, {} audit rows",
+            "{:>6} s: {tasks} tasks, {running} claimed, {} audit rows",
             began.elapsed().as_secs(),
             audit.unwrap_or(0)
         );
@@ -129,8 +129,9 @@ async fn answers(world: &World) -> Vec<Finding> {
     problems
 }
 
-/// Looks every two seconds, in one snapshot, whether what was spawned is what lives and what has ended.
-async fn sample(url: String, problems: Arc<Mutex<Vec<Finding>>>) {
+/// Looks every two seconds, and less often the longer a look takes, in one snapshot, whether what was spawned is what
+/// lives and what has ended.
+async fn sample(address: Arc<Mutex<String>>, problems: Arc<Mutex<Vec<Finding>>>) {
     let look = "with live as (
                   select t.task_id, t.state in ('pending', 'sleeping', 'running') as live,
                          count(r.run_id) filter (where r.state in ('pending', 'sleeping', 'running')) as runs
@@ -139,13 +140,17 @@ async fn sample(url: String, problems: Arc<Mutex<Vec<Finding>>>) {
                 select count(*) filter (where live and runs <> 1), count(*) filter (where not live and runs <> 0),
                        count(*) - (select count(*) filter (where op = 'I') - count(*) filter (where op = 'D')
                                      from chaos.audit where kind = 't') from live";
+    let mut pause = Duration::from_secs(2);
     loop {
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        tokio::time::sleep(pause).await;
+        let began = Instant::now();
+        let url = address.lock().map(|url| url.clone()).unwrap_or_default();
         let Ok((client, connection)) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await else { continue };
         let connection = tokio::spawn(connection);
         let rows = client.query_one(look, &[]).await;
         drop(client);
         let _ = connection.await;
+        pause = Duration::from_secs(2).max(began.elapsed() * 20);
         let Ok(row) = rows else { continue };
         let (without, with, drift): (i64, i64, i64) = (row.get(0), row.get(1), row.get(2));
         if (without, with, drift) != (0, 0, 0)
@@ -177,6 +182,8 @@ async fn judge(
     let mut verdict = ledger::check(&books);
     let checked = began.elapsed();
     verdict.findings.extend(problems);
+    verdict.findings.append(&mut world.findings);
+    verdict.figures.extend(world.figures.iter().copied());
     if healed.is_none() {
         verdict
             .findings

@@ -7,6 +7,8 @@ use std::time::Duration;
 use rustix::process::Signal;
 use tokio::time::Instant;
 
+use crate::crowd;
+use crate::ledger::Finding;
 use crate::world::{Size, World};
 use absurd_tests::Toxic;
 
@@ -59,11 +61,17 @@ pub(crate) fn all() -> Vec<Scenario> {
         scenario!("F11", "links of workers: black holes one way or both, slow, late, reset", hole_workers),
         scenario!("F11b", "links of workers are reset while they work for long", reset_workers, size: |size| size.work = 1000),
         scenario!("F12", "half-open connections: the worker's end hears nothing of the close", half_open),
+        scenario!("F13", "Postgres killed for good; a standby that commits waited for takes over", fail_over, evidence: &[("failovers", 1)], random: false),
         scenario!("F14", "Postgres stands still for seconds", freeze_postgres),
+        scenario!("F14b", "the disk of Postgres is full for seconds", fill_disk, size: small_disk, evidence: &[("refused for want of room", 1)], random: false),
         scenario!("F15", "the database's clock jumps: an hour, a month, backwards", jump_clock, clock: true, random: false),
+        scenario!("F16", "10,000 idle streams on one replica, which dies", storm, evidence: &[("streams that came back", 10_000)], random: false),
+        scenario!("F17", "500 callers of replicas with four connections each, and none left in Postgres", crowd_out, size: |size| size.flags.extend(["--max-connections".into(), "4".into()]), evidence: &[("answers for the crowd", 500)], random: false),
         scenario!("F18", "another session holds rows of running tasks, and of all tasks", hold_rows),
         scenario!("F19", "a snapshot is pinned all the while", pin_snapshot, random: false),
+        scenario!("F20", "Postgres gives out no transaction ids until it is vacuumed", use_up_ids, size: |size| size.settings.push("autovacuum_naptime=1s".into()), evidence: &[("writes refused for want of ids", 1), ("of these to replicas", 1)], random: false),
         scenario!("F21", "runs that nobody can fail beside others whose lease runs out", poison, size: short_lease, evidence: &[("leases that ran out", 1)], random: false),
+        scenario!("F22", "floods of pings, settings, resets and continuations", flood, evidence: &[("floods ended", 12)], random: false),
         scenario!("F24", "replicas restarted by SIGTERM in turn", roll, evidence: &[("restarts", 2)]),
         scenario!("F26", "the listening session killed; malformed notifications", kill_listener),
         scenario!("F27", "cleanup of events beside emissions and waits", clean_events, random: false),
@@ -323,6 +331,168 @@ async fn freeze_postgres(world: &mut World, until: Instant) -> anyhow::Result<()
     }
 }
 
+async fn fail_over(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    let mut failovers = 0;
+    loop {
+        world.add_standby(true).await?;
+        pause(3000..6000, world, until).await;
+        if over(until) && failovers > 0 {
+            world.figures.push(("failovers", failovers));
+            return Ok(());
+        }
+        world.deed("Postgres is killed for good, and its standby takes over").await;
+        world.fail_over().await?;
+        failovers += 1;
+        pause(2000..4000, world, until).await;
+    }
+}
+
+fn small_disk(size: &mut Size) {
+    size.disk = Some(400);
+    size.settings.extend(["max_wal_size=64MB".into(), "min_wal_size=32MB".into(), "shared_buffers=32MB".into()]);
+}
+
+async fn fill_disk(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    loop {
+        pause(3000..6000, world, until).await;
+        if over(until) {
+            let refused = world.faults("disk_full").await;
+            world.figures.push(("refused for want of room", refused));
+            return Ok(());
+        }
+        if !world.fill_disk()? {
+            println!("   this process may not mount a disk");
+            return Ok(());
+        }
+        world.deed("the disk is full").await;
+        pause(3000..6000, world, until.max(Instant::now() + Duration::from_secs(6))).await;
+        world.free_disk().await?;
+    }
+}
+
+/// Streams of the storm.
+const STORM: (usize, usize) = (100, 100);
+
+async fn storm(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    let sql = world.sql().await?;
+    sql.execute("select absurd.create_queue($1)", &[&crowd::QUEUE]).await?;
+    let sessions = "select count(*) from pg_stat_activity where application_name like 'absurd server%'";
+    let wanted = (STORM.0 * STORM.1) as f64;
+    world.deed("the other replicas are stopped, and 10,000 streams open on one").await;
+    for replica in 1..world.replicas.len() {
+        world.replicas[replica].stop(Duration::from_secs(40)).await;
+    }
+    let (before, sessions_before) = (world.resident(0)?, sql.query_one(sessions, &[]).await?.get::<_, i64>(0));
+    let _crowd = crowd::streams(world, STORM.0, STORM.1)?;
+    while world.metric(0, "absurd_streams ").await.unwrap_or(0.0) < wanted {
+        anyhow::ensure!(!over(until + Duration::from_secs(60)), "the streams do not open");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let grown = (world.resident(0)? - before) / i64::try_from(STORM.0 * STORM.1)?;
+    let more = sql.query_one(sessions, &[]).await?.get::<_, i64>(0) - sessions_before;
+    for replica in 1..world.replicas.len() {
+        world.start_replica(replica).await?;
+    }
+    pause(2000..3000, world, until).await;
+    world.deed("SIGKILL of the replica with 10,000 streams").await;
+    let began = Instant::now();
+    world.replicas[0].kill().await;
+    loop {
+        let mut there = 0.0;
+        for replica in 1..world.replicas.len() {
+            there += world.metric(replica, "absurd_streams ").await.unwrap_or(0.0);
+        }
+        if there >= wanted {
+            break;
+        }
+        anyhow::ensure!(began.elapsed() < Duration::from_secs(120), "{there} of {wanted} streams came back");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let took = i64::try_from(began.elapsed().as_millis())?;
+    world.figures.extend([
+        ("streams that came back", wanted as i64),
+        ("bytes per idle stream", grown),
+        ("sessions of Postgres for them", more),
+        ("ms until all streams were back", took),
+    ]);
+    if took > 10_000 {
+        world.findings.push(Finding { check: "C8", story: format!("10,000 streams were back after {took} ms") });
+    }
+    tokio::time::sleep_until(until).await;
+    Ok(())
+}
+
+async fn crowd_out(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    world.sql().await?.execute("select absurd.create_queue($1)", &[&crowd::QUEUE]).await?;
+    pause(2000..3000, world, until).await;
+    world.deed("500 callers ask without end").await;
+    let mut held = Vec::new();
+    let shared = &*world;
+    let hold = async {
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        // Whoever comes now is told that there are too many clients.
+        while let Ok(session) = shared.sql().await {
+            held.push(session);
+        }
+        shared.deed("Postgres has no connection left").await;
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        held.clear();
+    };
+    let (heard, ()) = tokio::join!(crowd::callers(shared, 500, until), hold);
+    let heard = heard?;
+    world.figures.extend([
+        ("answers for the crowd", heard.answered),
+        ("refusals for the crowd", heard.refused),
+        ("ms until a refusal, p99", i64::try_from(heard.refusals.value_at_quantile(0.99))?),
+        ("calls out of time", heard.late),
+    ]);
+    Ok(())
+}
+
+async fn use_up_ids(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    pause(3000..5000, world, until).await;
+    world.sql().await?.batch_execute("create table chaos.old (n int)").await?;
+    world.deed("transaction ids are used up").await;
+    world.use_up_ids().await?;
+    world.went_down();
+    // Postgres would vacuum this table by itself, and could go on then.
+    let holder = world.sql().await?;
+    holder.batch_execute("begin; lock table chaos.old in share update exclusive mode").await?;
+    let sql = world.sql().await?;
+    let mut refused = 0;
+    let began = Instant::now();
+    while refused < 50 && began.elapsed() < Duration::from_secs(30) {
+        let code =
+            sql.execute("insert into chaos.old values (1)", &[]).await.err().and_then(|error| error.code().cloned());
+        refused += i64::from(code == Some(tokio_postgres::error::SqlState::PROGRAM_LIMIT_EXCEEDED));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let told = world.faults("no_transaction_ids").await;
+    world.figures.extend([("writes refused for want of ids", refused), ("of these to replicas", told)]);
+    holder.batch_execute("rollback").await?;
+    world.deed("Postgres may vacuum").await;
+    let began = Instant::now();
+    while sql.execute("insert into chaos.old values (1)", &[]).await.is_err() {
+        anyhow::ensure!(began.elapsed() < Duration::from_secs(60), "Postgres gives out no ids");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    world.up();
+    tokio::time::sleep_until(until).await;
+    Ok(())
+}
+
+async fn flood(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    pause(2000..3000, world, until).await;
+    world.deed("floods").await;
+    match crowd::floods(world, until).await? {
+        Some((ended, most)) => {
+            world.figures.extend([("floods ended", ended), ("frames of a flood at most", most)]);
+        }
+        None => world.findings.push(Finding { check: "C8", story: "a flood was taken without end".into() }),
+    }
+    Ok(())
+}
+
 async fn jump_clock(world: &mut World, until: Instant) -> anyhow::Result<()> {
     let sql = world.sql().await?;
     sql.batch_execute(
@@ -514,6 +684,12 @@ pub(crate) fn bugs() -> Vec<Bug> {
             found_by: &["C1", "C5", "C6", "C7"],
         },
         Bug {
+            name: "a standby that has not heard everything takes over",
+            planted: None,
+            scenario: scenario!("B-standby", "a standby that was cut off takes over", fail_over_early),
+            found_by: &["C1", "C5", "C6"],
+        },
+        Bug {
             name: "a cleanup deletes events by the age that they had when it looked",
             planted: None,
             scenario: scenario!("B-cleanup", "careless cleanup beside traffic", clean_carelessly),
@@ -550,6 +726,17 @@ pub(crate) fn bugs() -> Vec<Bug> {
             found_by: &["C8", "C9"],
         },
     ]
+}
+
+async fn fail_over_early(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    world.add_standby(false).await?;
+    pause(2000..3000, world, until).await;
+    world.cut_standby().await?;
+    pause(3000..4000, world, until).await;
+    world.deed("a standby that has not heard of the last seconds takes over").await;
+    world.fail_over().await?;
+    tokio::time::sleep_until(until).await;
+    Ok(())
 }
 
 async fn lose_answers(world: &mut World, until: Instant) -> anyhow::Result<()> {

@@ -1,5 +1,7 @@
 //! What is broken on purpose: a Postgres with the audit in it, replicas, workers, producers, and a link between any two.
 
+use std::os::unix::fs::{MetadataExt as _, chown};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
@@ -9,11 +11,13 @@ use absurd_server::postgres::{Cluster, ClusterOptions};
 use absurd_server::store::migrate;
 use anyhow::Context as _;
 use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, Command};
 use tokio::time::Instant;
 use tokio_postgres::NoTls;
 
 use crate::history::now;
+use crate::ledger::Finding;
 use crate::shape::QUEUE;
 use absurd_tests::{Link, Target, Toxic};
 
@@ -44,6 +48,34 @@ pub(crate) struct Size {
     pub planted: Option<&'static str>,
     /// Flags of every replica.
     pub flags: Vec<String>,
+    /// Postgres gets a disk of its own, of so many MiB, where this process may mount one.
+    pub disk: Option<u32>,
+}
+
+/// A small disk, which can be filled. Unmounted when dropped.
+#[derive(Debug)]
+struct Disk {
+    at: PathBuf,
+}
+
+impl Disk {
+    /// None: this process may not mount anything.
+    fn mount(at: &Path, mib: u32) -> Option<Self> {
+        let mut mount = std::process::Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &format!("size={mib}m,mode=0755"), "tmpfs"]).arg(at);
+        let mounted = mount.stderr(Stdio::null()).status().is_ok_and(|status| status.success());
+        mounted.then(|| Self { at: at.to_owned() })
+    }
+
+    fn filler(&self) -> PathBuf {
+        self.at.join("filler")
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("--lazy").arg(&self.at).status();
+    }
 }
 
 /// A process of ours.
@@ -107,8 +139,17 @@ pub(crate) struct World {
     pub random: fastrand::Rng,
     cluster: Option<Cluster>,
     cluster_options: ClusterOptions,
-    socket: PathBuf,
+    /// What would take over.
+    standby: Option<Cluster>,
+    // After the clusters, so that it outlives them.
+    disk: Option<Disk>,
+    /// Clusters were made so often.
+    clusters: usize,
+    /// Where the database is now.
+    pub address: Arc<Mutex<String>>,
     ports: Vec<u16>,
+    /// Where replicas serve their metrics.
+    metrics: Vec<u16>,
     pub replicas: Vec<Process>,
     pub workers: Vec<Process>,
     pub producers: Vec<Process>,
@@ -124,6 +165,10 @@ pub(crate) struct World {
     pub restarts: Vec<(Duration, Option<i32>)>,
     /// Processes were started so often: their books and logs are numbered.
     starts: usize,
+    /// What a scenario has measured.
+    pub figures: Vec<(&'static str, i64)>,
+    /// What a scenario has found.
+    pub findings: Vec<Finding>,
 }
 
 /// A program that ends with this process, however that ends: a worker that outlived its world would meet the next one.
@@ -131,6 +176,12 @@ fn bound_to_us(program: &Path) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL"]).arg(program);
     command
+}
+
+async fn connect(url: &str) -> anyhow::Result<tokio_postgres::Client> {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
+    tokio::spawn(connection);
+    Ok(client)
 }
 
 fn free_port() -> anyhow::Result<u16> {
@@ -159,8 +210,12 @@ impl World {
             home: home.to_owned(),
             cluster: None,
             cluster_options,
-            socket: PathBuf::new(),
+            standby: None,
+            disk: size.disk.and_then(|mib| Disk::mount(&postgres, mib)),
+            clusters: 1,
+            address: Arc::default(),
             ports: (0..size.replicas).map(|_| free_port()).collect::<Result<_, _>>()?,
+            metrics: (0..size.replicas).map(|_| free_port()).collect::<Result<_, _>>()?,
             replicas: Vec::new(),
             workers: Vec::new(),
             producers: Vec::new(),
@@ -171,12 +226,14 @@ impl World {
             down_since: None,
             restarts: Vec::new(),
             starts: 0,
+            figures: Vec::new(),
+            findings: Vec::new(),
             size,
         };
         world.start_postgres().await?;
         world.prepare().await?;
         for replica in 0..world.size.replicas {
-            world.database.push(Link::to(Target::Path(world.socket.clone())).await?);
+            world.database.push(Link::to(world.target()).await?);
             world.replicas.push(Process { child: None });
             world.start_replica(replica).await?;
         }
@@ -220,9 +277,7 @@ impl World {
 
     /// A session without a link between.
     pub(crate) async fn sql(&self) -> anyhow::Result<tokio_postgres::Client> {
-        let (client, connection) = tokio_postgres::connect(&self.url(), NoTls).await?;
-        tokio::spawn(connection);
-        Ok(client)
+        connect(&self.url()).await
     }
 
     /// URLs of all replicas, through a client's links.
@@ -254,12 +309,129 @@ impl World {
                 Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
             }
         };
-        let url = cluster.url("postgres");
-        let socket = url.rsplit_once("host=").map(|(_, path)| path).context("a socket")?;
-        self.socket = Path::new(socket).join(".s.PGSQL.5432");
+        self.serve_from(cluster);
+        Ok(())
+    }
+
+    /// This is the database from now on.
+    fn serve_from(&mut self, cluster: Cluster) {
+        if let Ok(mut address) = self.address.lock() {
+            *address = cluster.url("postgres");
+        }
         self.cluster = Some(cluster);
+        for link in &self.database {
+            link.lead_to(self.target());
+        }
+        self.up();
+    }
+
+    /// What links before the database lead to.
+    fn target(&self) -> Target {
+        let url = self.url();
+        let socket = url.rsplit_once("host=").map_or("", |(_, path)| path);
+        Target::Path(Path::new(socket).join(".s.PGSQL.5432"))
+    }
+
+    /// A program of the running Postgres, run as its user.
+    fn program(&self, name: &str) -> anyhow::Result<std::process::Command> {
+        let cluster = self.cluster.as_ref().context("Postgres runs")?;
+        let owner = std::fs::metadata(cluster.home().join("data"))?;
+        let path = std::fs::read_link(format!("/proc/{}/exe", cluster.pid()))?.with_file_name(name);
+        let mut command = std::process::Command::new(path);
+        command.uid(owner.uid()).gid(owner.gid()).current_dir("/").stdin(Stdio::null());
+        Ok(command)
+    }
+
+    /// A standby that follows the database; with `wait`, commits are acknowledged when it has them too.
+    pub(crate) async fn add_standby(&mut self, wait: bool) -> anyhow::Result<()> {
+        self.clusters += 1;
+        let home = self.home.join(format!("pg-{}", self.clusters));
+        std::fs::create_dir(&home)?;
+        let owner = std::fs::metadata(self.cluster_options.home.join("data"))?;
+        chown(&home, Some(owner.uid()), Some(owner.gid()))?;
+        let mut backup = self.program("pg_basebackup")?;
+        backup.args(["--write-recovery-conf", "--wal-method=stream", "--checkpoint=fast", "--no-sync", "--pgdata"]);
+        backup.arg(home.join("data")).args(["--dbname", &self.url()]);
+        let output = tokio::task::spawn_blocking(move || backup.output()).await??;
+        anyhow::ensure!(output.status.success(), "pg_basebackup: {}", String::from_utf8_lossy(&output.stderr));
+        let options = ClusterOptions { home, ..self.cluster_options.clone() };
+        self.standby = Some(tokio::task::spawn_blocking(move || Cluster::start(&options)).await??);
+        if wait {
+            let sql = self.sql().await?;
+            sql.batch_execute("alter system set synchronous_standby_names = '*'").await?;
+            sql.batch_execute("select pg_reload_conf()").await?;
+        }
+        let until = Instant::now() + Duration::from_secs(30);
+        let state = if wait { "sync" } else { "async" };
+        let follows = "select exists (select from pg_stat_replication where state = 'streaming' and sync_state = $1)";
+        while !self.sql().await?.query_one(follows, &[&state]).await?.get::<_, bool>(0) {
+            anyhow::ensure!(Instant::now() < until, "no standby follows");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    /// The standby hears no more of the database.
+    pub(crate) async fn cut_standby(&self) -> anyhow::Result<()> {
+        let standby = self.standby.as_ref().context("a standby")?;
+        let sql = connect(&standby.url("postgres")).await?;
+        sql.batch_execute("alter system set primary_conninfo = ''").await?;
+        sql.batch_execute("select pg_reload_conf()").await?;
+        Ok(())
+    }
+
+    /// The database is killed for good, and its standby takes over.
+    pub(crate) async fn fail_over(&mut self) -> anyhow::Result<()> {
+        self.kill_postgres().await;
+        let standby = self.standby.take().context("a standby")?;
+        connect(&standby.url("postgres")).await?.execute("select pg_promote(true, 60)", &[]).await?;
+        self.cluster_options.home = standby.home().to_owned();
+        self.serve_from(standby);
+        Ok(())
+    }
+
+    /// Leaves no room on the disk of Postgres; false where it has none of its own.
+    pub(crate) fn fill_disk(&mut self) -> anyhow::Result<bool> {
+        let Some(disk) = &self.disk else { return Ok(false) };
+        let mut filler = std::fs::File::options().create(true).append(true).open(disk.filler())?;
+        while std::io::Write::write_all(&mut filler, &[0; 64 * 1024]).is_ok() {}
+        while std::io::Write::write_all(&mut filler, &[0; 512]).is_ok() {}
+        self.went_down();
+        Ok(true)
+    }
+
+    /// Gives the room back; a Postgres that has ended for want of it is started.
+    pub(crate) async fn free_disk(&mut self) -> anyhow::Result<()> {
+        if let Some(disk) = &self.disk {
+            std::fs::remove_file(disk.filler())?;
+        }
+        if self.cluster.as_mut().is_none_or(Cluster::has_exited) {
+            self.cluster = None;
+            self.start_postgres().await?;
+        }
         self.up();
         Ok(())
+    }
+
+    /// Uses up transaction ids until Postgres gives out no more; it runs again afterwards.
+    pub(crate) async fn use_up_ids(&mut self) -> anyhow::Result<()> {
+        let sql = self.sql().await?;
+        let oldest = "select min(datfrozenxid::text::bigint)::bigint from pg_database";
+        let oldest: i64 = sql.query_one(oldest, &[]).await?.get(0);
+        // Postgres stops three million before the ids would mean something else.
+        let next = oldest + (1 << 31) - 3_000_000 + 1000;
+        let mut reset = self.program("pg_resetwal")?;
+        let data = self.cluster_options.home.join("data");
+        let owner = std::fs::metadata(&data)?;
+        self.stop_postgres().await;
+        let output = reset.args(["-x", &next.to_string(), "--pgdata"]).arg(&data).output()?;
+        anyhow::ensure!(output.status.success(), "pg_resetwal: {}", String::from_utf8_lossy(&output.stderr));
+        // The page of the status file that these ids would have reached.
+        let page = data.join(format!("pg_xact/{:04X}", next >> 20));
+        std::fs::write(&page, vec![0; 256 * 1024])?;
+        chown(&page, Some(owner.uid()), Some(owner.gid()))?;
+        std::fs::set_permissions(&page, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+        self.start_postgres().await
     }
 
     /// SIGKILL of the postmaster: its sessions end by themselves, and nothing is flushed.
@@ -288,6 +460,7 @@ impl World {
         }
         command
             .args(["serve", "--listen", &format!("127.0.0.1:{}", self.ports[replica]), "--max-connections", "8"])
+            .args(["--metrics-listen", &format!("127.0.0.1:{}", self.metrics[replica])])
             .args(["--shutdown-grace", "10s", "--database-url"])
             .arg(format!("postgresql://absurd@127.0.0.1:{}/postgres", self.database[replica].port()))
             .args(&self.size.flags)
@@ -424,6 +597,37 @@ impl World {
     /// Writes down how a replica ended after SIGTERM.
     pub(crate) fn restarted(&mut self, took: Duration, code: Option<i32>) {
         self.restarts.push((took, code));
+    }
+
+    /// The sum of a replica's metrics whose lines begin so; None where it does not answer.
+    pub(crate) async fn metric(&self, replica: usize, name: &str) -> Option<f64> {
+        let ask = async {
+            let mut socket = tokio::net::TcpStream::connect(("127.0.0.1", self.metrics[replica])).await.ok()?;
+            socket.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.ok()?;
+            let mut page = String::new();
+            socket.read_to_string(&mut page).await.ok()?;
+            let values = page.lines().filter(|line| line.starts_with(name));
+            Some(values.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum())
+        };
+        tokio::time::timeout(Duration::from_secs(2), ask).await.ok().flatten()
+    }
+
+    /// Failures of statements of a kind that all replicas have met.
+    pub(crate) async fn faults(&self, kind: &str) -> i64 {
+        let name = format!("absurd_database_faults_total{{kind=\"{kind}\"}}");
+        let mut count = 0.0;
+        for replica in 0..self.replicas.len() {
+            count += self.metric(replica, &name).await.unwrap_or(0.0);
+        }
+        count as i64
+    }
+
+    /// Memory of a replica, bytes.
+    pub(crate) fn resident(&self, replica: usize) -> anyhow::Result<i64> {
+        let pid = self.replicas[replica].pid().context("the replica runs")?;
+        let status = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("its memory")?;
+        Ok(line.trim().trim_end_matches(" kB").parse::<i64>()? * 1024)
     }
 
     /// Changes how many files a replica may have open.

@@ -1,0 +1,118 @@
+//! A client that speaks HTTP/2 by hand, and badly.
+
+use std::io;
+
+use absurd_proto::v1 as pb;
+use prost::Message as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+/// Frames that a flood sends at most.
+const FLOOD_MAX: u32 = 4_000_000;
+
+/// Frames without end that ask for nothing.
+#[derive(Debug, Clone, Copy)]
+pub enum Flood {
+    /// Pings.
+    Ping,
+    /// Settings.
+    Settings,
+    /// Calls that are given up at once.
+    Reset,
+    /// A header block that never ends.
+    Continuation,
+}
+
+impl Flood {
+    /// All kinds.
+    pub const ALL: [Self; 4] = [Self::Ping, Self::Settings, Self::Reset, Self::Continuation];
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Attacker {
+    socket: TcpStream,
+}
+
+impl Attacker {
+    /// Connects to an address such as `http://127.0.0.1:1234`, and says the preface.
+    pub async fn connect(url: &str) -> io::Result<Self> {
+        let mut socket = TcpStream::connect(url.trim_start_matches("http://")).await?;
+        socket.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
+        Ok(Self { socket })
+    }
+
+    async fn frame(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) -> io::Result<()> {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        let mut frame = vec![length[1], length[2], length[3], kind, flags];
+        frame.extend(stream.to_be_bytes());
+        frame.extend(payload);
+        self.socket.write_all(&frame).await
+    }
+
+    /// Sends settings.
+    pub async fn settings(&mut self, settings: &[(u16, u32)]) -> io::Result<()> {
+        let mut payload = Vec::new();
+        for (name, value) in settings {
+            payload.extend(name.to_be_bytes());
+            payload.extend(value.to_be_bytes());
+        }
+        self.frame(4, 0, 0, &payload).await
+    }
+
+    fn headers(method: &str) -> Vec<u8> {
+        // POST and http from the static table; the others as literals that are not indexed.
+        let mut block = vec![0x83, 0x86];
+        let mut literal = |name: &str, value: &str| {
+            block.push(0);
+            block.push(u8::try_from(name.len()).unwrap());
+            block.extend(name.as_bytes());
+            block.push(u8::try_from(value.len()).unwrap());
+            block.extend(value.as_bytes());
+        };
+        literal(":path", &format!("/absurd.v1.AbsurdService/{method}"));
+        literal(":authority", "x");
+        literal("content-type", "application/grpc");
+        literal("te", "trailers");
+        block
+    }
+
+    /// Opens a claim stream.
+    pub async fn claim_stream(&mut self, stream: u32, request: &pb::ClaimStreamRequest) -> io::Result<()> {
+        self.frame(1, 4, stream, &Self::headers("ClaimStream")).await?;
+        let message = request.encode_to_vec();
+        let mut body = vec![0];
+        body.extend(u32::try_from(message.len()).unwrap().to_be_bytes());
+        body.extend(message);
+        self.frame(0, 1, stream, &body).await
+    }
+
+    /// Reads until the connection ends.
+    pub async fn end(&mut self) {
+        let mut buffer = [0; 4096];
+        while matches!(self.socket.read(&mut buffer).await, Ok(1..)) {}
+    }
+
+    /// Sends frames of a kind until the server has had enough: how many it took; None when it takes millions of them.
+    pub async fn flood(&mut self, kind: Flood) -> io::Result<Option<u32>> {
+        self.settings(&[]).await?;
+        let mut buffer = vec![0; 64 * 1024];
+        for round in 0..FLOOD_MAX {
+            let stream = round * 2 + 1;
+            let sent = match kind {
+                Flood::Ping => self.frame(6, 0, 0, &[7; 8]).await,
+                Flood::Settings => self.frame(4, 0, 0, &[]).await,
+                Flood::Reset => {
+                    let opened = self.frame(1, 4, stream, &Self::headers("GetQueueStats")).await;
+                    opened.and(self.frame(3, 0, stream, &8_u32.to_be_bytes()).await)
+                }
+                Flood::Continuation if round == 0 => self.frame(1, 0, 1, &[0x83, 0x86]).await,
+                Flood::Continuation => self.frame(9, 0, 1, &[0, 1, b'a', 1, b'b']).await,
+            };
+            if sent.is_err() || matches!(self.socket.try_read(&mut buffer), Ok(0)) {
+                return Ok(Some(round));
+            }
+        }
+        Ok(None)
+    }
+}
