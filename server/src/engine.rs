@@ -17,8 +17,10 @@ use crate::planted::{self, Bug};
 use crate::scope::{Caller, Scope};
 use crate::store::batch::{Kind, RunRef, Write};
 use crate::store::event::StepWait;
+use crate::store::pool::{Role, connections};
 use crate::store::suspend::{Awaited, Suspend};
 use crate::store::task::{NewTask, Slotted, Spawned};
+use crate::store::turns::Turns;
 use crate::store::{Fault, Store};
 use crate::wait::Waits;
 
@@ -39,6 +41,8 @@ pub struct Engine {
     pub feed: Feed,
     spawns: Spawns,
     spawner: Committer<Spawns>,
+    /// Batches that callers bring themselves leave half of the connections to everything else.
+    bulk: Turns,
     settles: Committer<Settles>,
     suspends: Committer<Suspends>,
     emits: Committer<Emits>,
@@ -73,6 +77,7 @@ impl Engine {
             waits: Waits::default(),
             awaited: AwaitedTasks::default(),
             spawner: Committer::new(spawns.clone(), most),
+            bulk: Turns::new(connections(Role::Work, store.options().connections_max) / 2),
             spawns,
             settles,
             suspends: Committer::new(Suspends { store: store.clone() }, most),
@@ -125,6 +130,11 @@ impl Engine {
     ) -> Result<Vec<Spawned>, Error> {
         let tasks: Arc<[NewTask]> = tasks.into();
         self.backlog.admit(&self.store, scope, tasks.len()).await?;
+        let left = deadline.saturating_duration_since(Deadline::now());
+        let turn = self.bulk.take(tasks.len(), left).await.map_err(|after| match deadline > Deadline::now() {
+            true => Error::TooManyRequests { after },
+            false => Error::DeadlineExceeded,
+        })?;
         let outcomes = loop {
             let left = deadline.saturating_duration_since(Deadline::now());
             if left.is_zero() {
@@ -142,6 +152,7 @@ impl Engine {
                 Err(fault) => return Err(fault.into_error(scope)),
             }
         };
+        drop(turn);
         let mut spawned = Vec::with_capacity(outcomes.len());
         for (index, outcome) in outcomes.into_iter().enumerate() {
             spawned.push(outcome.map_err(|error| error.within(&format!("tasks[{index}]")))?);

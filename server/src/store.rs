@@ -18,6 +18,7 @@ pub mod suspend;
 pub mod task;
 pub mod text;
 pub mod tick;
+pub mod turns;
 pub mod upkeep;
 pub mod workflow;
 
@@ -38,6 +39,7 @@ use failing::{Failing, Fate};
 pub use fault::Fault;
 use pool::{Pools, Role};
 pub use statement::{Statement, Wait};
+use turns::Turns;
 
 /// Longest wait for a row that somebody else holds, where a transaction says nothing else.
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(5);
@@ -73,6 +75,8 @@ type TextKey = (&'static str, Wait, String);
 #[derive(Debug)]
 struct Inner {
     pools: Pools,
+    /// At the connections for what callers read.
+    reads: Turns,
     options: StoreOptions,
     texts: Mutex<HashMap<TextKey, Arc<str>>>,
     /// A reading of the database's clock, and when it was taken.
@@ -118,6 +122,7 @@ impl Store {
             inner: Arc::new(Inner {
                 failing: Failing::default(),
                 pools: Pools::new(&options)?,
+                reads: Turns::new(pool::connections(Role::Read, options.connections_max)),
                 test_clock: options.test_clock.then(clock::TestClock::default),
                 options,
                 texts: Mutex::new(HashMap::new()),
@@ -186,6 +191,10 @@ impl Store {
             return Err(on_purpose(fate));
         }
         let role = statement.role();
+        let _turn = match role {
+            Role::Read => Some(self.inner.reads.take(1, self.inner.options.wait_max).await.map_err(|_| Fault::Busy)?),
+            Role::Work | Role::Lease | Role::Upkeep => None,
+        };
         let client = self.client(role).await?;
         let text = self.text(statement, wait, scope);
         let limit = role.silence_max();

@@ -3,6 +3,7 @@
 mod idle;
 mod latency;
 mod load;
+mod overload;
 mod report;
 mod rpcs;
 
@@ -52,6 +53,9 @@ pub(super) enum BenchCommand {
     /// What one claim takes with more and more tasks waiting
     #[command(after_help = "Example:\n  absurd bench backlog --pending 0,100000,1000000")]
     Backlog(load::BacklogArgs),
+    /// What is left of the work when twice as much is asked for as can be done, and how soon the rest is refused
+    #[command(after_help = "Examples:\n  absurd bench overload\n  absurd bench overload --factor 4 --batch 1 -o json")]
+    Overload(overload::OverloadArgs),
     /// Two results side by side
     #[command(
         after_help = "Example:\n  absurd bench drain -o json >before.json\n  absurd bench compare before.json after.json"
@@ -102,6 +106,7 @@ pub(super) fn run(command: BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Steady(args) => on_stage(&args.stage, async |stage| load::steady(&args, stage).await),
         BenchCommand::Steps(args) => on_stage(&args.stage, async |stage| load::steps(&args, stage).await),
         BenchCommand::Backlog(args) => on_stage(&args.stage, async |stage| load::backlog(&args, stage).await),
+        BenchCommand::Overload(args) => on_stage(&args.stage, async |stage| overload::run(&args, stage).await),
         BenchCommand::Compare(args) => report::compare(&args),
     }
 }

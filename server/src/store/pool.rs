@@ -71,6 +71,15 @@ impl Role {
     }
 }
 
+/// Connections that a role takes at most, of so many in all; where all share them, reads leave half.
+pub fn connections(role: Role, of: usize) -> usize {
+    match role {
+        _ if of >= SHARED_BELOW => role.share(of),
+        Role::Read => (of / 2).max(1),
+        Role::Work | Role::Lease | Role::Upkeep => of,
+    }
+}
+
 /// One pool per role, or one for all where there are few connections.
 #[derive(Debug)]
 pub struct Pools {

@@ -1,0 +1,111 @@
+//! Turns at the connections of one kind of work: who would have to wait too long is told so at once, instead of being served
+//! when nobody waits for the answer any more.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Who is expected to wait longer than this is turned away.
+pub const WAIT_MAX: Duration = Duration::from_secs(2);
+/// Weight of the newest turn in what is known of their pace.
+const PACE_WEIGHT: f64 = 0.1;
+
+/// See the module. Clones share the places.
+#[derive(Debug, Clone)]
+pub struct Turns(Arc<Inside>);
+
+#[derive(Debug)]
+struct Inside {
+    places: Arc<Semaphore>,
+    count: usize,
+    /// Items of those who wait.
+    waiting: AtomicUsize,
+    /// Seconds per item, lately; 0: not known.
+    pace: Mutex<f64>,
+}
+
+/// The right to be served now; the pace is learnt from how long it is held.
+#[derive(Debug)]
+pub struct Turn {
+    inside: Arc<Inside>,
+    items: usize,
+    began: Instant,
+    _place: OwnedSemaphorePermit,
+}
+
+/// What waits is counted even when its caller goes away.
+struct Waiting<'a>(&'a Inside, usize);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(self.1, Ordering::Relaxed);
+    }
+}
+
+impl Turns {
+    /// So many at the same time.
+    pub fn new(count: usize) -> Self {
+        let count = count.max(1);
+        let places = Arc::new(Semaphore::new(count));
+        Self(Arc::new(Inside { places, count, waiting: AtomicUsize::new(0), pace: Mutex::new(0.0) }))
+    }
+
+    /// Waits for a turn, for work of so many items. `Err` says at once how long that would take, where it is more than
+    /// [`WAIT_MAX`] or than the caller has.
+    pub async fn take(&self, items: usize, left: Duration) -> Result<Turn, Duration> {
+        let inside = &*self.0;
+        let pace = *inside.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        let ahead = inside.waiting.load(Ordering::Relaxed);
+        let wait = Duration::from_secs_f64(pace * ahead as f64 / inside.count as f64);
+        if wait > WAIT_MAX.min(left) {
+            return Err(wait);
+        }
+        inside.waiting.fetch_add(items, Ordering::Relaxed);
+        let waiting = Waiting(inside, items);
+        let place = tokio::time::timeout(left, Arc::clone(&inside.places).acquire_owned()).await;
+        drop(waiting);
+        match place {
+            Ok(Ok(place)) => Ok(Turn { inside: Arc::clone(&self.0), items, began: Instant::now(), _place: place }),
+            Ok(Err(_)) | Err(_) => Err(wait.max(Duration::from_millis(100))),
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let latest = self.began.elapsed().as_secs_f64() / self.items.max(1) as f64;
+        let mut pace = self.inside.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        *pace = if *pace == 0.0 { latest } else { *pace + (latest - *pace) * PACE_WEIGHT };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_would_wait_too_long_is_turned_away_at_once() {
+        let turns = Turns::new(1);
+        let first = turns.take(1, WAIT_MAX).await.unwrap();
+        *turns.0.pace.lock().unwrap() = 1.0;
+        let patient = {
+            let turns = turns.clone();
+            tokio::spawn(async move { turns.take(3, Duration::from_secs(60)).await })
+        };
+        while turns.0.waiting.load(Ordering::Relaxed) < 3 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(turns.take(1, Duration::from_secs(60)).await.unwrap_err(), Duration::from_secs(3));
+        drop(first);
+        let second = patient.await.unwrap().unwrap();
+        assert_eq!(turns.0.waiting.load(Ordering::Relaxed), 0);
+        // Nobody waits, however slow it is: the next one may.
+        let next = turns.take(1, Duration::from_millis(10)).await;
+        assert!(next.is_err(), "its time is over");
+        assert_eq!(turns.0.waiting.load(Ordering::Relaxed), 0, "who went away waits no more");
+        drop(second);
+        turns.take(1, WAIT_MAX).await.unwrap();
+    }
+}
