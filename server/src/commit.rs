@@ -250,7 +250,7 @@ async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry
         );
         match executed {
             Ok(outcomes) => settle(shared, key, part, outcomes, unknown),
-            Err(Fault::Data(_) | Fault::Raised { .. } | Fault::Bug(_)) if part.len() > 1 => {
+            Err(fault) if fault.is_refusal() && part.len() > 1 => {
                 let second = part.split_off(part.len() / 2);
                 parts.push(second);
                 parts.push(part);

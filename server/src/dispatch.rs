@@ -25,6 +25,8 @@ use crate::doorbell::Hints;
 use crate::metrics;
 use crate::scope::Scope;
 use crate::store::batch::{RunRef, Write};
+use crate::store::quarantine::Reason;
+use crate::store::run::Claimed;
 use crate::store::tick::QueueTick;
 use crate::store::{Fault, Store};
 use outbox::{Message, Outbox};
@@ -533,9 +535,12 @@ impl Dispatcher {
     async fn claim(&self, queue: &Arc<Queue>, plan: Plan) {
         let scope = &queue.scope;
         let since = self.shared.store.now();
-        let claimed = readable(self.shared.store.run_claim(scope, &plan.slots, &plan.names, plan.cursor)).await;
+        let claimed = readable(self.take(queue, &plan)).await;
         let (mut claims, cursor, more) = match claimed {
-            Ok(claimed) => (claimed.claims, claimed.cursor, claimed.more),
+            Ok(claimed) => {
+                self.put_aside(queue, claimed.unreadable).await;
+                (claimed.claims, claimed.cursor, claimed.more)
+            }
             Err(Fault::Missing) => {
                 self.drop_queue(scope.queue());
                 return;
@@ -568,6 +573,75 @@ impl Dispatcher {
     }
 }
 
+impl Dispatcher {
+    /// Claims for a plan. Where Postgres refuses that because of some run, the others are taken all the same, and that run is
+    /// found and passed over from then on: smaller and smaller parts are claimed until one run alone is refused, and then
+    /// each of the next ones is tried.
+    async fn take(&self, queue: &Arc<Queue>, plan: &Plan) -> Result<Claimed, Fault> {
+        let (store, scope) = (&self.shared.store, &queue.scope);
+        let mut passed_over = queue.lock().passed_over(Instant::now());
+        let mut all = Claimed::NONE;
+        let mut part = plan.slots.len();
+        let mut tries = 0;
+        while all.claims.len() < plan.slots.len() {
+            let done = all.claims.len() + all.unreadable.len();
+            let slots = plan.slots[done.min(plan.slots.len())..].chunks(part).next().unwrap_or_default();
+            if slots.is_empty() {
+                break;
+            }
+            tries += 1;
+            match store.run_claim(scope, slots, &plan.names, plan.cursor, &passed_over).await {
+                Ok(claimed) => {
+                    let full = claimed.claims.len() + claimed.unreadable.len() == slots.len();
+                    all.claims.extend(claimed.claims.into_iter().map(|(slot, claim)| (done + slot, claim)));
+                    all.unreadable.extend(claimed.unreadable);
+                    (all.cursor, all.more) = (claimed.cursor, claimed.more);
+                    if !full {
+                        break;
+                    }
+                    part *= 2;
+                }
+                Err(fault) if fault.is_refusal() && tries < TRIES_MAX && part > 1 => part /= 2,
+                Err(fault) if fault.is_refusal() && tries < TRIES_MAX && passed_over.len() < PASSED_OVER_MAX => {
+                    let worker = &slots[0].worker_id;
+                    let refused = store.run_refused(scope, worker, &plan.names, plan.cursor, &passed_over).await?;
+                    passed_over.extend(refused.iter().map(|(run_id, _)| *run_id));
+                    self.pass_over(queue, refused).await;
+                }
+                // What was claimed before is not given up for what cannot be.
+                Err(fault) if all.claims.is_empty() && all.unreadable.is_empty() => return Err(fault),
+                Err(_) => break,
+            }
+        }
+        Ok(all)
+    }
+
+    /// Passes runs over from now on, for a while, and notes why.
+    async fn pass_over(&self, queue: &Arc<Queue>, found: Vec<(RunId, String)>) {
+        let scope = &queue.scope;
+        let Some((run_id, problem)) = found.first() else { return };
+        tracing::warn!(
+            queue.name = %scope.queue(), runs = found.len(), run.id = %run_id, problem,
+            "runs cannot be claimed and are passed over; see `absurd doctor`"
+        );
+        queue.lock().pass_over(found.iter().map(|(run_id, _)| *run_id), Instant::now());
+        if let Err(fault) = self.shared.store.quarantine_put(scope, Reason::Claim, &found).await {
+            tracing::warn!(queue.name = %scope.queue(), ?fault, "could not note which runs cannot be claimed");
+        }
+    }
+
+    /// Gives back what was claimed and cannot be read.
+    async fn put_aside(&self, queue: &Arc<Queue>, unreadable: Vec<(ClaimToken, String)>) {
+        if unreadable.is_empty() {
+            return;
+        }
+        let (tokens, found): (Vec<ClaimToken>, Vec<(RunId, String)>) =
+            unreadable.into_iter().map(|(token, problem)| (token.clone(), (token.run_id, problem))).unzip();
+        self.pass_over(queue, found).await;
+        self.give_back(queue, tokens.into_iter().map(Return::undelivered).collect());
+    }
+}
+
 /// Whoever wrote rows by plain SQL may have left what no schema of ours allows. That it cannot be read must not end the
 /// queue's loop: what was taken is given back, as if the answer had been lost.
 async fn readable<T>(reading: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
@@ -579,6 +653,11 @@ async fn readable<T>(reading: impl Future<Output = Result<T, Fault>>) -> Result<
 fn put_off() -> Duration {
     Duration::from_secs(15).mul_f64(1.0 + random())
 }
+
+/// Claim statements of one plan, where runs are refused.
+const TRIES_MAX: usize = 64;
+/// Runs of a queue that are passed over at the same time.
+const PASSED_OVER_MAX: usize = 1000;
 
 /// Room for one look in a pull that does not wait.
 const LOOK: Duration = Duration::from_secs(10);

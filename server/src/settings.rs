@@ -284,11 +284,16 @@ fn within<T: PartialOrd + From<u8> + std::fmt::Display + Copy>(
 /// Where a server listens unless told otherwise.
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 50051);
 
-/// Parses a database URL; the error does not repeat it, as it may hold a password.
+/// Parses a database URL; the error repeats no part of it, as it may hold a password, and a part that was not quoted well
+/// reads like an option.
 pub fn parse_database(url: &Secret) -> anyhow::Result<tokio_postgres::Config> {
     url.expose().parse().map_err(|error: tokio_postgres::Error| {
         use std::error::Error as _;
-        let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
+        let cause = match error.source().map(ToString::to_string) {
+            Some(text) if text.starts_with("unknown option") => ": it names an option that there is not".to_owned(),
+            Some(text) => format!(": {text}"),
+            None => String::new(),
+        };
         anyhow::anyhow!("the database URL is not valid{cause}; expected postgresql://user:password@host:5432/database")
     })
 }
@@ -339,5 +344,9 @@ mod tests {
         assert!(!format!("{options:?}").contains("hunter2"));
         let broken = Secret::from("postgresql://me:hunter2@nowhere:notaport/db");
         assert!(!format!("{:#}", parse_database(&broken).unwrap_err()).contains("hunter2"));
+        for broken in ["host=nowhere password=my hunter2=x", "postgresql://me@nowhere/db?password=a&hunter2=b"] {
+            let error = format!("{:#}", parse_database(&broken.into()).unwrap_err());
+            assert!(!error.contains("hunter2") && error.contains("an option"), "{error}");
+        }
     }
 }

@@ -42,7 +42,7 @@ async fn a_claim_walks_the_index_whatever_the_backlog() {
     let text = RUN_CLAIM.render("q", Wait::Skip);
     sql.batch_execute(&format!("prepare claim as {text}")).await.unwrap();
     let explain = "explain (analyze, costs off, timing off, summary off)
-                   execute claim(array['w'], array['0123456789012345678901'], array[30], 1)";
+                   execute claim(array['w'], array['0123456789012345678901'], array[30], 1, '{}')";
     let rows = sql.simple_query(explain).await.unwrap();
     let plan: String = rows
         .iter()

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use absurd_client::ClaimOptions;
+use absurd_client::{ClaimOptions, NewTask, SpawnOptions, StreamOptions};
 use absurd_server::settings::{Settings, Span};
 use absurd_tests::{Database, Server, ServerOptions, absurd, eventually, in_time};
-use serde_json::Value;
+use serde_json::{Value, json as j};
 use tonic_types::StatusExt as _;
 
 fn every(upkeep: Duration) -> ServerOptions {
@@ -265,6 +265,71 @@ async fn tasks_that_cannot_be_moved_on_hold_up_nobody() {
         (count("select count(*) from absurd_server.quarantine").await == 0).then_some(())
     })
     .await;
+    server.stop().await;
+}
+
+/// Runs that Postgres refuses to have claimed are found and passed over; all others arrive, on every kind of stream, and a
+/// spawn of such a task is a spawn. They come once they can.
+#[tokio::test(flavor = "multi_thread")]
+async fn runs_that_cannot_be_claimed_hold_up_nobody() {
+    let server = Server::start().await;
+    let sql = server.database().connect().await;
+    sql.batch_execute(
+        "create function refuse() returns trigger language plpgsql as $$ begin raise exception 'not today'; end $$;
+         create trigger poison before insert or update of state on absurd.t_q for each row
+           when (new.task_name = 'poison' and new.state = 'running') execute function refuse();
+         select absurd.spawn_task('q', case when i % 3 = 0 then 'poison' when i % 3 = 1 then 'fine' else 'other' end, '{}')
+           from generate_series(1, 120) i",
+    )
+    .await
+    .unwrap();
+    let arrive = async |names: &[&str], count: usize| {
+        let options = StreamOptions {
+            max_in_flight: 10,
+            task_names: names.iter().map(|name| (*name).to_owned()).collect(),
+            ..StreamOptions::default()
+        };
+        let mut stream = server.client().claim_stream(options).await.unwrap();
+        for _ in 0..count {
+            let task = in_time("the others arrive", stream.next()).await.unwrap();
+            assert_eq!(task.attempt, 1);
+            task.complete(&j!(1)).await.unwrap();
+        }
+    };
+    arrive(&["fine", "poison"], 40).await;
+    arrive(&[], 40).await;
+    let pulled = ClaimOptions { qty: 10, ..ClaimOptions::default() };
+    assert!(server.client().claim_task(pulled).await.unwrap().is_empty(), "the rest is poison");
+    let count = async |query: &str| sql.query_one(query, &[]).await.unwrap().get::<_, i64>(0);
+    let noted = "select count(*) from absurd_server.quarantine where reason = 'claim' and problem like '%not today'";
+    assert_eq!(count(noted).await, 40);
+    let (good, found) = doctor(server.database()).await;
+    let told = found.iter().filter(|finding| finding["what"].as_str().unwrap().contains("refuses to have it claimed"));
+    assert!(!good && told.count() == 40, "{found:?}");
+    // A worker waits: the task would go straight to it.
+    let options = StreamOptions { max_in_flight: 50, ..StreamOptions::default() };
+    let mut idle = server.client().claim_stream(options).await.unwrap();
+    server.client().spawn_task("poison", &j!(1), SpawnOptions::default()).await.unwrap();
+    let two = (0..2).map(|_| NewTask::new("poison", &j!(1), SpawnOptions::default()).unwrap()).collect();
+    server.client().spawn_tasks(two).await.unwrap();
+    server.client().spawn_task("fine", &j!(1), SpawnOptions::default()).await.unwrap();
+    let task = in_time("what is fine comes", idle.next()).await.unwrap();
+    assert_eq!(task.task_name, "fine");
+    task.complete(&j!(1)).await.unwrap();
+    drop(idle);
+    sql.batch_execute("drop trigger poison on absurd.t_q").await.unwrap();
+    // This replica looks at them again after a while; one that knows nothing of them does at once.
+    let other = Server::start_on(server.database()).await;
+    let options = StreamOptions { max_in_flight: 50, ..StreamOptions::default() };
+    let mut stream = other.client().claim_stream(options).await.unwrap();
+    for _ in 0..43 {
+        in_time("they come once they can", stream.next()).await.unwrap().complete(&j!(1)).await.unwrap();
+    }
+    eventually("and are forgotten", || async {
+        (count("select count(*) from absurd_server.quarantine").await == 0).then_some(())
+    })
+    .await;
+    other.stop().await;
     server.stop().await;
 }
 

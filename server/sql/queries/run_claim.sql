@@ -1,12 +1,12 @@
 -- Claims up to $4 runs, one per slot; a slot is one unit of credit of one stream.
 -- Two ordered walks of the (state, available_at) index, each to as many rows as are wanted.
 -- Slots and runs are laid side by side as arrays, and parts carry along what later parts need: a join of the one with the
--- other would compare each pair.
+-- other would compare each pair. Runs that Postgres refuses to have claimed ($5) are passed over.
 with clock as materialized (select absurd.current_time() as now),
      pending as materialized (
        select r.run_id, r.task_id, r.available_at, r.started_at, t.first_started_at
          from {r} r join {t} t on t.task_id = r.task_id
-        where r.state = 'pending' and r.available_at <= (select now from clock)
+        where r.state = 'pending' and r.available_at <= (select now from clock) and r.run_id <> all ($5::uuid[])
           and t.state in ('pending', 'sleeping', 'running')
           and (t.cancellation is null
                or not absurd_server.cancellation_due(t.cancellation, t.enqueue_at, t.first_started_at,
@@ -17,7 +17,7 @@ with clock as materialized (select absurd.current_time() as now),
      sleeping as materialized (
        select r.run_id, r.task_id, r.available_at, r.started_at, t.first_started_at
          from {r} r join {t} t on t.task_id = r.task_id
-        where r.state = 'sleeping' and r.available_at <= (select now from clock)
+        where r.state = 'sleeping' and r.available_at <= (select now from clock) and r.run_id <> all ($5::uuid[])
           and t.state in ('pending', 'sleeping', 'running')
           and (t.cancellation is null
                or not absurd_server.cancellation_due(t.cancellation, t.enqueue_at, t.first_started_at,

@@ -24,6 +24,7 @@ with clock as materialized (select absurd.current_time() as now),
        select l.run_id
          from (select * from looked order by available_at, place) l
          cross join lateral (select from {t} t where t.task_id = l.task_id and t.task_name = any ($5::text[]) offset 0) t
+        where l.run_id <> all ($8::uuid[])
         limit $4::integer * 2),
      locked as materialized (
        select r.run_id, r.task_id, r.available_at, r.started_at, t.first_started_at
@@ -31,6 +32,7 @@ with clock as materialized (select absurd.current_time() as now),
          join {r} r on r.run_id = wanted.run_id
          join {t} t on t.task_id = r.task_id
         where r.state in ('pending', 'sleeping') and r.available_at <= (select now from clock)
+          and r.run_id <> all ($8::uuid[])
           and t.state in ('pending', 'sleeping', 'running')
           and (t.cancellation is null
                or not absurd_server.cancellation_due(t.cancellation, t.enqueue_at, t.first_started_at,

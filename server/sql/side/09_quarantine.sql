@@ -4,14 +4,19 @@ create table if not exists absurd_server.quarantine (
   queue_name text not null,
   run_id     uuid not null,
   task_id    uuid not null,
-  -- lease: its lease ran out and its failure raises; policy: its cancellation raises; size: it fits into no message.
-  reason     text not null check (reason in ('lease', 'policy', 'size')),
+  reason     text not null,
   problem    text not null,
   times      integer not null default 1,
   since      timestamptz not null default absurd.current_time(),
   retry_at   timestamptz not null,
   primary key (queue_name, run_id)
 );
+
+-- claim: claiming it raises, or it cannot be read; lease: its lease ran out and its failure raises; policy: its cancellation
+-- raises; size: it fits into no message.
+alter table absurd_server.quarantine drop constraint if exists quarantine_reason_check;
+alter table absurd_server.quarantine
+  add constraint quarantine_reason_check check (reason in ('claim', 'lease', 'policy', 'size'));
 
 -- Forgets what has moved on, or whose queue is gone.
 create or replace function absurd_server.quarantine_forget() returns void
@@ -30,6 +35,7 @@ begin
                              where r.run_id = q.run_id
                                and case q.reason when ''lease'' then r.state = ''running''
                                                  when ''size'' then r.state = ''pending''
+                                                 when ''claim'' then r.state in (''pending'', ''sleeping'')
                                                  else r.state in (''pending'', ''sleeping'', ''running'') end)',
         'r_' || v_queue) using v_queue;
     end if;

@@ -157,6 +157,12 @@ fn problem(row: &Row) -> Option<Finding> {
 fn set_aside(task: &Quarantined) -> Finding {
     let Quarantined { queue, task_id, problem, times, .. } = task;
     let (what, mend) = match task.reason.as_str() {
+        "claim" => (
+            "Postgres refuses to have it claimed, or what is stored of it cannot be read",
+            format!(
+                "mend what refuses it, or its row, or: absurd task cancel {task_id}; it is tried again within 10 minutes"
+            ),
+        ),
         "lease" => (
             "its lease ran out, and Postgres refuses to fail its run",
             "mend what refuses it, such as a trigger or a constraint; it is tried again within 10 minutes".to_owned(),

@@ -12,7 +12,7 @@ use crate::scope::Scope;
 use crate::store::batch::{Answer, Kind, RunRef, Via, Write};
 use crate::store::event::Emission;
 use crate::store::suspend::{Awaited, Suspend, SuspendKind};
-use crate::store::task::{NewTask, Spawned};
+use crate::store::task::{NewTask, Slotted, Spawned, Spawning};
 use crate::store::{Fault, Store, Wait, batch};
 
 /// Spawns. Keyed ones go apart, because they may have to wait for others.
@@ -31,12 +31,12 @@ impl Spawns {
         lock_wait: Duration,
         all: bool,
     ) -> Result<Vec<Result<Spawned, Error>>, Fault> {
-        let hand_over = self.dispatcher.hand_over(scope, tasks);
-        let slotted = hand_over.slotted(tasks);
-        let spawning = match all {
-            true => self.store.task_spawn_all(scope, &slotted, lock_wait, true).await,
-            false => self.store.task_spawn(scope, &slotted, lock_wait).await,
-        };
+        let mut hand_over = self.dispatcher.hand_over(scope, tasks);
+        let mut spawning = self.try_spawn(scope, &hand_over.slotted(tasks), lock_wait, all).await;
+        // It may be the claim that Postgres refuses; that is for the dispatcher to find out.
+        if spawning.as_ref().is_err_and(Fault::is_refusal) && hand_over.put_back() {
+            spawning = self.try_spawn(scope, &hand_over.slotted(tasks), lock_wait, all).await;
+        }
         match spawning {
             Ok(spawning) => {
                 hand_over.deliver(spawning.claims);
@@ -52,6 +52,19 @@ impl Spawns {
                 }
                 Err(fault)
             }
+        }
+    }
+
+    async fn try_spawn(
+        &self,
+        scope: &Scope,
+        slotted: &[Slotted<'_>],
+        lock_wait: Duration,
+        all: bool,
+    ) -> Result<Spawning, Fault> {
+        match all {
+            true => self.store.task_spawn_all(scope, slotted, lock_wait, true).await,
+            false => self.store.task_spawn(scope, slotted, lock_wait).await,
         }
     }
 }

@@ -50,7 +50,7 @@ impl HandOver {
         let mut returns = Vec::new();
         let mut state = queue.lock();
         for (index, claim) in claims {
-            let Some((id, _)) = self.taken[index].take() else { continue };
+            let Some((id, _)) = self.taken.get_mut(index).and_then(Option::take) else { continue };
             state.put_back(id);
             state.send(id, claim, Instant::now(), &mut put_off, &mut returns);
         }
@@ -68,16 +68,23 @@ impl HandOver {
     }
 }
 
+impl HandOver {
+    /// Frees all credit; says whether any was set aside.
+    pub(crate) fn put_back(&mut self) -> bool {
+        let Some(queue) = self.queue.as_ref().filter(|_| self.taken.iter().any(Option::is_some)) else { return false };
+        let mut state = queue.lock();
+        for (id, _) in self.taken.drain(..).flatten() {
+            state.put_back(id);
+        }
+        drop(state);
+        queue.bell.notify_one();
+        true
+    }
+}
+
 impl Drop for HandOver {
     fn drop(&mut self) {
-        if let Some(queue) = self.queue.as_ref().filter(|_| self.taken.iter().any(Option::is_some)) {
-            let mut state = queue.lock();
-            for (id, _) in self.taken.drain(..).flatten() {
-                state.put_back(id);
-            }
-            drop(state);
-            queue.bell.notify_one();
-        }
+        self.put_back();
         self.dispatcher.shared.releasing.fetch_sub(1, Ordering::Relaxed);
     }
 }

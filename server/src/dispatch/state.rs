@@ -24,6 +24,9 @@ const CHECK_FULL: (Duration, Duration) = (Duration::from_millis(500), Duration::
 /// Look at the claims of a stream that is not full.
 const CHECK_OPEN: Duration = Duration::from_secs(5);
 
+/// A run that cannot be claimed is passed over this long at first, and this long at most.
+const PASS_OVER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(600));
+
 /// Id of a stream or pull on this replica.
 pub type StreamId = u64;
 
@@ -153,6 +156,8 @@ pub struct State {
     ready: VecDeque<StreamId>,
     timers: BinaryHeap<Reverse<(Instant, Timer)>>,
     cursors: HashMap<Arc<[String]>, Cursor>,
+    /// Runs that cannot be claimed: until when they are passed over, and for how long then.
+    passed_over: HashMap<RunId, (Instant, Duration)>,
     work: bool,
     /// Claim statements are under way.
     claiming: bool,
@@ -199,6 +204,22 @@ impl State {
         if self.next_available.is_none_or(|known| at < known) {
             self.next_available = Some(at);
         }
+    }
+
+    /// Passes runs over: for 5 s, and twice as long each time, at most 10 minutes.
+    pub fn pass_over(&mut self, runs: impl Iterator<Item = RunId>, now: Instant) {
+        // Long over, and not heard of since.
+        self.passed_over.retain(|_, (until, _)| *until + PASS_OVER.1 > now);
+        for run_id in runs {
+            let span = self.passed_over.get(&run_id).map_or(PASS_OVER.0, |(_, span)| (*span * 2).min(PASS_OVER.1));
+            self.passed_over.insert(run_id, (now + span, span));
+            self.note_available(now + span);
+        }
+    }
+
+    /// Runs that are passed over now.
+    pub fn passed_over(&self, now: Instant) -> Vec<RunId> {
+        self.passed_over.iter().filter(|(_, (until, _))| *until > now).map(|(run_id, _)| *run_id).collect()
     }
 
     /// Opens a stream; an older one of the same session ends. Returns how long until it gets old, echoed.
@@ -579,5 +600,25 @@ impl State {
             }
             self.left(*run_id);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_passed_over_longer_each_time() {
+        let (mut state, run_id, mut now) = (State::default(), RunId::new_v4(), Instant::now());
+        for seconds in [5, 10, 20, 40, 80, 160, 320, 600, 600] {
+            state.pass_over([run_id].into_iter(), now);
+            let span = Duration::from_secs(seconds);
+            assert_eq!(state.passed_over(now + span - Duration::from_millis(1)), [run_id]);
+            assert!(state.passed_over(now + span).is_empty());
+            now += span;
+            assert!(state.turn(now, Spans { heartbeat: span, stall: span }).plans.is_empty());
+        }
+        state.pass_over(std::iter::empty(), now + PASS_OVER.1);
+        assert!(state.passed_over.is_empty(), "forgotten");
     }
 }

@@ -128,6 +128,20 @@ impl Fault {
         )
     }
 
+    /// Whether Postgres refused what some row holds, or what becomes of it: without that row the same statement may succeed.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Data(_) | Self::Raised { .. } | Self::Bug(_))
+    }
+
+    /// What Postgres said, for an operator.
+    pub fn problem(&self) -> String {
+        match self {
+            Self::Data(text) | Self::Bug(text) | Self::Gone(text) | Self::Unknown(text) => text.clone(),
+            Self::Raised { code, message } => format!("{code} {message}"),
+            other => other.kind().to_owned(),
+        }
+    }
+
     /// Whether the connection is of no more use, or leads to a server that is of none.
     pub(super) fn is_of_connection(&self) -> bool {
         matches!(self, Self::Gone(_) | Self::Unknown(_) | Self::ReadOnly)

@@ -13,6 +13,8 @@ const PROBLEM_MAX: usize = 500;
 /// Why a task is set aside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
+    /// Postgres refuses to have it claimed, or it cannot be read.
+    Claim,
     /// Its lease ran out, and Postgres refuses to fail its run.
     Lease,
     /// Its policy cancels it, and Postgres refuses that.
@@ -22,11 +24,12 @@ pub enum Reason {
 }
 
 impl Reason {
-    const ALL: [Self; 3] = [Self::Lease, Self::Policy, Self::Size];
+    const ALL: [Self; 4] = [Self::Claim, Self::Lease, Self::Policy, Self::Size];
 
     /// As stored, and as the label of a metric.
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Claim => "claim",
             Self::Lease => "lease",
             Self::Policy => "policy",
             Self::Size => "size",
@@ -74,7 +77,7 @@ impl Store {
     }
 
     /// How many are set aside, by reason.
-    pub async fn quarantine_count(&self) -> Result<[(Reason, i64); 3], Fault> {
+    pub async fn quarantine_count(&self) -> Result<[(Reason, i64); 4], Fault> {
         let rows = self.rows(&QUARANTINE_COUNT, Wait::Skip, None, &[]).await?;
         let of = |reason: Reason| rows.iter().find(|row| row.get::<_, &str>("reason") == reason.as_str());
         Ok(Reason::ALL.map(|reason| (reason, of(reason).map_or(0, |row| row.get("tasks")))))

@@ -1,17 +1,23 @@
 //! Runs: claiming, checking, cutting leases, reading.
 
+use std::time::Duration;
+
+use postgres_types::ToSql;
 use tokio_postgres::Row;
 use uuid::Uuid;
 
 use super::statement::{
-    CHECKPOINT_LIST, RELEASE_COUNT, RELEASE_FORGET, RUN_CHECK, RUN_CLAIM, RUN_CLAIM_NAMED, RUN_CUT_LEASE, RUN_GET,
-    RUN_LIST_CLAIMED, RUN_LIST_EXPIRED, RUN_SILENT,
+    CHECKPOINT_LIST, RELEASE_COUNT, RELEASE_FORGET, RUN_CHECK, RUN_CLAIM, RUN_CLAIM_NAMED, RUN_CLAIM_NEXT,
+    RUN_CLAIM_TRY, RUN_CUT_LEASE, RUN_GET, RUN_LIST_CLAIMED, RUN_LIST_EXPIRED, RUN_SILENT,
 };
 use super::text::FIELD_BYTES_MAX;
 use super::{Fault, Store, Wait};
 use crate::domain::claim::{Checkpoint, Secret};
-use crate::domain::{Claim, ClaimToken, Digest, Error, Instant, JsonText, RunId, State, WorkerId};
+use crate::domain::{Claim, ClaimToken, Digest, Error, Instant, RunId, State, WorkerId};
 use crate::scope::Scope;
+
+/// Runs that are tried one by one after a claim was refused.
+const TRIED: i32 = 50;
 
 /// One unit of credit of one stream.
 #[derive(Debug, Clone)]
@@ -42,6 +48,11 @@ pub struct Cursor {
 impl Cursor {
     /// Before every run.
     pub const HEAD: Self = Self { available_at: Instant::from_micros(0), place: (0, 0) };
+
+    /// Page and line as Postgres reads them.
+    fn place(self) -> String {
+        format!("({},{})", self.place.0, self.place.1)
+    }
 }
 
 /// Page and line of a `tid` as Postgres prints it.
@@ -59,6 +70,13 @@ pub struct Claimed {
     pub cursor: Cursor,
     /// Whether that is not the head: there is more to look at.
     pub more: bool,
+    /// What was claimed and cannot be read, and why.
+    pub unreadable: Vec<(ClaimToken, String)>,
+}
+
+impl Claimed {
+    /// Nothing, so far.
+    pub const NONE: Self = Self { claims: Vec::new(), cursor: Cursor::HEAD, more: false, unreadable: Vec::new() };
 }
 
 /// What a check says about a claim.
@@ -82,26 +100,16 @@ pub struct RunRecord {
 }
 
 impl Store {
-    /// Claims at most one run per slot, oldest first.
+    /// Claims at most one run per slot, oldest first, but for those that are passed over.
     pub async fn run_claim(
         &self,
         scope: &Scope,
         slots: &[Slot],
         names: &[String],
         cursor: Cursor,
+        passed_over: &[RunId],
     ) -> Result<Claimed, Fault> {
-        let workers: Vec<&str> = slots.iter().map(|slot| slot.worker_id.as_str()).collect();
-        let digests: Vec<String> = slots.iter().map(|slot| slot.secret.digest().as_str().to_owned()).collect();
-        let leases: Vec<i32> = slots.iter().map(Slot::lease).collect();
-        let quantity = i32::try_from(slots.len()).unwrap_or(i32::MAX);
-        let rows = if names.is_empty() {
-            self.rows(&RUN_CLAIM, Wait::Skip, Some(scope), &[&workers, &digests, &leases, &quantity]).await?
-        } else {
-            let place = format!("({},{})", cursor.place.0, cursor.place.1);
-            let params: [&(dyn postgres_types::ToSql + Sync); 7] =
-                [&workers, &digests, &leases, &quantity, &names, &cursor.available_at, &place];
-            self.rows(&RUN_CLAIM_NAMED, Wait::Skip, Some(scope), &params).await?
-        };
+        let rows = self.claim_rows(scope, slots, (names, cursor), passed_over).await?;
         let mut next = Cursor::HEAD;
         let mut more = false;
         if let Some(row) = rows.first().filter(|_| !names.is_empty())
@@ -111,8 +119,68 @@ impl Store {
             next = Cursor { available_at, place };
             more = true;
         }
-        let claims = rows.iter().filter_map(|row| claim(slots, row)).collect();
-        Ok(Claimed { claims, cursor: next, more })
+        let mut claimed = Claimed { cursor: next, more, ..Claimed::NONE };
+        for row in &rows {
+            let Some((index, token)) = token(slots, row) else { continue };
+            match claim(token.clone(), row) {
+                Ok(claim) => claimed.claims.push((index, claim)),
+                Err(error) => claimed.unreadable.push((token, error.to_string())),
+            }
+        }
+        Ok(claimed)
+    }
+
+    async fn claim_rows(
+        &self,
+        scope: &Scope,
+        slots: &[Slot],
+        (names, cursor): (&[String], Cursor),
+        passed_over: &[RunId],
+    ) -> Result<Vec<Row>, Fault> {
+        let workers: Vec<&str> = slots.iter().map(|slot| slot.worker_id.as_str()).collect();
+        let digests: Vec<String> = slots.iter().map(|slot| slot.secret.digest().as_str().to_owned()).collect();
+        let leases: Vec<i32> = slots.iter().map(Slot::lease).collect();
+        let quantity = i32::try_from(slots.len()).unwrap_or(i32::MAX);
+        let place = cursor.place();
+        let mut params: Vec<&(dyn ToSql + Sync)> = vec![&workers, &digests, &leases, &quantity];
+        let statement = if names.is_empty() {
+            &RUN_CLAIM
+        } else {
+            params.extend([&names as &(dyn ToSql + Sync), &cursor.available_at, &place]);
+            &RUN_CLAIM_NAMED
+        };
+        params.push(&passed_over);
+        self.rows(statement, Wait::Skip, Some(scope), &params).await
+    }
+
+    /// Which of the runs that would be claimed next Postgres refuses to have claimed, and why. Claims nothing.
+    pub async fn run_refused(
+        &self,
+        scope: &Scope,
+        worker: &WorkerId,
+        names: &[String],
+        cursor: Cursor,
+        passed_over: &[RunId],
+    ) -> Result<Vec<(RunId, String)>, Fault> {
+        let tx = self.begin(Duration::from_secs(1)).await?;
+        let tried = async {
+            let params: [&(dyn ToSql + Sync); 4] = [&names, &cursor.available_at, &passed_over, &TRIED];
+            let next = tx.rows(&RUN_CLAIM_NEXT, Wait::Skip, Some(scope), &params).await?;
+            let mut refused = Vec::new();
+            for row in &next {
+                let run_id: RunId = row.get("run_id");
+                tx.say("savepoint one").await?;
+                match tx.rows(&RUN_CLAIM_TRY, Wait::Skip, Some(scope), &[&run_id, &worker.as_str()]).await {
+                    Err(fault) if fault.is_refusal() => refused.push((run_id, fault.problem())),
+                    tried => drop(tried?),
+                }
+                tx.say("rollback to one").await?;
+            }
+            Ok(refused)
+        };
+        let refused = tried.await;
+        tx.rollback().await;
+        refused
     }
 
     /// Adds to resumed claims the checkpoints that their runs may see, up to a budget of bytes each.
@@ -242,35 +310,35 @@ impl Store {
     }
 }
 
-fn claim(slots: &[Slot], row: &Row) -> Option<(usize, Claim)> {
+/// The slot that a row was claimed for, and the token of that claim.
+fn token(slots: &[Slot], row: &Row) -> Option<(usize, ClaimToken)> {
     let slot: i64 = row.get::<_, Option<i64>>("slot")?;
     let index = usize::try_from(slot).ok()?.checked_sub(1)?;
     let taken = slots.get(index)?;
-    let run_id: Uuid = row.get("run_id");
-    let attempt: i32 = row.get("attempt");
-    let first_claim: bool = row.get("first_claim");
-    let token = ClaimToken::new(run_id, taken.secret, taken.lease_seconds, row.get("was_available_at"), first_claim);
-    let params: JsonText = row.get("params");
-    let resumed: bool = row.get("resumed");
-    Some((
-        index,
-        Claim {
-            token,
-            run_id,
-            task_id: row.get("task_id"),
-            attempt,
-            task_name: row.get("task_name"),
-            params,
-            retry_strategy: row.get("retry_strategy"),
-            max_attempts: row.get("max_attempts"),
-            headers: row.get("headers"),
-            wake_event: row.get("wake_event"),
-            event_payload: row.get("event_payload"),
-            claim_expires_at: row.get("claim_expires_at"),
-            resumed: resumed || attempt > 1,
-            checkpoints: Vec::new(),
-            checkpoints_complete: true,
-            params_omitted: false,
-        },
-    ))
+    let (was_available_at, first_claim) = (row.get("was_available_at"), row.get("first_claim"));
+    let token = ClaimToken::new(row.get("run_id"), taken.secret, taken.lease_seconds, was_available_at, first_claim);
+    Some((index, token))
+}
+
+/// The rest of a row. Whoever writes by plain SQL may have left what no schema of ours allows.
+fn claim(token: ClaimToken, row: &Row) -> Result<Claim, tokio_postgres::Error> {
+    let (attempt, resumed): (i32, bool) = (row.try_get("attempt")?, row.try_get("resumed")?);
+    Ok(Claim {
+        run_id: token.run_id,
+        token,
+        task_id: row.try_get("task_id")?,
+        attempt,
+        task_name: row.try_get("task_name")?,
+        params: row.try_get("params")?,
+        retry_strategy: row.try_get("retry_strategy")?,
+        max_attempts: row.try_get("max_attempts")?,
+        headers: row.try_get("headers")?,
+        wake_event: row.try_get("wake_event")?,
+        event_payload: row.try_get("event_payload")?,
+        claim_expires_at: row.try_get("claim_expires_at")?,
+        resumed: resumed || attempt > 1,
+        checkpoints: Vec::new(),
+        checkpoints_complete: true,
+        params_omitted: false,
+    })
 }

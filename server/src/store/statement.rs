@@ -166,6 +166,8 @@ statements! {
     RUN_SILENT = "run_silent";
     RUN_CLAIM = "run_claim";
     RUN_CLAIM_NAMED = "run_claim_named";
+    RUN_CLAIM_NEXT = "run_claim_next";
+    RUN_CLAIM_TRY = "run_claim_try";
     RUN_COMPLETE = "run_complete";
     RUN_CUT_LEASE = "run_cut_lease";
     RUN_EXTEND = "run_extend";

@@ -51,7 +51,8 @@ pub struct Return {
 }
 
 impl Return {
-    pub(super) fn undelivered(token: ClaimToken) -> Self {
+    /// What reached nobody, at once.
+    pub fn undelivered(token: ClaimToken) -> Self {
         Self { token, delay: Duration::ZERO, delivered: false, too_large: None }
     }
 }
