@@ -134,6 +134,8 @@ pub(crate) struct Verdict {
     pub figures: BTreeMap<&'static str, i64>,
     /// Times from the end of a lease to the next claim, ms, sorted.
     pub redelivery: Vec<i64>,
+    /// Times from spawns to first claims, ms, sorted.
+    pub first_claim: Vec<i64>,
 }
 
 impl Verdict {
@@ -144,13 +146,13 @@ impl Verdict {
     fn count(&mut self, what: &'static str, by: usize) {
         *self.figures.entry(what).or_default() += i64::try_from(by).unwrap_or(i64::MAX);
     }
+}
 
-    /// A quantile of the times until redelivery, ms.
-    pub(crate) fn redelivery_at(&self, quantile: f64) -> i64 {
-        let last = self.redelivery.len().saturating_sub(1);
-        let place = (last as f64 * quantile).round() as usize;
-        self.redelivery.get(place).copied().unwrap_or(0)
-    }
+/// A quantile of sorted times.
+pub(crate) fn quantile(times: &[i64], quantile: f64) -> i64 {
+    let last = times.len().saturating_sub(1);
+    let place = (last as f64 * quantile).round() as usize;
+    times.get(place).copied().unwrap_or(0)
 }
 
 /// Tasks, runs and claims as the audit has them, and the calls by what finds them.

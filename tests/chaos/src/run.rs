@@ -68,6 +68,11 @@ pub(crate) async fn run(scenario: &Scenario, mut plan: Plan) -> anyhow::Result<O
     world.heal().await?;
     let healed = drain(&mut world).await;
     let mut problems = answers(&world).await;
+    let mut seen = 0.0;
+    for replica in 0..world.replicas.len() {
+        seen += world.metric(replica, "absurd_rpcs_total{method=\"SpawnTask\"").await.unwrap_or(0.0);
+    }
+    world.figures.push(("spawn calls that replicas saw", seen as i64));
     sampler.abort();
     if let Ok(samples) = samples.lock() {
         problems.extend(samples.iter().cloned());
@@ -247,14 +252,14 @@ pub(crate) fn tell(scenario: &Scenario, seed: u64, outcome: &Outcome, home: &Pat
     );
     let figures: Vec<String> = verdict.figures.iter().map(|(name, value)| format!("{name} {value}")).collect();
     println!("   {}", figures.join(", "));
-    if !verdict.redelivery.is_empty() {
-        let at = |quantile| verdict.redelivery_at(quantile);
-        println!(
-            "   from the end of a lease to the next claim: p50 {} ms, p99 {} ms, max {} ms",
-            at(0.5),
-            at(0.99),
-            at(1.0)
-        );
+    for (what, times) in [
+        ("from spawn to the first claim", &verdict.first_claim),
+        ("from the end of a lease to the next claim", &verdict.redelivery),
+    ] {
+        let at = |quantile| ledger::quantile(times, quantile);
+        if !times.is_empty() {
+            println!("   {what}: p50 {} ms, p99 {} ms, max {} ms", at(0.5), at(0.99), at(1.0));
+        }
     }
     if outcome.swallowed > 0 {
         println!("   answers of Postgres lost: {}", outcome.swallowed);

@@ -11,15 +11,29 @@ const LAST_MOMENT: i64 = 1_000_000;
 pub(super) fn check(replayed: &Replayed<'_>, verdict: &mut Verdict) {
     let delivered: HashSet<(uuid::Uuid, &str)> =
         replayed.books.arrivals.iter().map(|arrival| (arrival.run, arrival.digest.as_str())).collect();
+    let cancels: HashSet<uuid::Uuid> = replayed
+        .books
+        .asked
+        .iter()
+        .filter(|asked| asked.op == Op::Cancel)
+        .filter_map(|asked| asked.call.task)
+        .collect();
     for claim in replayed.claims.values().flatten() {
-        ended(replayed, claim, &delivered, verdict);
+        ended(replayed, claim, &delivered, &cancels, verdict);
     }
+    first_claims(replayed, verdict);
     redelivery(replayed, verdict);
     streams(replayed, verdict);
 }
 
 /// Each end of a claim has somebody who wanted it.
-fn ended(replayed: &Replayed<'_>, claim: &Claim, delivered: &HashSet<(uuid::Uuid, &str)>, verdict: &mut Verdict) {
+fn ended(
+    replayed: &Replayed<'_>,
+    claim: &Claim,
+    delivered: &HashSet<(uuid::Uuid, &str)>,
+    cancels: &HashSet<uuid::Uuid>,
+    verdict: &mut Verdict,
+) {
     let empty = Vec::new();
     let calls = replayed.by_token.get(&(claim.run, claim.digest.as_str())).unwrap_or(&empty);
     let wanted = |ops: &[Op]| {
@@ -54,16 +68,23 @@ fn ended(replayed: &Replayed<'_>, claim: &Claim, delivered: &HashSet<(uuid::Uuid
                 verdict.broken("C9", format!("run {} was taken from a worker that was at work on it", claim.run));
             }
         }
-        End::Cancelled => {
-            let wanted =
-                replayed.books.asked.iter().any(|asked| asked.op == Op::Cancel && asked.call.task == Some(claim.task));
-            if !wanted {
-                verdict.broken("C4", format!("task {} was cancelled by nobody", claim.task));
-            }
+        End::Cancelled if !cancels.contains(&claim.task) => {
+            verdict.broken("C4", format!("task {} was cancelled by nobody", claim.task));
         }
         End::Open => verdict.broken("C8", format!("run {} is still claimed", claim.run)),
         _ => {}
     }
+}
+
+/// From a task's spawn to its first claim.
+fn first_claims(replayed: &Replayed<'_>, verdict: &mut Verdict) {
+    let spawned = replayed.books.audit.iter().filter(|row| row.kind == 't' && row.op == 'I');
+    for row in spawned {
+        let first = replayed.tasks.get(&row.task).and_then(|task| task.runs.get(&1));
+        let claim = first.and_then(|(run, _)| replayed.claims.get(run)?.first());
+        verdict.first_claim.extend(claim.map(|claim| (claim.from - row.at) / 1000));
+    }
+    verdict.first_claim.sort_unstable();
 }
 
 /// From the end of a lease, or the time that the retry waits for, to the next claim.

@@ -9,6 +9,7 @@ use crate::history::{How, Op};
 
 pub(super) fn check(replayed: &Replayed<'_>, verdict: &mut Verdict) {
     let spawns: Vec<&Asked> = replayed.books.asked.iter().filter(|asked| asked.op == Op::Spawn).collect();
+    verdict.count("spawn calls", spawns.len());
     loss(replayed, &spawns, verdict);
     keys(replayed, &spawns, verdict);
     for (id, task) in &replayed.tasks {
