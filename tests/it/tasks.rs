@@ -374,3 +374,70 @@ async fn items_of_one_run_are_carried_out_in_order_and_a_failed_one_stops_the_la
     let end = client.get_task_result(task.task_id).await.unwrap();
     assert_eq!(end.result.unwrap().as_str(), "\"done\"");
 }
+
+/// Who held a run before is not believed beside the one who holds it now, in whatever order they come in one request.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_claims_of_one_run_in_one_request_are_two_claims() {
+    use pb::settle_item::Action;
+    let server = Server::start().await;
+    let client = server.client();
+    let mut grpc = server.raw().await;
+    client.spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap();
+    let claim = async || client.claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+    let before = claim().await;
+    let (task_id, stale) = (before.task_id, before.claim_token().to_owned());
+    before.release(Duration::ZERO).await.unwrap();
+    let now = claim().await;
+    assert_eq!(now.task_id, task_id);
+    let token = now.claim_token().to_owned();
+    let item = |token: &str, action| pb::SettleItem {
+        run_id: String::new(),
+        claim_token: Some(token.to_owned()),
+        action: Some(action),
+    };
+    let step = |token: &str, name: &str, value: &str| {
+        let action =
+            pb::CheckpointAction { checkpoint_name: name.into(), state: json(value.to_owned()), extend_by: None };
+        item(token, Action::Checkpoint(action))
+    };
+    let complete = |token: &str, result: &str| {
+        item(token, Action::Complete(pb::CompleteAction { result: json(result.to_owned()) }))
+    };
+    let mut settle = async |items: Vec<pb::SettleItem>| {
+        let request = pb::SettleTasksRequest { queue: "q".into(), items };
+        let results = grpc.settle_tasks(request).await.unwrap().into_inner().results;
+        results.into_iter().map(|result| result.error.map(|error| error.reason)).collect::<Vec<_>>()
+    };
+    let lost = || Some("CLAIM_LOST".to_owned());
+    assert_eq!(settle(vec![step(&token, "a", "1"), step(&stale, "a", "2")]).await, [None, lost()]);
+    assert_eq!(settle(vec![step(&stale, "b", "2"), step(&token, "b", "1")]).await, [lost(), None]);
+    let refs = |tokens: [&str; 2]| {
+        tokens.map(|token| pb::ClaimRef { run_id: String::new(), claim_token: Some(token.to_owned()) }).to_vec()
+    };
+    let verdicts = server
+        .raw()
+        .await
+        .extend_claims(pb::ExtendClaimsRequest {
+            queue: "q".into(),
+            claims: refs([&token, &stale]),
+            extend_by: Some(prost_types::Duration { seconds: 60, nanos: 0 }),
+        })
+        .await
+        .unwrap()
+        .into_inner()
+        .verdicts;
+    let verdicts: Vec<pb::Verdict> = verdicts.iter().map(|verdict| verdict.verdict()).collect();
+    assert_eq!(verdicts, [pb::Verdict::Held, pb::Verdict::Lost]);
+    assert_eq!(settle(vec![complete(&token, "1"), complete(&stale, "2")]).await, [None, lost()]);
+    for name in ["a", "b"] {
+        let row = server
+            .database()
+            .connect()
+            .await
+            .query_one("select state::text from absurd.c_q where checkpoint_name = $1", &[&name])
+            .await
+            .unwrap();
+        assert_eq!(row.get::<_, &str>(0), "1");
+    }
+    assert_eq!(client.get_task_result(task_id).await.unwrap().result.unwrap().as_str(), "1");
+}

@@ -25,7 +25,8 @@ impl Service {
         self.engine.settle(&scope, run?, write?, deadline).await
     }
 
-    /// Items of different runs go into shared batches; several items of one run go in order, in one transaction.
+    /// Items of different runs go into shared batches; several items of one run go in order, those of one claim in one
+    /// transaction. Each shows its own token: beside the run's holder there may be one who held it before.
     pub(super) async fn settle_many(
         &self,
         scope: &Scope,
@@ -40,30 +41,32 @@ impl Service {
                 Err(error) => outcomes[index] = Some(Err(error)),
             }
         }
-        let work = by_run.into_values().map(|mut group| async move {
-            if let [_] = group.as_slice() {
-                let Some((index, run, write)) = group.pop() else { return Vec::new() };
-                return vec![(index, self.engine.settle(scope, run, write, deadline).await)];
-            }
-            self.settle_group(scope, group, deadline).await
-        });
+        let work = by_run.into_values().map(|group| self.settle_run(scope, group, deadline));
         for (index, outcome) in futures_util::future::join_all(work).await.into_iter().flatten() {
             outcomes[index] = Some(outcome);
         }
         outcomes.into_iter().map(|outcome| outcome.unwrap_or(Err(Error::ItemSkipped))).collect()
     }
 
-    async fn settle_group(
+    /// Items of one run, claim by claim.
+    async fn settle_run(
         &self,
         scope: &Scope,
-        group: Vec<(usize, RunRef, Write)>,
+        items: Vec<(usize, RunRef, Write)>,
         deadline: Instant,
     ) -> Vec<(usize, Result<Settled, Error>)> {
-        let indexes: Vec<usize> = group.iter().map(|(index, _, _)| *index).collect();
-        let run = group[0].1.clone();
-        let writes = group.into_iter().map(|(_, _, write)| write).collect();
-        let outcomes = self.engine.settle_in_order(scope, run, writes, deadline).await;
-        indexes.into_iter().zip(outcomes).collect()
+        let mut answered = Vec::with_capacity(items.len());
+        for claim in items.chunk_by(|(_, one, _), (_, next, _)| one.digest == next.digest) {
+            let (_, run, write) = &claim[0];
+            let outcomes = if let [_] = claim {
+                vec![self.engine.settle(scope, run.clone(), write.clone(), deadline).await]
+            } else {
+                let writes = claim.iter().map(|(_, _, write)| write.clone()).collect();
+                self.engine.settle_in_order(scope, run.clone(), writes, deadline).await
+            };
+            answered.extend(claim.iter().map(|(index, _, _)| *index).zip(outcomes));
+        }
+        answered
     }
 
     /// One verdict per claim.
