@@ -50,7 +50,7 @@ async fn take(store: &Store, scope: &Scope, batch: usize) -> anyhow::Result<u32>
     let slots: Vec<Slot> = (0..batch)
         .map(|_| Ok(Slot { worker_id: worker_id.clone(), secret: Secret::new()?, lease_seconds: 60 }))
         .collect::<anyhow::Result<_>>()?;
-    let claimed = store.run_claim(scope, &slots, &[], Cursor::HEAD).await.map_err(fail)?;
+    let claimed = store.run_claim(scope, &slots, &[], Cursor::HEAD, &[]).await.map_err(fail)?;
     let refs: Vec<RunRef> = claimed
         .claims
         .iter()
