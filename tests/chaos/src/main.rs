@@ -212,6 +212,8 @@ async fn act(command: What) -> anyhow::Result<bool> {
         What::Soak { tasks, how } => {
             let mut plan = how.plan()?;
             plan.size.tasks = tasks;
+            // A rate that the machine cannot keep up with says nothing about faults: producers are held back.
+            plan.size.flags.extend(["--max-backlog".into(), "1000".into()]);
             plan.until_done = true;
             run_all(&[scenario::random()], plan).await
         }
