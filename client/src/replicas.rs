@@ -61,7 +61,7 @@ impl Replicas {
             .unwrap_or_default();
         if let Some(rest) = self.0.replicas[index].rest().as_mut() {
             // One caller finds out whether it is back; the others go on leaving it out.
-            rest.until = rest.until.max(now) + rest.span;
+            rest.until = rest.until.max(now + rest.span);
         }
         Asked { all: self.clone(), index }
     }
@@ -91,8 +91,15 @@ impl Asked {
 
     /// It failed; says whether another replica may be asked at once.
     pub(crate) fn failed(&self, error: &Error) -> bool {
-        if !matches!(error.reason(), Reason::Transport | Reason::ShuttingDown) {
-            return false;
+        match error.reason() {
+            Reason::Transport | Reason::ShuttingDown => {}
+            // Nobody knows what became of it.
+            Reason::DeadlineExceeded => return false,
+            _ => {
+                // Whoever refuses is there.
+                self.worked();
+                return false;
+            }
         }
         {
             let mut rest = self.all.0.replicas[self.index].rest();
@@ -132,6 +139,23 @@ mod tests {
         lost.worked();
         let asked: Vec<usize> = (0..9).map(|_| all.ask().index).collect();
         assert_eq!(asked.iter().filter(|index| **index == lost.index).count(), 3, "{asked:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_refuses_is_there() {
+        let all = replicas(2);
+        let (back, dead) = (all.ask(), all.ask());
+        back.failed(&refused());
+        dead.failed(&refused());
+        // Many ask at once, and are refused by the one that is back.
+        let busy = Error::new(Reason::TooManyRequests, Code::ResourceExhausted, "busy");
+        let asked: Vec<Asked> = (0..100).map(|_| all.ask()).collect();
+        for asked in asked {
+            let error = if asked.index == back.index { busy.clone() } else { refused() };
+            asked.failed(&error);
+        }
+        let asked: Vec<usize> = (0..10).map(|_| all.ask().index).collect();
+        assert!(!asked.contains(&dead.index), "{asked:?}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -198,6 +198,11 @@ impl Dispatcher {
         self.queues().get(queue).cloned()
     }
 
+    /// Whether a queue has streams or pulls here; then it exists, or its end is about to be heard of.
+    pub fn knows(&self, queue: &QueueName) -> bool {
+        self.find(queue).is_some()
+    }
+
     /// Opens a stream. The queue exists, the options are valid.
     pub async fn open(
         &self,

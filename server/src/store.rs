@@ -192,7 +192,10 @@ impl Store {
         }
         let role = statement.role();
         let _turn = match role {
-            Role::Read => Some(self.inner.reads.take(1, self.inner.options.wait_max).await.map_err(|_| Fault::Busy)?),
+            Role::Read => {
+                let turn = self.inner.reads.take(1, self.inner.options.wait_max).await;
+                Some(turn.map_err(|after| Fault::Busy { after })?)
+            }
             Role::Work | Role::Lease | Role::Upkeep => None,
         };
         let client = self.client(role).await?;

@@ -1,5 +1,7 @@
 //! What a statement can fail with. The only file that knows a SQLSTATE.
 
+use std::time::Duration;
+
 use deadpool_postgres::PoolError;
 
 use crate::domain::Error;
@@ -20,8 +22,11 @@ pub enum Fault {
     Gone(String),
     /// The connection was lost while the statement ran: it may have been carried out.
     Unknown(String),
-    /// No connection was free in time.
-    Busy,
+    /// No connection was free in time, or would have been.
+    Busy {
+        /// When to come again.
+        after: Duration,
+    },
     /// The statement ran into its time limit.
     Timeout,
     /// A unique key exists.
@@ -48,7 +53,9 @@ pub enum Fault {
 impl Fault {
     pub(crate) fn from_pool(error: PoolError) -> Self {
         match error {
-            PoolError::Timeout(deadpool_postgres::TimeoutType::Wait) => Self::Busy,
+            PoolError::Timeout(deadpool_postgres::TimeoutType::Wait) => {
+                Self::Busy { after: Duration::from_millis(500) }
+            }
             PoolError::Backend(error) => match Self::from_postgres(&error) {
                 Self::Bug(text) | Self::Unknown(text) => Self::Gone(text),
                 fault => fault,
@@ -101,7 +108,7 @@ impl Fault {
             Self::Conflict => "conflict",
             Self::Gone(_) => "gone",
             Self::Unknown(_) => "unknown",
-            Self::Busy => "busy",
+            Self::Busy { .. } => "busy",
             Self::Timeout => "timeout",
             Self::Duplicate => "duplicate",
             Self::Raised { .. } => "raised",
@@ -120,7 +127,7 @@ impl Fault {
             Self::Conflict
                 | Self::Gone(_)
                 | Self::Unknown(_)
-                | Self::Busy
+                | Self::Busy { .. }
                 | Self::ReadOnly
                 | Self::Full
                 | Self::NoIds
@@ -160,7 +167,7 @@ impl Fault {
             Self::NoIds => Error::NotWritable("gives out no transaction ids: it must be vacuumed first"),
             Self::StalePlan => Error::Unavailable("a statement had to be prepared again".into()),
             Self::Unknown(_) => Error::OutcomeUnknown,
-            Self::Busy => Error::TooManyRequests { after: std::time::Duration::from_millis(500) },
+            Self::Busy { after } => Error::TooManyRequests { after },
             Self::Duplicate => Error::Unavailable("a key was taken at the same time".into()),
             Self::Raised { code, message } => Error::Internal(format!("{code} {message}")),
             Self::Bug(text) => Error::Internal(text),

@@ -24,7 +24,6 @@ const UPKEEP: &[&str] = &[
 /// Statements that only read, for callers.
 const READ: &[&str] = &[
     "checkpoint_get",
-    "checkpoint_list",
     "checkpoint_page",
     "event_list_unfinished",
     "quarantine_count",

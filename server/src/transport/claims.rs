@@ -6,7 +6,7 @@ use std::time::Duration;
 use absurd_proto::v1 as pb;
 
 use super::claim_stream::{self, Responses};
-use super::convert::{self, duration_between};
+use super::convert::{self, duration_between, scope};
 use super::service::{AWAIT_MAX, Service};
 use crate::dispatch::state::StreamOptions;
 use crate::domain::{Error, SessionId, WorkerId};
@@ -23,7 +23,11 @@ const MESSAGE_DEFAULT: usize = 4 * 1024 * 1024;
 impl Service {
     pub(super) async fn open_stream(&self, request: pb::ClaimStreamRequest) -> Result<Responses, Error> {
         let options = stream_options(&request)?;
-        let scope = self.existing(&request.queue).await?;
+        // When ten thousand streams come at once, one look at the queue is enough.
+        let scope = match scope(&request.queue)? {
+            known if self.engine.dispatcher.knows(known.queue()) => known,
+            _ => self.existing(&request.queue).await?,
+        };
         self.engine.hang_doorbells(&[scope.queue().as_str()]).await;
         let (stream, opened) = self.engine.dispatcher.open(&scope, options.clone(), request.held_claim_tokens).await?;
         let heartbeat = self.engine.dispatcher.options().heartbeat;

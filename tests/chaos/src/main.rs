@@ -136,6 +136,7 @@ impl How {
             program: self.program.clone().map_or_else(build, Ok)?,
             new_id_when_unknown: false,
             planted: None,
+            connections: 8,
             flags: Vec::new(),
             disk: None,
         };

@@ -46,7 +46,9 @@ pub(crate) struct Size {
     pub new_id_when_unknown: bool,
     /// Planted bug of the server, by its name; the program must have been built for it.
     pub planted: Option<&'static str>,
-    /// Flags of every replica.
+    /// Connections of each replica to Postgres.
+    pub connections: usize,
+    /// More flags of every replica.
     pub flags: Vec<String>,
     /// Postgres gets a disk of its own, of so many MiB, where this process may mount one.
     pub disk: Option<u32>,
@@ -236,6 +238,9 @@ impl World {
             world.database.push(Link::to(world.target()).await?);
             world.replicas.push(Process { child: None });
             world.start_replica(replica).await?;
+        }
+        for replica in 0..world.size.replicas {
+            world.serves(replica).await?;
         }
         for _ in 0..world.size.workers + world.size.producers {
             let mut links = Vec::new();
@@ -459,7 +464,8 @@ impl World {
             command.env_remove(variable);
         }
         command
-            .args(["serve", "--listen", &format!("127.0.0.1:{}", self.ports[replica]), "--max-connections", "8"])
+            .args(["serve", "--listen", &format!("127.0.0.1:{}", self.ports[replica])])
+            .args(["--max-connections", &self.size.connections.to_string()])
             .args(["--metrics-listen", &format!("127.0.0.1:{}", self.metrics[replica])])
             .args(["--shutdown-grace", "10s", "--database-url"])
             .arg(format!("postgresql://absurd@127.0.0.1:{}/postgres", self.database[replica].port()))
@@ -475,6 +481,21 @@ impl World {
             Some(command.spawn().with_context(|| format!("{}", self.size.program.display()))?);
         if self.cluster.is_some() {
             self.up();
+        }
+        Ok(())
+    }
+
+    /// Waits until a replica answers.
+    async fn serves(&mut self, replica: usize) -> anyhow::Result<()> {
+        let until = Instant::now() + Duration::from_secs(30);
+        while self.metric(replica, "absurd_streams ").await.is_none() {
+            let log = self.home.join(format!("replica-{replica}.log"));
+            anyhow::ensure!(
+                self.replicas[replica].is_running() && Instant::now() < until,
+                "replica {replica} does not serve: {}",
+                std::fs::read_to_string(log).unwrap_or_default()
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
         Ok(())
     }
