@@ -291,6 +291,9 @@ fn server(tls: Option<&(PathBuf, PathBuf)>, header_list_bytes_max: u32) -> anyho
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .http2_max_header_list_size(header_list_bytes_max)
         .max_concurrent_streams(20_000)
+        // Calls given up before they were looked at. The transport's own bound of 20 ends connections of clients whose calls
+        // run out of time together, with every claim stream on them; a flood still meets this one within milliseconds.
+        .http2_max_pending_accept_reset_streams(Some(1000))
         // Small frames are counted against half of it: a burst of tiny requests shall not end a connection.
         .initial_connection_window_size(gate::WINDOW_BYTES)
         .initial_stream_window_size(1024 * 1024);

@@ -28,6 +28,14 @@ impl Flood {
     pub const ALL: [Self; 4] = [Self::Ping, Self::Settings, Self::Reset, Self::Continuation];
 }
 
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    let mut frame = vec![length[1], length[2], length[3], kind, flags];
+    frame.extend(stream.to_be_bytes());
+    frame.extend(payload);
+    frame
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Attacker {
@@ -43,11 +51,7 @@ impl Attacker {
     }
 
     async fn frame(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) -> io::Result<()> {
-        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
-        let mut frame = vec![length[1], length[2], length[3], kind, flags];
-        frame.extend(stream.to_be_bytes());
-        frame.extend(payload);
-        self.socket.write_all(&frame).await
+        self.socket.write_all(&frame(kind, flags, stream, payload)).await
     }
 
     /// Sends settings.
@@ -85,6 +89,33 @@ impl Attacker {
         body.extend(u32::try_from(message.len()).unwrap().to_be_bytes());
         body.extend(message);
         self.frame(0, 1, stream, &body).await
+    }
+
+    /// Begins and gives up so many calls in one breath, as a client does whose calls run out of time together, and makes one
+    /// more: whether that is answered, before the connection ends.
+    pub async fn give_up(&mut self, calls: u32) -> io::Result<bool> {
+        self.settings(&[]).await?;
+        let streams = (0..calls).map(|call| call * 2 + 1);
+        let headers = Self::headers("GetQueueStats");
+        let mut bytes: Vec<u8> = streams
+            .flat_map(|stream| [frame(1, 4, stream, &headers), frame(3, 0, stream, &8_u32.to_be_bytes())].concat())
+            .collect();
+        let last = calls * 2 + 1;
+        bytes.extend(frame(1, 4, last, &headers));
+        bytes.extend(frame(0, 1, last, &[0; 5]));
+        self.socket.write_all(&bytes).await?;
+        loop {
+            let mut head = [0; 9];
+            self.socket.read_exact(&mut head).await?;
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+            let mut payload = vec![0; length as usize];
+            self.socket.read_exact(&mut payload).await?;
+            match head[3] {
+                1 if head[5..] == last.to_be_bytes() => return Ok(true),
+                7 => return Ok(false),
+                _ => {}
+            }
+        }
     }
 
     /// Reads until the connection ends.

@@ -255,6 +255,14 @@ async fn a_flood_ends_the_attacker() {
     server.client().get_queue_stats().await.unwrap();
 }
 
+/// Hundreds of calls that run out of time together are bad luck, not an attack: what else is on their connection goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_given_up_together_end_no_connection() {
+    let server = server(Settings::default()).await;
+    let mut raw = Attacker::connect(&server.url()).await.unwrap();
+    assert!(in_time("the connection says something", raw.give_up(800)).await.unwrap());
+}
+
 /// Thousands of tiny requests at once on one connection are work, not an attack.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_burst_of_tiny_requests_is_answered() {

@@ -66,7 +66,7 @@ pub(crate) fn all() -> Vec<Scenario> {
         scenario!("F14b", "the disk of Postgres is full for seconds", fill_disk, size: small_disk, evidence: &[("refused for want of room", 1)], random: false),
         scenario!("F15", "the database's clock jumps: an hour, a month, backwards", jump_clock, clock: true, random: false),
         scenario!("F16", "10,000 idle streams on one replica, which dies", storm, evidence: &[("streams that came back", 10_000)], random: false),
-        scenario!("F17", "500 callers of replicas with four connections each, and none left in Postgres", crowd_out, size: |size| size.connections = 4, evidence: &[("answers for the crowd", 500)], random: false),
+        scenario!("F17", "500 callers of replicas with four connections each, and none left in Postgres", crowd_out, size: long_work_on_four_connections, evidence: &[("answers for the crowd", 500)], random: false),
         scenario!("F18", "another session holds rows of running tasks, and of all tasks", hold_rows),
         scenario!("F19", "a snapshot is pinned all the while", pin_snapshot, random: false),
         scenario!("F20", "Postgres gives out no transaction ids until it is vacuumed", use_up_ids, size: |size| size.settings.push("autovacuum_naptime=1s".into()), evidence: &[("writes refused for want of ids", 1), ("of these to replicas", 1)], random: false),
@@ -84,6 +84,11 @@ pub(crate) fn all() -> Vec<Scenario> {
 fn short_lease(size: &mut Size) {
     size.lease = 4;
     size.flags.extend(["--heartbeat".into(), "1s".into()]);
+}
+
+fn long_work_on_four_connections(size: &mut Size) {
+    size.connections = 4;
+    size.work = 1500;
 }
 
 async fn pause(range: Range<u64>, world: &mut World, until: Instant) {

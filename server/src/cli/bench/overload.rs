@@ -1,7 +1,8 @@
 //! `absurd bench overload`: what is left of a server's work when more is asked of it than it can do, and how soon it says no.
 //!
 //! First callers that wait for each answer show what the server can do; then calls come at a multiple of that rate, whether
-//! answers come or not. Nobody asks again.
+//! answers come or not. Nobody asks again. A call should cost the server more than its caller, or the caller, which shares
+//! the machine, is what is measured: spawn several tasks with each.
 
 use std::time::{Duration, Instant};
 
@@ -31,8 +32,8 @@ pub(in crate::cli) struct OverloadArgs {
     /// Callers that show what the server can do
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     in_flight: u32,
-    /// Tasks that one call spawns
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    /// Tasks that one call spawns; with few of them the caller, on the same machine, is what is measured
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     batch: u32,
     /// How much more is asked for than can be done
     #[arg(long, default_value_t = 2.0)]
