@@ -134,7 +134,8 @@ impl AbsurdClient {
         Instant::now() + self.shared.deadline
     }
 
-    /// Calls until the answer is one that repeating would not change, or the deadline passes.
+    /// Calls until the answer is one that repeating would not change, or the deadline passes. An outage is not answered with
+    /// a multiple of the calls: see the budget.
     pub(crate) async fn call<Q, R, F>(
         &self,
         request: Q,
@@ -146,7 +147,8 @@ impl AbsurdClient {
         F: Future<Output = Result<Response<R>, Status>>,
     {
         let deadline = Instant::now() + limit;
-        let mut backoff = Backoff::call();
+        let budget = self.shared.replicas.budget();
+        let (mut backoff, mut turn) = (Backoff::call(), None);
         loop {
             let mut attempt = Request::new(request.clone());
             let left = deadline.saturating_duration_since(Instant::now());
@@ -155,15 +157,34 @@ impl AbsurdClient {
             let error = match send(asked.grpc(), attempt).await {
                 Ok(response) => {
                     asked.worked();
+                    budget.worked(turn);
                     return Ok(response.into_inner());
                 }
                 Err(status) => Error::from(status),
             };
-            let wait = if asked.failed(&error) { Duration::ZERO } else { backoff.after(&error) };
-            if !error.is_passing() || Instant::now() + wait >= deadline {
+            if asked.failed(&error) {
+                continue;
+            }
+            if !error.is_passing() {
+                if error.reason() != Reason::DeadlineExceeded {
+                    budget.worked(turn);
+                }
                 return Err(error);
             }
-            tokio::time::sleep(wait).await;
+            // Whoever finds out for others makes way for them first.
+            drop(turn.take());
+            let wait = backoff.after(&error);
+            if Instant::now() + wait >= deadline {
+                return Err(error);
+            }
+            let again = async {
+                tokio::time::sleep(wait).await;
+                budget.repeat().await
+            };
+            match tokio::time::timeout_at(deadline, again).await {
+                Ok(next) => turn = Some(next),
+                Err(_) => return Err(error),
+            }
         }
     }
 }

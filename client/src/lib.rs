@@ -29,6 +29,7 @@
 
 mod backoff;
 pub mod blocking;
+mod budget;
 mod checkpoints;
 mod claimed;
 mod claims;

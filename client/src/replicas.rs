@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use tonic::transport::Channel;
 
 use crate::backoff::random;
+use crate::budget::Budget;
 use crate::{Error, Reason};
 
 /// A replica that failed is left out this long at first, doubling with each failure that follows.
@@ -22,6 +23,7 @@ pub(crate) struct Replicas(Arc<Inside>);
 struct Inside {
     replicas: Vec<Replica>,
     next: AtomicUsize,
+    budget: Budget,
 }
 
 #[derive(Debug)]
@@ -47,7 +49,12 @@ impl Replicas {
     /// At least one.
     pub(crate) fn new(clients: Vec<AbsurdServiceClient<Channel>>) -> Self {
         let replicas = clients.into_iter().map(|grpc| Replica { grpc, rest: Mutex::new(None) }).collect();
-        Self(Arc::new(Inside { replicas, next: AtomicUsize::new(0) }))
+        Self(Arc::new(Inside { replicas, next: AtomicUsize::new(0), budget: Budget::default() }))
+    }
+
+    /// How often calls to them are repeated.
+    pub(crate) fn budget(&self) -> &Budget {
+        &self.0.budget
     }
 
     /// The next one in turn that does not rest; when all do, the one whose rest ends first.

@@ -54,7 +54,9 @@ pub(super) enum BenchCommand {
     #[command(after_help = "Example:\n  absurd bench backlog --pending 0,100000,1000000")]
     Backlog(load::BacklogArgs),
     /// What is left of the work when twice as much is asked for as can be done, and how soon the rest is refused
-    #[command(after_help = "Examples:\n  absurd bench overload\n  absurd bench overload --factor 4 --batch 100 -o json")]
+    #[command(
+        after_help = "Examples:\n  absurd bench overload\n  absurd bench overload --factor 4 --batch 100 -o json"
+    )]
     Overload(overload::OverloadArgs),
     /// Two results side by side
     #[command(

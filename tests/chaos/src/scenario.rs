@@ -88,7 +88,7 @@ fn short_lease(size: &mut Size) {
 
 fn long_work_on_four_connections(size: &mut Size) {
     size.connections = 4;
-    size.work = 1500;
+    size.work = 200;
 }
 
 async fn pause(range: Range<u64>, world: &mut World, until: Instant) {
