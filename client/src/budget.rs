@@ -1,23 +1,27 @@
 //! How often calls are repeated: a tenth as often as calls succeed, and a few more; beyond that one call at a time finds
-//! out, ever slower, and the others wait. So an outage is not answered with a multiple of the calls (the rule of gRPC's retry
-//! throttling, which gives calls up where these wait for their deadline).
+//! out, ever slower, and the others wait. So an outage is not answered with a multiple of the calls. (gRPC's retry throttling
+//! has the same tenth, and gives up the calls that wait here for their deadline.)
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Mutex as Turns, OwnedMutexGuard};
+use tokio::sync::{Mutex as Turns, OwnedMutexGuard, Semaphore};
 
 /// Repetitions that need no success before them.
-const TOKENS_MAX: f64 = 20.0;
-/// What a success adds.
-const TOKENS_PER_SUCCESS: f64 = 0.1;
-/// Waits of the one that finds out.
+const REPEATS_MAX: usize = 20;
+/// What a call that works at once pays for, in tenths of a repetition.
+const AT_ONCE: usize = 1;
+/// What a repetition that works pays for: the next one, and a tenth, so that those who waited for the end of an outage come
+/// back soon and not all in the same moment; where one in ten is refused, they become fewer.
+const REPEATED: usize = 11;
+/// Waits of the call that finds out.
 const PACE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Budget {
-    tokens: Mutex<f64>,
+    repeats: Semaphore,
+    tenths: Mutex<usize>,
     probe: Arc<Turns<Duration>>,
 }
 
@@ -27,41 +31,44 @@ pub(crate) struct Turn(Option<OwnedMutexGuard<Duration>>);
 
 impl Default for Budget {
     fn default() -> Self {
-        Self { tokens: Mutex::new(TOKENS_MAX), probe: Arc::new(Turns::new(Duration::ZERO)) }
+        let (repeats, probe) = (Semaphore::new(REPEATS_MAX), Arc::new(Turns::new(Duration::ZERO)));
+        Self { repeats, tenths: Mutex::new(0), probe }
     }
 }
 
 impl Budget {
-    fn tokens(&self) -> MutexGuard<'_, f64> {
-        self.tokens.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn spend(&self) -> bool {
-        let mut tokens = self.tokens();
-        let may = *tokens >= 1.0;
-        if may {
-            *tokens -= 1.0;
+    /// Waits until one may be spent.
+    async fn spend(&self) {
+        // It is never closed.
+        if let Ok(repeat) = self.repeats.acquire().await {
+            repeat.forget();
         }
-        may
     }
 
     /// Waits until a call may be repeated.
     pub(crate) async fn repeat(&self) -> Turn {
-        if self.spend() {
-            return Turn(None);
-        }
-        let mut pace = Arc::clone(&self.probe).lock_owned().await;
-        if !self.spend() {
+        let find_out = async {
+            let mut pace = Arc::clone(&self.probe).lock_owned().await;
             tokio::time::sleep(*pace).await;
+            *pace = (*pace * 2).clamp(PACE.0, PACE.1);
+            pace
+        };
+        tokio::select! {
+            biased;
+            () = self.spend() => Turn(None),
+            pace = find_out => Turn(Some(pace)),
         }
-        *pace = (*pace * 2).clamp(PACE.0, PACE.1);
-        Turn(Some(pace))
     }
 
-    /// A call was answered.
+    /// A call was answered, at once or when it was repeated.
     pub(crate) fn worked(&self, turn: Option<Turn>) {
-        let mut tokens = self.tokens();
-        *tokens = (*tokens + TOKENS_PER_SUCCESS).min(TOKENS_MAX);
+        {
+            let mut tenths = self.tenths.lock().unwrap_or_else(PoisonError::into_inner);
+            *tenths += if turn.is_some() { REPEATED } else { AT_ONCE };
+            let room = REPEATS_MAX.saturating_sub(self.repeats.available_permits());
+            self.repeats.add_permits((*tenths / 10).min(room));
+            *tenths %= 10;
+        }
         if let Some(Turn(Some(mut pace))) = turn {
             *pace = Duration::ZERO;
         }
@@ -70,12 +77,15 @@ impl Budget {
 
 #[cfg(test)]
 mod tests {
+    use tokio::task::JoinSet;
     use tokio::time::{Instant, timeout};
 
     use super::*;
 
     async fn spend_all(budget: &Budget) {
-        while timeout(Duration::ZERO, budget.repeat()).await.is_ok_and(|turn| turn.0.is_none()) {}
+        for _ in 0..REPEATS_MAX {
+            budget.spend().await;
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -84,6 +94,7 @@ mod tests {
         spend_all(&budget).await;
         let began = Instant::now();
         let mut held = budget.repeat().await;
+        assert!(held.0.is_some(), "nothing is left to spend");
         let other = timeout(Duration::from_secs(60), budget.repeat()).await;
         assert!(other.is_err(), "another one repeats while somebody finds out");
         let before = began.elapsed();
@@ -96,31 +107,40 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn once_it_works_the_others_follow_without_a_wait() {
-        let budget = Budget::default();
+    async fn once_it_works_those_who_waited_follow_soon() {
+        let budget = Arc::new(Budget::default());
         spend_all(&budget).await;
-        for _ in 0..5 {
+        for _ in 0..8 {
             drop(budget.repeat().await);
         }
-        let turn = budget.repeat().await;
-        budget.worked(Some(turn));
+        let mut waiting = JoinSet::new();
         let began = Instant::now();
-        for _ in 0..100 {
-            let turn = budget.repeat().await;
-            budget.worked(Some(turn));
+        for _ in 0..1000 {
+            let budget = Arc::clone(&budget);
+            waiting.spawn(async move {
+                let turn = budget.repeat().await;
+                tokio::time::sleep(Duration::from_millis(3)).await;
+                budget.worked(Some(turn));
+            });
         }
-        assert_eq!(began.elapsed(), Duration::ZERO);
+        waiting.join_all().await;
+        let took = began.elapsed();
+        assert!(took > Duration::from_secs(2) && took < Duration::from_millis(2500), "{took:?}");
     }
 
     #[tokio::test(start_paused = true)]
     async fn ten_successes_pay_for_a_repetition() {
         let budget = Budget::default();
         spend_all(&budget).await;
-        for _ in 0..31 {
+        for _ in 0..39 {
             budget.worked(None);
         }
-        let free = [budget.repeat().await, budget.repeat().await, budget.repeat().await];
-        assert!(free.iter().all(|turn| turn.0.is_none()), "{free:?}");
+        let turns = [budget.repeat().await, budget.repeat().await, budget.repeat().await];
+        assert!(turns.iter().all(|turn| turn.0.is_none()), "{turns:?}");
         assert!(budget.repeat().await.0.is_some());
+        for _ in 0..10_000 {
+            budget.worked(None);
+        }
+        assert_eq!(budget.repeats.available_permits(), REPEATS_MAX, "they are not saved up");
     }
 }

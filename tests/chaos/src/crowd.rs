@@ -13,6 +13,8 @@ use crate::world::World;
 
 /// Queue of the crowd; nobody else knows it.
 pub(crate) const QUEUE: &str = "crowd";
+/// Replicas that silent workers come to cut them after this long.
+pub(crate) const STALL_MAX: Duration = Duration::from_secs(2);
 
 fn client(world: &World, deadline: Duration) -> anyhow::Result<AbsurdClient> {
     let urls: Vec<String> = (0..world.replicas.len()).map(|replica| world.replica_url(replica)).collect();
@@ -85,6 +87,31 @@ pub(crate) async fn callers(world: &World, count: usize, until: Instant) -> anyh
         }
     }
     Ok(heard)
+}
+
+/// Workers that ask every replica for tasks and read nothing, until a time: how many of their connections were cut; none if
+/// one was kept for ten times as long as it may be.
+pub(crate) async fn silent_workers(world: &World, until: Instant) -> anyhow::Result<Option<i64>> {
+    let mut cut = 0;
+    while Instant::now() < until {
+        for replica in 0..world.replicas.len() {
+            let mut silent = Attacker::connect(&world.replica_url(replica)).await?;
+            // No window at all: nothing can be sent on its streams.
+            silent.settings(&[(4, 0)]).await?;
+            let request = absurd_proto::v1::ClaimStreamRequest {
+                queue: crate::shape::QUEUE.into(),
+                worker_id: "silent".into(),
+                max_in_flight: 20,
+                ..Default::default()
+            };
+            silent.claim_stream(1, &request).await?;
+            if tokio::time::timeout(10 * STALL_MAX, silent.end()).await.is_err() {
+                return Ok(None);
+            }
+            cut += 1;
+        }
+    }
+    Ok(Some(cut))
 }
 
 /// Floods of every kind against all replicas, one after the other, until a time: how many ended as they should, and the

@@ -72,6 +72,7 @@ pub(crate) fn all() -> Vec<Scenario> {
         scenario!("F20", "Postgres gives out no transaction ids until it is vacuumed", use_up_ids, size: |size| size.settings.push("autovacuum_naptime=1s".into()), evidence: &[("writes refused for want of ids", 1), ("of these to replicas", 1)], random: false),
         scenario!("F21", "runs that nobody can fail beside others whose lease runs out", poison, size: short_lease, evidence: &[("leases that ran out", 1)], random: false),
         scenario!("F22", "floods of pings, settings, resets and continuations", flood, evidence: &[("floods ended", 12)], random: false),
+        scenario!("F23", "workers that ask for tasks and read nothing", read_nothing, size: short_stall, evidence: &[("silent workers cut", 3), ("claims given back", 20)], random: false),
         scenario!("F24", "replicas restarted by SIGTERM in turn", roll, evidence: &[("restarts", 2)]),
         scenario!("F26", "the listening session killed; malformed notifications", kill_listener),
         scenario!("F27", "cleanup of events beside emissions and waits", clean_events, random: false),
@@ -84,6 +85,11 @@ pub(crate) fn all() -> Vec<Scenario> {
 fn short_lease(size: &mut Size) {
     size.lease = 4;
     size.flags.extend(["--heartbeat".into(), "1s".into()]);
+}
+
+fn short_stall(size: &mut Size) {
+    let stall = format!("{}s", crowd::STALL_MAX.as_secs());
+    size.flags.extend(["--max-stall".into(), stall, "--heartbeat".into(), "1s".into()]);
 }
 
 fn long_work_on_four_connections(size: &mut Size) {
@@ -494,6 +500,16 @@ async fn flood(world: &mut World, until: Instant) -> anyhow::Result<()> {
             world.figures.extend([("floods ended", ended), ("frames of a flood at most", most)]);
         }
         None => world.findings.push(Finding { check: "C8", story: "a flood was taken without end".into() }),
+    }
+    Ok(())
+}
+
+async fn read_nothing(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    pause(2000..3000, world, until).await;
+    world.deed("workers ask, and read nothing").await;
+    match crowd::silent_workers(world, until).await? {
+        Some(cut) => world.figures.push(("silent workers cut", cut)),
+        None => world.findings.push(Finding { check: "C8", story: "a worker that reads nothing was kept".into() }),
     }
     Ok(())
 }
