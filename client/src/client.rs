@@ -162,7 +162,9 @@ impl AbsurdClient {
                 }
                 Err(status) => Error::from(status),
             };
-            if asked.failed(&error) {
+            let another = asked.failed(&error);
+            drop(asked);
+            if another {
                 continue;
             }
             if !error.is_passing() {

@@ -1,4 +1,5 @@
-//! The replicas that a client may ask: in turn, those that failed lately left out for a while.
+//! The replicas that a client may ask: those that owe fewest answers, in turn; those that failed lately are left out for a
+//! while.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,6 +30,8 @@ struct Inside {
 #[derive(Debug)]
 struct Replica {
     grpc: AbsurdServiceClient<Channel>,
+    /// Calls that wait for its answer.
+    owes: AtomicUsize,
     rest: Mutex<Option<Rest>>,
 }
 
@@ -48,7 +51,10 @@ pub(crate) struct Asked {
 impl Replicas {
     /// At least one.
     pub(crate) fn new(clients: Vec<AbsurdServiceClient<Channel>>) -> Self {
-        let replicas = clients.into_iter().map(|grpc| Replica { grpc, rest: Mutex::new(None) }).collect();
+        let replicas = clients
+            .into_iter()
+            .map(|grpc| Replica { grpc, owes: AtomicUsize::new(0), rest: Mutex::new(None) })
+            .collect();
         Self(Arc::new(Inside { replicas, next: AtomicUsize::new(0), budget: Budget::default() }))
     }
 
@@ -57,15 +63,21 @@ impl Replicas {
         &self.0.budget
     }
 
-    /// The next one in turn that does not rest; when all do, the one whose rest ends first.
+    /// Of those that do not rest the one that owes fewest answers, in turn where several do; when all rest, the one whose
+    /// rest ends first.
     pub(crate) fn ask(&self) -> Asked {
         let now = Instant::now();
         let count = self.0.replicas.len();
         let start = self.0.next.fetch_add(1, Ordering::Relaxed);
         let turn = (0..count).map(|step| start.wrapping_add(step) % count);
         let index = turn
-            .min_by_key(|index| self.0.replicas[*index].rest().map_or(now, |rest| rest.until.max(now)))
+            .min_by_key(|index| {
+                let replica = &self.0.replicas[*index];
+                let rested = replica.rest().map_or(now, |rest| rest.until.max(now));
+                (rested, replica.owes.load(Ordering::Relaxed))
+            })
             .unwrap_or_default();
+        self.0.replicas[index].owes.fetch_add(1, Ordering::Relaxed);
         if let Some(rest) = self.0.replicas[index].rest().as_mut() {
             // One caller finds out whether it is back; the others go on leaving it out.
             rest.until = rest.until.max(now + rest.span);
@@ -82,6 +94,12 @@ impl Replicas {
 impl Replica {
     fn rest(&self) -> MutexGuard<'_, Option<Rest>> {
         self.rest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        self.all.0.replicas[self.index].owes.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -137,15 +155,28 @@ mod tests {
     async fn one_that_failed_is_left_out_and_asked_again_by_one_caller() {
         let all = replicas(3);
         let lost = all.ask();
+        let index = lost.index;
         assert!(lost.failed(&refused()), "the others may be asked at once");
+        drop(lost);
         let asked: Vec<usize> = (0..10).map(|_| all.ask().index).collect();
-        assert!(!asked.contains(&lost.index), "{asked:?}");
+        assert!(!asked.contains(&index), "{asked:?}");
         tokio::time::advance(REST.0).await;
-        let asked: Vec<usize> = (0..10).map(|_| all.ask().index).collect();
-        assert_eq!(asked.iter().filter(|index| **index == lost.index).count(), 1, "{asked:?}");
-        lost.worked();
+        let asked: Vec<Asked> = (0..10).map(|_| all.ask()).collect();
+        let again: Vec<&Asked> = asked.iter().filter(|asked| asked.index == index).collect();
+        assert_eq!(again.len(), 1, "{asked:?}");
+        again[0].worked();
+        drop(asked);
         let asked: Vec<usize> = (0..9).map(|_| all.ask().index).collect();
-        assert_eq!(asked.iter().filter(|index| **index == lost.index).count(), 3, "{asked:?}");
+        assert_eq!(asked.iter().filter(|asked| **asked == index).count(), 3, "{asked:?}");
+    }
+
+    #[tokio::test]
+    async fn one_that_does_not_answer_is_asked_less() {
+        let all = replicas(3);
+        let silent = [all.ask(), all.ask(), all.ask(), all.ask()];
+        let owes_two = silent[3].index;
+        let asked: Vec<usize> = (0..10).map(|_| all.ask().index).collect();
+        assert!(!asked.contains(&owes_two), "{asked:?}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,14 +1,15 @@
 //! Outcomes travel together: while one `SettleTasks` call is in flight, the next one gathers.
 //!
 //! Guarantees: each caller gets its own outcome; writes about one run keep their order; a call whose answer was lost is
-//! repeated, which the server answers as the first time.
+//! repeated, which the server answers as the first time; a call that gets no answer holds up only the runs that it is about.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use absurd_proto::v1 as pb;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tonic::{Code, Request};
 
@@ -20,6 +21,10 @@ use crate::{Error, Reason};
 const ITEMS_MAX: usize = 1000;
 /// Bytes of one call at most, unless a single item has more.
 const BYTES_MAX: usize = 2 * 1024 * 1024;
+/// A call that takes longer than this no longer makes the next one gather.
+const LONG: Duration = Duration::from_millis(250);
+/// Calls in flight at most, of each queue.
+const CALLS_MAX: usize = 16;
 
 struct Entry {
     item: pb::SettleItem,
@@ -27,7 +32,13 @@ struct Entry {
     answer: oneshot::Sender<Result<pb::SettleResult, Error>>,
 }
 
-type Lanes = Arc<Mutex<HashMap<String, VecDeque<Entry>>>>;
+#[derive(Default)]
+struct Lane {
+    waiting: VecDeque<Entry>,
+    arrived: Arc<Notify>,
+}
+
+type Lanes = Arc<Mutex<HashMap<String, Lane>>>;
 
 /// See the module.
 #[derive(Clone)]
@@ -60,9 +71,11 @@ impl Settler {
         {
             let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(lane) = lanes.get_mut(queue) {
-                lane.push_back(entry);
+                lane.waiting.push_back(entry);
+                lane.arrived.notify_one();
             } else {
-                lanes.insert(queue.to_owned(), VecDeque::from([entry]));
+                let waiting = VecDeque::from([entry]);
+                lanes.insert(queue.to_owned(), Lane { waiting, ..Lane::default() });
                 tokio::spawn(drive(self.replicas.clone(), Arc::clone(&self.lanes), queue.to_owned()));
             }
         }
@@ -71,31 +84,72 @@ impl Settler {
 }
 
 async fn drive(replicas: Replicas, lanes: Lanes, queue: String) {
+    let mut calls: JoinSet<Vec<String>> = JoinSet::new();
+    // Runs that calls in flight are about.
+    let mut busy = HashSet::new();
     loop {
-        let batch = {
+        let (batch, arrived) = {
             let mut lanes = lanes.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(lane) = lanes.get_mut(&queue) else { return };
-            if lane.is_empty() {
+            if lane.waiting.is_empty() && calls.is_empty() {
                 lanes.remove(&queue);
                 return;
             }
-            take(lane)
+            (take(&mut lane.waiting, &busy), Arc::clone(&lane.arrived))
         };
-        send(&replicas, &queue, batch).await;
+        let sent = !batch.is_empty();
+        if sent {
+            let runs: Vec<String> = batch.iter().map(|entry| run(&entry.item).to_owned()).collect();
+            busy.extend(runs.iter().cloned());
+            let (replicas, queue) = (replicas.clone(), queue.clone());
+            calls.spawn(async move {
+                send(&replicas, &queue, batch).await;
+                runs
+            });
+        }
+        let more = async {
+            if sent {
+                tokio::time::sleep(LONG).await;
+            } else {
+                arrived.notified().await;
+            }
+        };
+        let full = calls.len() >= CALLS_MAX;
+        tokio::select! {
+            Some(done) = calls.join_next() => {
+                for run in done.unwrap_or_default() {
+                    busy.remove(&run);
+                }
+            }
+            () = more, if !full => {}
+        }
     }
 }
 
-fn take(lane: &mut VecDeque<Entry>) -> Vec<Entry> {
+/// What the item is about.
+fn run(item: &pb::SettleItem) -> &str {
+    if item.run_id.is_empty() { item.claim_token.as_deref().unwrap_or_default() } else { &item.run_id }
+}
+
+/// The next batch; what is about a busy run stays, in its order.
+fn take(waiting: &mut VecDeque<Entry>, busy: &HashSet<String>) -> Vec<Entry> {
     let mut bytes = 0;
-    let mut batch = Vec::new();
-    while batch.len() < ITEMS_MAX {
-        let Some(size) = lane.front().map(|entry| size(&entry.item)) else { break };
-        if bytes + size > BYTES_MAX && !batch.is_empty() {
+    let (mut batch, mut stays) = (Vec::new(), VecDeque::new());
+    while let Some(entry) = waiting.pop_front() {
+        if busy.contains(run(&entry.item)) {
+            stays.push_back(entry);
+            continue;
+        }
+        let size = size(&entry.item);
+        if batch.len() == ITEMS_MAX || (bytes + size > BYTES_MAX && !batch.is_empty()) {
+            waiting.push_front(entry);
             break;
         }
         bytes += size;
-        batch.extend(lane.pop_front());
+        batch.push(entry);
     }
+    stays.append(waiting);
+    *waiting = stays;
     batch
 }
 
@@ -132,6 +186,7 @@ async fn send(replicas: &Replicas, queue: &str, mut batch: Vec<Entry>) {
             Err(status) => Error::from(status),
         };
         let wait = if asked.failed(&error) { Duration::ZERO } else { backoff.after(&error) };
+        drop(asked);
         let until = Instant::now() + wait;
         let (left, over): (Vec<_>, Vec<_>) =
             batch.into_iter().partition(|entry| error.is_passing() && entry.deadline > until);

@@ -100,7 +100,7 @@ pub(crate) fn session_config(
     config.options(format!(
         "{options} -c absurd_server.writer=on -c absurd.fake_now= -c jit=off -c plan_cache_mode=force_generic_plan \
          -c enable_seqscan=off -c enable_bitmapscan=off \
-         -c statement_timeout={}ms -c lock_timeout={}ms -c idle_in_transaction_session_timeout=20s -c TimeZone=UTC \
+         -c statement_timeout={}ms -c lock_timeout={}ms -c idle_in_transaction_session_timeout=5s -c TimeZone=UTC \
          -c default_transaction_isolation=read\\ committed",
         statement_timeout.as_millis(),
         LOCK_WAIT_MAX.as_millis()

@@ -155,6 +155,40 @@ async fn a_postgres_that_hangs_is_given_up() {
     assert_eq!(spawned, 2);
 }
 
+/// One of two replicas says nothing any more. A call that it was sent waits; what is about other runs goes to the other one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_says_nothing_holds_up_only_what_it_was_told() {
+    let server = Server::start().await;
+    let other = Server::start_with(
+        server.database().clone(),
+        ServerOptions { without_queue: true, ..ServerOptions::default() },
+    )
+    .await;
+    let link = Link::before(&other.url()).await;
+    let urls = format!("{},{}", server.url(), link.url());
+    let client = AbsurdClient::connect(&ConnectOptions::new(urls)).unwrap().with_queue("q");
+    client.spawn_tasks(tasks(8)).await.unwrap();
+    let claims = client.claim_task(ClaimOptions { qty: 8, ..ClaimOptions::default() }).await.unwrap();
+    assert_eq!(claims.len(), 8);
+    link.set(Toxic::Hole(true, true));
+    let (mut done, mut waiting) = (0, Vec::new());
+    for claim in claims {
+        let mut completing = tokio::spawn(async move { claim.complete(&j!(1)).await });
+        match tokio::time::timeout(Duration::from_secs(2), &mut completing).await {
+            Ok(completed) => {
+                completed.unwrap().unwrap();
+                done += 1;
+            }
+            Err(_) => waiting.push(completing),
+        }
+    }
+    assert!(done >= 7, "{done} of 8 were completed while one replica said nothing");
+    link.set(Toxic::Pass);
+    for completing in waiting {
+        in_time("what the silent one was told is told again", completing).await.unwrap().unwrap();
+    }
+}
+
 /// Whoever holds a task's row makes the outcomes of its run wait, and tells nobody that a claim is lost.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_held_task_makes_each_outcome_wait() {
