@@ -49,13 +49,14 @@ pub(crate) struct Asked {
 }
 
 impl Replicas {
-    /// At least one.
+    /// At least one. The first one asked is any of them: or all workers of one stream would be on the same replica.
     pub(crate) fn new(clients: Vec<AbsurdServiceClient<Channel>>) -> Self {
+        let first = usize::from(uuid::Uuid::new_v4().as_bytes()[0]);
         let replicas = clients
             .into_iter()
             .map(|grpc| Replica { grpc, owes: AtomicUsize::new(0), rest: Mutex::new(None) })
             .collect();
-        Self(Arc::new(Inside { replicas, next: AtomicUsize::new(0), budget: Budget::default() }))
+        Self(Arc::new(Inside { replicas, next: AtomicUsize::new(first), budget: Budget::default() }))
     }
 
     /// How often calls to them are repeated.
@@ -168,6 +169,12 @@ mod tests {
         drop(asked);
         let asked: Vec<usize> = (0..9).map(|_| all.ask().index).collect();
         assert_eq!(asked.iter().filter(|asked| **asked == index).count(), 3, "{asked:?}");
+    }
+
+    #[tokio::test]
+    async fn clients_begin_with_different_ones() {
+        let first: std::collections::HashSet<usize> = (0..100).map(|_| replicas(3).ask().index).collect();
+        assert_eq!(first.len(), 3);
     }
 
     #[tokio::test]
