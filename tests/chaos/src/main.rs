@@ -7,7 +7,9 @@
     reason = "rates and quantiles"
 )]
 
+mod bug;
 mod crowd;
+mod fault;
 mod history;
 mod ledger;
 mod producer;
@@ -233,7 +235,7 @@ fn choose(names: &[String]) -> anyhow::Result<Vec<Scenario>> {
 async fn find_bugs(names: &[String], plan: &Plan) -> anyhow::Result<bool> {
     let mut all_found = true;
     let planted = build_planted()?;
-    let all = scenario::bugs();
+    let all = bug::bugs();
     if let Some(unknown) = names.iter().find(|name| !all.iter().any(|bug| bug.scenario.id == name.as_str())) {
         let known: Vec<&str> = all.iter().map(|bug| bug.scenario.id).collect();
         anyhow::bail!("there is no planted bug {unknown}, but {}", known.join(", "));
