@@ -120,6 +120,10 @@ async fn drive(replicas: Replicas, lanes: Lanes, queue: String) {
                 for run in done.unwrap_or_default() {
                     busy.remove(&run);
                 }
+                if calls.is_empty() {
+                    // Nothing is left of a call that panicked.
+                    busy.clear();
+                }
             }
             () = more, if !full => {}
         }
