@@ -10,6 +10,7 @@ use crate::activity::{Activity, Feed, What};
 use crate::awaited::AwaitedTasks;
 use crate::backlog::Backlog;
 use crate::commit::{self, Committer, Emits, Settles, Spawns, Suspends};
+use crate::counts::Counts;
 use crate::dispatch::{DispatchOptions, Dispatcher};
 use crate::domain::{Digest, Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};
 use crate::doorbell::Hints;
@@ -37,6 +38,8 @@ pub struct Engine {
     pub awaited: AwaitedTasks,
     /// Other replicas.
     pub hints: Arc<Hints>,
+    /// Counts of queues.
+    pub counts: Counts,
     /// The live lines of `dev`.
     pub feed: Feed,
     spawns: Spawns,
@@ -76,6 +79,7 @@ impl Engine {
             dispatcher,
             waits: Waits::default(),
             awaited: AwaitedTasks::default(),
+            counts: Counts::default(),
             spawner: Committer::new(spawns.clone(), most),
             bulk: Turns::new(connections(Role::Work, store.options().connections_max) / 2),
             spawns,

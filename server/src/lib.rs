@@ -9,6 +9,7 @@ pub mod awaited;
 pub mod backlog;
 pub mod cli;
 pub mod commit;
+pub mod counts;
 pub mod dispatch;
 pub mod domain;
 pub mod doorbell;

@@ -63,6 +63,10 @@ async fn wide(engine: &Arc<Engine>, cursors: &mut Cursors) {
     }
     finish_emissions(engine).await;
     look_at_quarantine(engine).await;
+    match engine.store.snapshot_age().await {
+        Ok(age) => metrics::snapshot_age(age),
+        Err(fault) => tracing::debug!(?fault, "could not look for old transactions"),
+    }
     let mut after = String::new();
     loop {
         let rows = match engine.store.queue_list(None, &after, QUEUES_MAX).await {

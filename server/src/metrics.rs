@@ -76,6 +76,11 @@ pub fn quarantined(reason: &'static str, count: i64) {
     gauge!("absurd_quarantined_tasks", "reason" => reason).set(count as f64);
 }
 
+/// The oldest transaction of the database has kept dead rows from being removed for so long.
+pub fn snapshot_age(age: Duration) {
+    gauge!("absurd_oldest_transaction_seconds").set(age.as_secs_f64());
+}
+
 /// Leases ran out.
 pub fn leases_expired(count: usize) {
     counter!("absurd_leases_expired_total").increment(count as u64);

@@ -103,6 +103,45 @@ async fn calls_in_flight_are_bounded() {
     grpc.get_queue_stats(stats).await.unwrap();
 }
 
+/// Many who look at one queue cost as much as one.
+#[tokio::test(flavor = "multi_thread")]
+async fn counts_are_shared_by_those_who_ask_meanwhile() {
+    const CALLERS: usize = 50;
+    let server = server(Settings { max_requests: Some(CALLERS), ..Settings::default() }).await;
+    let mut sql = server.database().connect().await;
+    let held = sql.transaction().await.unwrap();
+    held.batch_execute("lock table absurd.r_q").await.unwrap();
+    let grpc = server.raw().await;
+    let ask = move || {
+        let mut grpc = grpc.clone();
+        async move { grpc.get_queue_stats(pb::GetQueueStatsRequest { queue: "q".into() }).await }
+    };
+    let mut waiting = tokio::task::JoinSet::new();
+    for _ in 0..CALLERS {
+        let ask = ask.clone();
+        // The one more may have been there before the last of these.
+        waiting.spawn(async move {
+            loop {
+                if let Ok(answer) = ask().await {
+                    break answer.into_inner();
+                }
+            }
+        });
+    }
+    eventually("one more is turned away", || async {
+        tokio::time::timeout(Duration::from_millis(200), ask()).await.ok()?.err()
+    })
+    .await;
+    let counting = "select count(*) from pg_stat_activity
+                     where datname = current_database() and wait_event_type = 'Lock' and query like '-- queue_stats%'";
+    assert_eq!(held.query_one(counting, &[]).await.unwrap().get::<_, i64>(0), 1);
+    held.rollback().await.unwrap();
+    for answer in in_time("all are answered", waiting.join_all()).await {
+        assert_eq!(answer.pending, 0);
+    }
+    server.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backlog_is_bounded_where_one_asks_for_it() {
     let server = server(Settings { max_backlog: Some(10), ..Settings::default() }).await;

@@ -397,3 +397,17 @@ async fn tasks_that_cannot_be_cancelled_hold_up_nobody() {
     .await;
     server.stop().await;
 }
+
+/// Dead rows stay while a transaction that began before is open: the metrics say for how long.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_transaction_is_told_by_the_metrics() {
+    let server = crate::limits::server(Settings::default()).await;
+    let sql = server.database().connect().await;
+    sql.batch_execute("begin isolation level repeatable read; select from absurd.queues").await.unwrap();
+    eventually("the metrics tell", || async {
+        let age = crate::limits::metric(&server, "absurd_oldest_transaction_seconds").await;
+        (age > 2.0).then_some(())
+    })
+    .await;
+    server.stop().await;
+}

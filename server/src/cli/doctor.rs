@@ -17,8 +17,10 @@ use crate::store::{Fault, Store, StoreOptions};
 
 /// Counts go up to here.
 const BOUND: i64 = 1000;
-/// An open transaction this old keeps dead rows from being removed.
-const SNAPSHOT_SECONDS_MAX: i64 = 600;
+/// Dead rows that were kept this long make claims slower. A backup may do that; it is good to know.
+const SNAPSHOT_KNOWN: Duration = Duration::from_secs(60);
+/// What is open longer than this was forgotten.
+const SNAPSHOT_WRONG: Duration = Duration::from_secs(600);
 
 /// Flags of the doctor.
 #[derive(Debug, Args)]
@@ -60,6 +62,7 @@ pub(super) async fn run(args: DoctorArgs) -> anyhow::Result<()> {
     let facts = store.doctor_database().await.map_err(told)?;
     let version = facts.first().map_or_else(String::new, |row| row.get("version"));
     findings.extend(facts.iter().flat_map(settings));
+    findings.extend(snapshot(store.snapshot_age().await.map_err(told)?));
     // The rest speaks of tables that a migration makes.
     let upkeep = if report.applied.is_empty() { store.doctor_upkeep().await.map_err(told)? } else { Vec::new() };
     if report.applied.is_empty() {
@@ -120,13 +123,20 @@ fn settings(row: &Row) -> Vec<Finding> {
     if row.get("standby") {
         findings.push(Finding::wrong("this is a standby: nothing can be written", "name the primary"));
     }
-    if let Some(seconds) = row.get::<_, Option<i64>>("oldest_snapshot_seconds").filter(|s| *s > SNAPSHOT_SECONDS_MAX) {
-        findings.push(Finding::wrong(
-            format!("a transaction has been open for {seconds} s: dead rows cannot be removed, claims get slower"),
-            "select pid, usename, xact_start, query from pg_stat_activity where backend_xmin is not null order by xact_start",
-        ));
-    }
     findings
+}
+
+fn snapshot(age: Duration) -> Option<Finding> {
+    (age > SNAPSHOT_KNOWN).then(|| Finding {
+        wrong: age > SNAPSHOT_WRONG,
+        what: format!(
+            "a transaction has been open for {} s: dead rows cannot be removed, claims get slower",
+            age.as_secs()
+        ),
+        mend: "end it; these may be it: select pid, usename, xact_start, query from pg_stat_activity where backend_xmin is \
+               not null order by xact_start; select gid, prepared from pg_prepared_xacts order by prepared"
+            .into(),
+    })
 }
 
 fn registry(row: &Row) -> Finding {
@@ -329,5 +339,16 @@ fn print(how: Output, version: &str, report: &Report, upkeep: &[Row], findings: 
     }
     if !findings.iter().any(|finding| finding.wrong) {
         println!("\nnothing to mend");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_transaction_is_told_after_a_minute_and_wrong_after_ten() {
+        let told = |seconds| snapshot(Duration::from_secs(seconds)).map(|finding| finding.wrong);
+        assert_eq!([told(60), told(61), told(600), told(601)], [None, Some(false), Some(false), Some(true)]);
     }
 }

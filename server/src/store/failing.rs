@@ -25,6 +25,7 @@ const BACKGROUND: &[&str] = &[
     "run_cut_lease",
     "run_list_expired",
     "run_silent",
+    "snapshot_age",
     "task_list_awaited",
     "task_list_cancellable",
     "task_settle_awaited",

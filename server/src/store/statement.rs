@@ -16,6 +16,7 @@ const UPKEEP: &[&str] = &[
     "queue_drop",
     "queue_stats",
     "release_forget",
+    "snapshot_age",
     "task_cleanup",
     "upkeep_note",
     "upkeep_run",
@@ -180,6 +181,7 @@ statements! {
     RUN_SCHEDULE = "run_schedule";
     RUN_SET_SLEEPING = "run_set_sleeping";
     RUN_SLEEP = "run_sleep";
+    SNAPSHOT_AGE = "snapshot_age";
     TASK_AWAIT = "task_await";
     TASK_CANCEL = "task_cancel";
     TASK_CANCELLED = "task_cancelled";

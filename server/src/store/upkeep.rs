@@ -1,9 +1,11 @@
 //! Statements of upkeep and of the doctor.
 
+use std::time::Duration;
+
 use tokio_postgres::Row;
 
 use super::statement::{
-    DOCTOR_DATABASE, DOCTOR_QUEUE, DOCTOR_REGISTRY, DOCTOR_UPKEEP, UPKEEP_NOTE, UPKEEP_RUN, UPKEEP_TAKE,
+    DOCTOR_DATABASE, DOCTOR_QUEUE, DOCTOR_REGISTRY, DOCTOR_UPKEEP, SNAPSHOT_AGE, UPKEEP_NOTE, UPKEEP_RUN, UPKEEP_TAKE,
 };
 use super::{Fault, Store, Wait};
 use crate::scope::Scope;
@@ -50,6 +52,13 @@ impl Store {
     /// One row about the database.
     pub async fn doctor_database(&self) -> Result<Vec<Row>, Fault> {
         self.rows(&DOCTOR_DATABASE, Wait::Skip, None, &[]).await
+    }
+
+    /// How long the oldest transaction has kept dead rows from being removed.
+    pub async fn snapshot_age(&self) -> Result<Duration, Fault> {
+        let rows = self.rows(&SNAPSHOT_AGE, Wait::Skip, None, &[]).await?;
+        let seconds = rows.first().map_or(0.0, |row| row.get::<_, f64>("seconds"));
+        Ok(Duration::try_from_secs_f64(seconds).unwrap_or_default())
     }
 
     /// Queues without tables, tables without a queue.

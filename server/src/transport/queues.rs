@@ -13,7 +13,7 @@ use crate::store::queue::COUNT_MAX;
 impl Service {
     pub(super) async fn stats(&self, queue: &str) -> Result<pb::GetQueueStatsResponse, Error> {
         let scope = scope(queue)?;
-        let row = self.engine.store.queue_stats(&scope).await?;
+        let row = self.engine.counts.of(&self.engine.store, &scope).await?;
         let count = |column: &str| row.get::<_, i64>(column);
         let counts = ["pending", "sleeping", "running", "failed", "completed", "cancelled"].map(count);
         let oldest: Option<i64> = row.get("oldest_ms");

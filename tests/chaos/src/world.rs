@@ -186,8 +186,14 @@ async fn connect(url: &str) -> anyhow::Result<tokio_postgres::Client> {
     Ok(client)
 }
 
-fn free_port() -> anyhow::Result<u16> {
-    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+/// Ports below those that connections get by themselves: a replica that is started again finds its own free.
+fn free_ports(count: usize) -> anyhow::Result<Vec<u16>> {
+    let ports = std::iter::repeat_with(|| fastrand::u16(20_000..32_000)).take(1000);
+    // Held until all are there, so that none is taken twice.
+    let held: Vec<_> =
+        ports.filter_map(|port| std::net::TcpListener::bind(("127.0.0.1", port)).ok()).take(count).collect();
+    anyhow::ensure!(held.len() == count, "no ports are free");
+    held.iter().map(|listener| Ok(listener.local_addr()?.port())).collect()
 }
 
 fn root() -> PathBuf {
@@ -207,6 +213,7 @@ impl World {
                 .to_vec();
         settings.extend(size.settings.iter().cloned());
         let cluster_options = ClusterOptions { home: postgres.clone(), bin: None, durable: true, settings };
+        let mut ports = free_ports(2 * size.replicas)?;
         let mut world = Self {
             random: fastrand::Rng::with_seed(size.seed),
             home: home.to_owned(),
@@ -216,8 +223,8 @@ impl World {
             disk: size.disk.and_then(|mib| Disk::mount(&postgres, mib)),
             clusters: 1,
             address: Arc::default(),
-            ports: (0..size.replicas).map(|_| free_port()).collect::<Result<_, _>>()?,
-            metrics: (0..size.replicas).map(|_| free_port()).collect::<Result<_, _>>()?,
+            metrics: ports.split_off(size.replicas),
+            ports,
             replicas: Vec::new(),
             workers: Vec::new(),
             producers: Vec::new(),
