@@ -63,7 +63,7 @@ class History:
             answer = ask()
         except grpc.RpcError as error:
             how = "no" if error.code() in DEFINITE else "info"
-            self.write(k="end", n=n, t=now(), how=how, why=error.code().name)
+            self.write(k="end", n=n, t=now(), how=how, why=f"{error.code().name} {error.details()}")
             raise
         value = text(answer.payload) if op == "await" and answer.WhichOneof("outcome") == "payload" else None
         self.write(k="end", n=n, t=now(), how="ok", value=value)
