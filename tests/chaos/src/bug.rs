@@ -5,7 +5,7 @@ use std::time::Duration;
 use absurd_tests::Toxic;
 use tokio::time::Instant;
 
-use crate::fault::{kill_postgres, over, pause, poison, reset_workers, short_lease, stop_workers};
+use crate::fault::{kill_postgres, over, pause, poison, replace_workers, reset_workers, short_lease, stubborn};
 use crate::scenario::{Scenario, scenario};
 use crate::world::{Size, World};
 
@@ -57,7 +57,7 @@ pub(crate) fn bugs() -> Vec<Bug> {
         Bug {
             name: "no token check",
             planted: Some("NoTokenCheck"),
-            scenario: scenario!("B-token", "workers come back late", stop_workers, size: short_lease),
+            scenario: scenario!("B-token", "workers go on with claims that others have", replace_workers, size: stubborn),
             found_by: &["C4"],
         },
         Bug {

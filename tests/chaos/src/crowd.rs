@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use absurd_client::{AbsurdClient, ConnectOptions, Reason, SpawnOptions, StreamOptions};
+use absurd_client::{AbsurdClient, ConnectOptions, ListOptions, Reason, SpawnOptions, StreamOptions};
 use absurd_tests::{Attacker, Flood};
 use hdrhistogram::Histogram;
 use tokio::task::JoinSet;
@@ -61,10 +61,12 @@ pub(crate) async fn callers(world: &World, count: usize, until: Instant) -> anyh
         let client = client.clone();
         crowd.spawn(async move {
             let (mut answered, mut late, mut refusals) = (0, 0, Vec::new());
+            let page = ListOptions { page_size: 1000, ..ListOptions::default() };
             while Instant::now() < until {
                 let began = Instant::now();
-                let answer = match caller % 2 {
+                let answer = match caller % 3 {
                     0 => client.get_queue_stats().await.map(drop),
+                    1 => client.list_tasks(page.clone()).await.map(drop),
                     _ => client.spawn_task("crowd", &caller, SpawnOptions::default()).await.map(drop),
                 };
                 match answer {

@@ -16,6 +16,11 @@ pub(crate) fn short_lease(size: &mut Size) {
     size.flags.extend(["--heartbeat".into(), "1s".into()]);
 }
 
+pub(crate) fn stubborn(size: &mut Size) {
+    size.work = 500;
+    size.stubborn = true;
+}
+
 pub(crate) fn short_stall(size: &mut Size) {
     let stall = format!("{}s", crowd::STALL_MAX.as_secs());
     size.flags.extend(["--max-stall".into(), stall, "--heartbeat".into(), "1s".into()]);
@@ -101,6 +106,28 @@ pub(crate) async fn stop_workers(world: &mut World, until: Instant) -> anyhow::R
             world.workers[*worker].signal(Signal::STOP);
         }
         pause(lease * 2..lease * 2 + 1000, world, until.max(Instant::now() + Duration::from_millis(lease * 2))).await;
+        for worker in &stopped {
+            world.workers[*worker].signal(Signal::CONT);
+        }
+    }
+}
+
+/// What workers at work have delivered goes to others, who are at work on the same runs when those come back.
+pub(crate) async fn replace_workers(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    loop {
+        pause(1000..2000, world, until).await;
+        if over(until) {
+            return Ok(());
+        }
+        let count = world.workers.len();
+        let stopped: Vec<usize> = (0..count / 3).map(|_| world.random.usize(0..count)).collect();
+        world.deed(format!("SIGSTOP workers {stopped:?}, and their links are reset")).await;
+        for worker in &stopped {
+            world.workers[*worker].signal(Signal::STOP);
+        }
+        reset_links(world, &stopped).await;
+        // Longer than their places are kept, shorter than their leases.
+        pause(6000..7000, world, until.max(Instant::now() + Duration::from_secs(6))).await;
         for worker in &stopped {
             world.workers[*worker].signal(Signal::CONT);
         }
@@ -615,12 +642,16 @@ pub(crate) async fn reset_workers(world: &mut World, until: Instant) -> anyhow::
         pause(1000..2000, world, until).await;
         let cut: Vec<usize> = (0..count / 3).map(|_| world.random.usize(0..count)).collect();
         world.deed(format!("links of workers {cut:?} are reset")).await;
-        for toxic in [Toxic::Reset, Toxic::Pass] {
-            cut.iter().flat_map(|worker| &world.before[*worker]).for_each(|link| link.set(toxic));
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        reset_links(world, &cut).await;
     }
     Ok(())
+}
+
+async fn reset_links(world: &World, workers: &[usize]) {
+    for toxic in [Toxic::Reset, Toxic::Pass] {
+        workers.iter().flat_map(|worker| &world.before[*worker]).for_each(|link| link.set(toxic));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// Runs whose lease has run out and whose failure raises: what must not keep the sweeps from everybody else's.

@@ -49,6 +49,7 @@ pub(crate) fn all() -> Vec<Scenario> {
         scenario!("F2", "SIGKILL of all replicas, and nobody there for a while", kill_all_replicas, evidence: &[("leases that ran out", 1)]),
         scenario!("F3", "SIGKILL of workers in the middle of steps", kill_workers, evidence: &[("leases that ran out", 1)]),
         scenario!("F4", "SIGSTOP of workers for two leases: they come back late", stop_workers, size: short_lease, evidence: &[("late writes refused", 1)]),
+        scenario!("F4b", "workers go on with claims that they have lost or given back, while others have the runs", replace_workers, size: stubborn, evidence: &[("late writes refused", 20), ("claims given back", 5)]),
         scenario!("F5", "SIGSTOP of a replica past heartbeats and leases", stop_replicas, size: short_lease),
         scenario!("F6", "SIGKILL of one session of Postgres: all sessions are reset", kill_backend),
         scenario!("F7", "SIGKILL of the postmaster, crash recovery", kill_postgres),

@@ -113,6 +113,11 @@ class Worker:
         call = self.history.call
         known = {step.checkpoint_name for step in task.checkpoints}
         of = {"queue": QUEUE, "claim_token": task.claim_token}
+        if self.options.stubborn and random.random() < 0.2:
+            # Somebody else gets the run; this attempt goes on as if it had not been told.
+            claim = settle_pb2.ClaimRef(run_id=task.run_id, claim_token=task.claim_token)
+            request = settle_pb2.ReleaseClaimsRequest(queue=QUEUE, claims=[claim])
+            call("release", task, lambda stub: stub.ReleaseClaims(request, timeout=20))
         for step in range(shape["steps"]):
             name = f"s{step}"
             if name not in known:
@@ -184,6 +189,7 @@ def main():
     parser.add_argument("--name", required=True)
     parser.add_argument("--in-flight", type=int, default=8)
     parser.add_argument("--lease", type=int, default=10)
+    parser.add_argument("--stubborn", action="store_true")
     worker = Worker(parser.parse_args())
     signal.signal(signal.SIGTERM, lambda *_: (worker.stop.set(), os._exit(0)))
     worker.run()

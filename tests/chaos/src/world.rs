@@ -38,6 +38,8 @@ pub(crate) struct Size {
     pub work: u64,
     /// Lease of a claim, s.
     pub lease: u64,
+    /// Python's worker gives claims back, and goes on with them nevertheless.
+    pub stubborn: bool,
     /// More settings of Postgres.
     pub settings: Vec<String>,
     /// The program to serve with.
@@ -515,6 +517,7 @@ impl World {
         let mut command = if worker == 0 {
             let mut python = bound_to_us(&root().join(".venv/bin/python"));
             python.arg(root().join("tests/chaos/src/worker.py")).env("PYTHONPATH", root().join(".venv/generated"));
+            python.args(self.size.stubborn.then_some("--stubborn"));
             python
         } else {
             let mut own = bound_to_us(&std::env::current_exe()?);
