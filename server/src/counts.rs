@@ -3,18 +3,15 @@
 //! Guarantees: nobody gets what was counted before they asked; at most one count of a queue at a time, so that many who look
 //! at a long queue cost as much as one.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use tokio::time::Instant;
 use tokio_postgres::Row;
 
-use crate::domain::{Error, QueueName};
+use crate::domain::Error;
+use crate::per_queue::PerQueue;
 use crate::scope::Scope;
 use crate::store::Store;
-
-/// Queues that are remembered.
-const QUEUES_MAX: usize = 10_000;
 
 /// A count, and when it began.
 #[derive(Debug)]
@@ -26,20 +23,14 @@ struct Count {
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Counts {
-    queues: Mutex<HashMap<QueueName, Arc<tokio::sync::Mutex<Option<Count>>>>>,
+    last: PerQueue<Option<Count>>,
 }
 
 impl Counts {
     /// Counts a queue, or shares a count that begins after this.
     pub async fn of(&self, store: &Store, scope: &Scope) -> Result<Arc<Row>, Error> {
         let asked = Instant::now();
-        let last = {
-            let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-            if queues.len() >= QUEUES_MAX {
-                queues.clear();
-            }
-            Arc::clone(queues.entry(scope.queue().clone()).or_default())
-        };
+        let last = self.last.of(scope.queue());
         let mut last = last.lock().await;
         if let Some(count) = last.as_ref().filter(|count| count.began >= asked) {
             return count.outcome.clone();

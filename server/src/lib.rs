@@ -17,6 +17,7 @@ pub mod engine;
 pub mod gate;
 pub mod maintenance;
 pub mod metrics;
+pub mod per_queue;
 mod planted;
 pub mod postgres;
 pub mod scope;

@@ -1,0 +1,25 @@
+//! What is remembered of each queue, each under a guard of its own: who asks for one waits for no other. Bounded: beyond
+//! `QUEUES_MAX` all of it is forgotten, which costs those who ask next a look at the database.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::domain::QueueName;
+
+/// Queues that are remembered.
+const QUEUES_MAX: usize = 10_000;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct PerQueue<T>(Mutex<HashMap<QueueName, Arc<tokio::sync::Mutex<T>>>>);
+
+impl<T: Default> PerQueue<T> {
+    /// What is remembered of a queue.
+    pub fn of(&self, queue: &QueueName) -> Arc<tokio::sync::Mutex<T>> {
+        let mut queues = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if queues.len() >= QUEUES_MAX && !queues.contains_key(queue) {
+            queues.clear();
+        }
+        Arc::clone(queues.entry(queue.clone()).or_default())
+    }
+}
