@@ -1,6 +1,6 @@
 //! Bad input: a typed error that names the field, and nothing half-written.
 
-use absurd_client::{ClaimOptions, SpawnOptions};
+use absurd_client::{ClaimOptions, ListOptions, RetryOptions, SpawnOptions};
 use absurd_proto::v1 as pb;
 use absurd_tests::{Grpc, Server, json};
 use proptest::prelude::*;
@@ -399,4 +399,62 @@ async fn the_json_check_agrees_with_postgres() {
         if ours { taken += 1 } else { refused += 1 }
     }
     assert!(taken > 200 && refused > 200, "{taken} taken, {refused} refused: the texts are lopsided");
+}
+
+/// Rows that plain SQL has left with nothing, or with the ends of what a column holds: each read is answered, whatever it says,
+/// and a neighbour is claimed.
+#[tokio::test(flavor = "multi_thread")]
+async fn odd_rows_are_read_and_hold_up_nobody() {
+    let server = Server::start().await;
+    let (client, sql) = (server.client(), server.database().connect().await);
+    let bare = "update absurd.t_q set headers = null, retry_strategy = null, max_attempts = null, cancellation = null,
+                  first_started_at = null, last_attempt_run = null, completed_payload = null;
+                update absurd.r_q set claimed_by = null, claim_expires_at = null, started_at = null, wake_event = 'e';
+                update absurd.c_q set state = null, owner_run_id = null";
+    let ends = |time: &str| {
+        format!(
+            "update absurd.t_q set headers = '[1]', retry_strategy = '\"x\"', cancellation = '7', attempts = 2147483647,
+               max_attempts = -2147483648, enqueue_at = '{time}', first_started_at = '{time}', cancelled_at = '{time}';
+             update absurd.r_q set claim_expires_at = '{time}', available_at = '{time}', started_at = '{time}',
+               completed_at = '{time}', failed_at = '{time}', created_at = '{time}', attempt = -2147483648;
+             update absurd.c_q set updated_at = '{time}', status = ''"
+        )
+    };
+    let oddities = [bare.to_owned(), ends("infinity"), ends("-infinity"), ends("294276-12-31"), ends("4713-01-01 BC")];
+    for (oddity, state) in oddities.iter().flat_map(|oddity| ["running", "sleeping", "pending"].map(|s| (oddity, s))) {
+        sql.batch_execute("truncate absurd.t_q, absurd.r_q, absurd.c_q").await.unwrap();
+        let spawned = client.spawn_task("odd", &j!(1), SpawnOptions::default()).await.unwrap();
+        let held = client.claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+        held.set_checkpoint("s", &j!(1)).await.unwrap();
+        sql.batch_execute(oddity).await.unwrap();
+        sql.batch_execute(&format!("update absurd.t_q set state = '{state}'; update absurd.r_q set state = '{state}'"))
+            .await
+            .unwrap();
+        let (task, run) = (spawned.task_id, spawned.run_id);
+        let answers = [
+            client.get_task_status(task).await.err(),
+            client.get_run_status(run).await.err(),
+            client.get_task_result(task).await.err(),
+            client.list_tasks(ListOptions::default()).await.err(),
+            client.get_queue_stats().await.err(),
+            client.get_all_checkpoints(task, run).await.err(),
+            client.get_checkpoints_for_run(run).await.err(),
+            client.get_checkpoint(task, "s", true).await.err(),
+            client.claim_task(ClaimOptions::default()).await.err(),
+            client.extend_claim(run, std::time::Duration::from_secs(30)).await.err(),
+            client.retry_task(task, RetryOptions::default()).await.err(),
+            client.cancel_task_by_id(task).await.err(),
+        ];
+        for (place, error) in answers.iter().enumerate().filter_map(|(place, error)| Some((place, error.as_ref()?))) {
+            let crashed = matches!(error.code(), Code::Unknown | Code::Cancelled | Code::Internal);
+            assert!(!crashed, "call {place} about a row that is {state} after {oddity}: {error:?}");
+        }
+        client.spawn_task("neighbour", &j!(1), SpawnOptions::default()).await.unwrap();
+        absurd_tests::eventually("the neighbour is claimed", || async {
+            let claimed = client.claim_task(ClaimOptions::default()).await.ok()?;
+            claimed.iter().any(|task| task.task_name == "neighbour").then_some(())
+        })
+        .await;
+    }
+    server.stop().await;
 }
