@@ -90,7 +90,8 @@ impl Fault {
             "0A000" | "26000" => Self::StalePlan,
             "25006" => Self::ReadOnly,
             "53100" => Self::Full,
-            "53300" | "53400" | "53200" | "57P01" | "57P02" | "57P03" | "57P05" => Self::Gone(text),
+            // 25P03, 25P04: the transaction was open for too long, and was rolled back.
+            "25P03" | "25P04" | "53300" | "53400" | "53200" | "57P01" | "57P02" | "57P03" | "57P05" => Self::Gone(text),
             code if code.starts_with("08") => Self::Unknown(text),
             code @ ("P0001" | "AB001" | "AB002" | "AB003") => {
                 Self::Raised { code: code.into(), message: database.message().into() }
