@@ -5,6 +5,7 @@
 //! its own: a caller that goes away cancels nothing half-way, and a batch that panics ends only itself.
 
 mod batches;
+mod late;
 mod sequence;
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -21,6 +22,7 @@ use crate::metrics;
 use crate::scope::Scope;
 use crate::store::Fault;
 pub(crate) use batches::{Emits, Settles, Spawns, Suspends};
+pub(crate) use late::Late;
 pub(crate) use sequence::sequence;
 
 /// A lane that is expected to take longer than this turns new callers away.
@@ -80,6 +82,7 @@ type Outcomes<B> = Vec<Option<Result<<B as Batch>::Out, Error>>>;
 struct Entry<B: Batch> {
     item: B::Item,
     deadline: Instant,
+    late: Arc<Late>,
     answer: oneshot::Sender<Result<B::Out, Error>>,
 }
 
@@ -155,7 +158,8 @@ impl<B: Batch> Committer<B> {
             return Err(Error::TooManyRequests { after: WAIT_MAX });
         };
         let (answer, answered) = oneshot::channel();
-        let entry = Entry { item, deadline, answer };
+        let late = Arc::new(Late::default());
+        let entry = Entry { item, deadline, late: Arc::clone(&late), answer };
         {
             let mut lanes = self.shared.lanes.lock().unwrap_or_else(PoisonError::into_inner);
             let lane =
@@ -176,7 +180,7 @@ impl<B: Batch> Committer<B> {
         match tokio::time::timeout_at(deadline, answered).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_)) => Err(Error::Unavailable("the server ended the batch".into())),
-            Err(_) => Err(Error::DeadlineExceeded),
+            Err(_) => Err(late.error()),
         }
     }
 }
@@ -235,7 +239,6 @@ fn take<B: Batch>(lane: &mut VecDeque<Entry<B>>) -> Vec<Entry<B>> {
 async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry<B>>) {
     let mut parts = vec![entries];
     let mut pause = Duration::from_millis(20);
-    let mut unknown = false;
     while let Some(mut part) = parts.pop() {
         part.retain(|entry| !entry.answer.is_closed());
         if part.is_empty() {
@@ -249,7 +252,7 @@ async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry
             ok = executed.is_ok(), "a batch has run"
         );
         match executed {
-            Ok(outcomes) => settle(shared, key, part, outcomes, unknown),
+            Ok(outcomes) => settle(shared, key, part, outcomes),
             Err(fault) if fault.is_refusal() && part.len() > 1 => {
                 let second = part.split_off(part.len() / 2);
                 parts.push(second);
@@ -257,16 +260,15 @@ async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry
             }
             Err(Fault::Locked) => {
                 for entry in part {
-                    slow_lane(shared, key, entry, unknown);
+                    slow_lane(shared, key, entry);
                 }
             }
             Err(fault) if fault.is_passing() => {
-                unknown |= matches!(fault, Fault::Unknown(_));
+                part.iter().for_each(|entry| entry.late.note(&fault, B::scope(key)));
                 let now = Instant::now();
                 let (over, left): (Vec<_>, Vec<_>) = part.into_iter().partition(|entry| entry.deadline <= now + pause);
                 for entry in over {
-                    let error = if unknown { Error::OutcomeUnknown } else { fault.clone().into_error(B::scope(key)) };
-                    let _ = entry.answer.send(Err(error));
+                    let _ = entry.answer.send(Err(entry.late.error()));
                 }
                 if !left.is_empty() {
                     parts.push(left);
@@ -283,28 +285,30 @@ async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry
     }
 }
 
-fn settle<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, part: Vec<Entry<B>>, outcomes: Outcomes<B>, unknown: bool) {
+fn settle<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, part: Vec<Entry<B>>, outcomes: Outcomes<B>) {
     for (entry, outcome) in part.into_iter().zip(outcomes) {
         match outcome {
             Some(outcome) => {
-                let outcome = honest::<B>(&entry.item, outcome, unknown);
+                let outcome = honest(&entry, outcome);
                 let _ = entry.answer.send(outcome);
             }
-            None => slow_lane(shared, key, entry, unknown),
+            None => slow_lane(shared, key, entry),
         }
     }
 }
 
 /// A refusal after a try whose answer was lost: the refused item may be what that try has carried out.
-fn honest<B: Batch>(item: &B::Item, outcome: Result<B::Out, Error>, unknown: bool) -> Result<B::Out, Error> {
+fn honest<B: Batch>(entry: &Entry<B>, outcome: Result<B::Out, Error>) -> Result<B::Out, Error> {
     match outcome {
-        Err(error) if unknown && !B::knows_itself(item) && error.is_claim_over() => Err(Error::OutcomeUnknown),
+        Err(error) if error.is_claim_over() && !B::knows_itself(&entry.item) && entry.late.is_unknown() => {
+            Err(Error::OutcomeUnknown)
+        }
         outcome => outcome,
     }
 }
 
 /// Lets one item wait for its locks, alone.
-fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B>, mut unknown: bool) {
+fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B>) {
     let shared = Arc::clone(shared);
     let key = key.clone();
     tokio::spawn(async move {
@@ -314,8 +318,7 @@ fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B
                 permit = shared.slow.acquire() => permit,
                 () = entry.answer.closed() => return,
                 () = tokio::time::sleep_until(entry.deadline) => {
-                    let error = if unknown { Error::OutcomeUnknown } else { Error::DeadlineExceeded };
-                    let _ = entry.answer.send(Err(error));
+                    let _ = entry.answer.send(Err(entry.late.error()));
                     return;
                 }
             };
@@ -324,14 +327,15 @@ fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B
                 Ok(mut outcomes) => outcomes.pop().flatten(),
                 Err(Fault::Locked) => None,
                 Err(fault) if fault.is_passing() => {
-                    unknown |= matches!(fault, Fault::Unknown(_));
+                    entry.late.note(&fault, B::scope(&key));
                     None
                 }
                 Err(fault) => Some(Err(fault.into_error(B::scope(&key)))),
             };
             drop(permit);
             if let Some(outcome) = outcome {
-                let _ = entry.answer.send(honest::<B>(&entry.item, outcome, unknown));
+                let outcome = honest(&entry, outcome);
+                let _ = entry.answer.send(outcome);
                 return;
             }
             tokio::time::sleep(pause).await;

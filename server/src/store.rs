@@ -23,7 +23,7 @@ pub mod upkeep;
 pub mod workflow;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant as Monotonic};
 
@@ -252,8 +252,9 @@ impl Store {
             "begin; set local lock_timeout = {lock_ms}; set local statement_timeout = {}",
             limit.as_millis().min(90_000)
         );
-        let tx = Tx { client: Some(client), store: self.clone(), limit: limit + pool::SILENCE };
-        tx.say(&begin).await?;
+        let lost = AtomicBool::new(false);
+        let tx = Tx { client: Some(client), store: self.clone(), limit: limit + pool::SILENCE, lost };
+        tx.say(&begin).await.map_err(|fault| tx.undone(fault))?;
         Ok(tx)
     }
 
@@ -333,6 +334,8 @@ pub(crate) struct Tx {
     store: Store,
     /// Longest time until an answer.
     limit: Duration,
+    /// Whether the connection is, and the transaction with it.
+    lost: AtomicBool,
 }
 
 impl Tx {
@@ -347,9 +350,21 @@ impl Tx {
         let Some(client) = &self.client else { return Err(Fault::Gone("transaction ended".into())) };
         let text = self.store.text(statement, wait, scope);
         match self.store.inner.failing.fate(statement.name) {
-            Fate::Lives => query(client, &text, params, self.limit).await,
-            // Whatever it did goes with the transaction.
-            fate => Err(on_purpose(fate)),
+            Fate::Lives => query(client, &text, params, self.limit).await.map_err(|fault| self.undone(fault)),
+            fate => Err(self.undone(on_purpose(fate))),
+        }
+    }
+
+    /// A fault before the commit: whatever was done goes with the transaction, so nothing is in doubt.
+    fn undone(&self, fault: Fault) -> Fault {
+        self.lost.fetch_or(fault.is_of_connection(), Ordering::Relaxed);
+        match (fault, &self.client) {
+            (Fault::Unknown(text), _) => Fault::Gone(text),
+            (Fault::StalePlan, Some(client)) => {
+                client.statement_cache.clear();
+                Fault::StalePlan
+            }
+            (fault, _) => fault,
         }
     }
 
@@ -372,9 +387,9 @@ impl Tx {
         Ok(())
     }
 
-    /// Rolls back; the connection goes back to the pool.
+    /// Rolls back; the connection goes back to the pool, unless it is lost.
     pub(crate) async fn rollback(mut self) {
-        if self.say("rollback").await.is_ok() {
+        if !self.lost.load(Ordering::Relaxed) && self.say("rollback").await.is_ok() {
             drop(self.client.take());
         }
     }

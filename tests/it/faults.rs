@@ -7,8 +7,12 @@ use absurd_client::{
     AbsurdClient, Awaited, ClaimOptions, ConnectOptions, NewTask, Slept, SpawnOptions, State, StreamOptions,
 };
 use absurd_proto::v1 as pb;
+use absurd_server::domain::{Error, QueueName, TaskName};
+use absurd_server::scope::Caller;
 use absurd_server::settings::{Secret, Settings};
+use absurd_server::store;
 use absurd_tests::{Link, OwnCluster, Server, ServerOptions, Target, Toxic, eventually, in_time, json, raw};
+use futures_util::StreamExt as _;
 use serde_json::json as j;
 
 use crate::streams::{complete, next_task, open, request, seconds};
@@ -119,16 +123,110 @@ async fn one_bad_and_one_locked_item_hurt_nobody_else() {
     assert_eq!(failed, [3]);
 }
 
-/// Postgres hangs: it takes what is sent and answers nothing, and TCP says that all is well. Each call is answered in time, and
-/// what was asked for is carried out once Postgres is back, once.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_postgres_that_hangs_is_given_up() {
+/// A server whose connections to Postgres go over a link.
+async fn over_a_link() -> (Server, Link) {
     let database = absurd_tests::Database::new().await;
     let socket = database.url().rsplit_once("host=").unwrap().1.to_owned();
     let link = Link::to(Target::Path(format!("{socket}/.s.PGSQL.5432").into())).await.unwrap();
     let through = format!("postgresql://absurd@127.0.0.1:{}/{}", link.port(), database.name());
     let settings = Settings { database_url: Some(Secret::from(through.as_str())), ..Settings::default() };
-    let server = Server::start_with(database, ServerOptions { settings, ..ServerOptions::default() }).await;
+    (Server::start_with(database, ServerOptions { settings, ..ServerOptions::default() }).await, link)
+}
+
+/// What the server says next comes too late for Postgres, which has ended the transaction meanwhile: it is begun again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_that_stood_idle_too_long_is_begun_again() {
+    let (server, link) = over_a_link().await;
+    let client = server.client();
+    client.spawn_tasks(tasks(1)).await.unwrap();
+    let mut sql = server.database().connect().await;
+    let held = sql.transaction().await.unwrap();
+    held.batch_execute("lock table absurd.t_q in exclusive mode").await.unwrap();
+    let spawn = tokio::spawn({
+        let client = client.clone();
+        async move { client.spawn_tasks(tasks(3)).await }
+    });
+    let watch = server.database().connect().await;
+    let waiting = "select pid from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+    let find = async || watch.query(waiting, &[]).await.unwrap().first().map(|row| row.get::<_, i32>(0));
+    let session = eventually("the spawn has begun, and waits", find).await;
+    link.set(Toxic::Hole(true, false));
+    held.rollback().await.unwrap();
+    eventually("Postgres ends the session", async || {
+        let row = watch.query_one("select count(*) from pg_stat_activity where pid = $1", &[&session]).await.unwrap();
+        (row.get::<_, i64>(0) == 0).then_some(())
+    })
+    .await;
+    link.set(Toxic::Pass);
+    in_time("the spawn is carried out", spawn).await.unwrap().unwrap();
+    let spawned: i64 = watch.query_one("select count(*) from absurd.t_q", &[]).await.unwrap().get(0);
+    assert_eq!(spawned, 4);
+}
+
+/// A column changes its type while statements that return it are prepared: they are prepared again, in transactions too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_that_is_stale_within_a_transaction_is_made_again() {
+    let server = Server::start().await;
+    let client = server.client();
+    let spawns = (0..40).map(|_| client.spawn_tasks(tasks(1)));
+    futures_util::future::try_join_all(spawns).await.unwrap();
+    let sql = server.database().connect().await;
+    sql.batch_execute("alter table absurd.queues alter column storage_mode type varchar(40)").await.unwrap();
+    let store = &server.app().engine().store;
+    let scope = Caller::anonymous().scope(QueueName::parse("queue", "q").unwrap());
+    let connections: usize = store.connections().iter().map(|(_, most, ..)| most).sum();
+    let mut stale = 0;
+    let task = new_task(store);
+    while let Err(fault) = store.task_spawn_all(&scope, &[(&task, None)], Duration::from_secs(1), true).await {
+        assert!(matches!(fault, store::Fault::StalePlan), "{fault:?}");
+        stale += 1;
+        assert!(stale <= connections, "a connection keeps its stale plan");
+    }
+    assert!(stale > 0, "the plan was stale");
+}
+
+fn new_task(store: &store::Store) -> store::task::NewTask {
+    store::task::NewTask {
+        task_id: store.mint_id(),
+        run_id: store.mint_id(),
+        name: TaskName::parse("task_name", "n").unwrap(),
+        params: None,
+        headers: None,
+        retry_strategy: None,
+        max_attempts: None,
+        cancellation: None,
+        idempotency_key: None,
+    }
+}
+
+/// Whenever the deadline comes while Postgres is away: who called hears that it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_out_of_time_hears_what_kept_it() {
+    let mut cluster = OwnCluster::start(&[]).await;
+    let server = Server::start_on(&cluster.database().await).await;
+    cluster.stop().await;
+    let engine = server.app().engine();
+    let scope = Caller::anonymous().scope(QueueName::parse("queue", "q").unwrap());
+    let told = (150..250).map(async |ms| {
+        let deadline = tokio::time::Instant::now() + Duration::from_millis(ms);
+        let all = engine.spawn_all(&scope, vec![new_task(&engine.store)], deadline);
+        let (all, one) = tokio::join!(all, engine.spawn(&scope, new_task(&engine.store), deadline));
+        (ms, all.unwrap_err(), one.unwrap_err())
+    });
+    // As many as have a turn with Postgres at the same time.
+    let told: Vec<_> = futures_util::stream::iter(told).buffered(4).collect().await;
+    for (ms, all, one) in told {
+        assert!(matches!(all, Error::Unavailable(_)), "all, {ms} ms: {all:?}");
+        assert!(matches!(one, Error::Unavailable(_)), "one, {ms} ms: {one:?}");
+    }
+    server.stop().await;
+}
+
+/// Postgres hangs: it takes what is sent and answers nothing, and TCP says that all is well. Each call is answered in time, and
+/// what was asked for is carried out once Postgres is back, once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_postgres_that_hangs_is_given_up() {
+    let (server, link) = over_a_link().await;
     let client = server.client();
     client.spawn_tasks(tasks(1)).await.unwrap();
     link.set(Toxic::Hole(false, true));
@@ -146,7 +244,7 @@ async fn a_postgres_that_hangs_is_given_up() {
     let store = &server.app().engine().store;
     let began = std::time::Instant::now();
     let fault = in_time("the silence ends", store.queue_list(None, "", 1)).await.unwrap_err();
-    assert!(matches!(fault, absurd_server::store::Fault::Unknown(_)), "{fault:?}");
+    assert!(matches!(fault, store::Fault::Unknown(_)), "{fault:?}");
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
     link.set(Toxic::Pass);
     in_time("the spawn is carried out", hung).await.unwrap().unwrap();

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::LOCK_WAIT_MAX;
+use super::{LOCK_WAIT_MAX, Late};
 use crate::domain::{Error, Settled};
 use crate::scope::Scope;
 use crate::store::batch::{Answer, RunRef, Via, Write};
@@ -22,19 +22,21 @@ pub(crate) async fn sequence(
     let mut writes = writes.to_vec();
     let total = writes.len();
     let mut refused = None;
-    let mut unknown = false;
+    let late = Late::default();
     let mut outcomes = loop {
         let left = deadline.saturating_duration_since(Instant::now()).min(LOCK_WAIT_MAX);
         if left.is_zero() {
-            break vec![Err(if unknown { Error::OutcomeUnknown } else { Error::DeadlineExceeded })];
+            break vec![Err(late.error())];
         }
         match sequence_once(store, scope, run, &writes, left).await {
-            Ok(outcomes) if unknown && outcomes.iter().any(|done| done.as_ref().is_err_and(Error::is_claim_over)) => {
+            Ok(outcomes)
+                if late.is_unknown() && outcomes.iter().any(|done| done.as_ref().is_err_and(Error::is_claim_over)) =>
+            {
                 break read_back(store, scope, run, &writes, left).await;
             }
             Ok(outcomes) => break outcomes,
             Err((_, fault)) if fault.is_passing() => {
-                unknown |= matches!(fault, Fault::Unknown(_));
+                late.note(&fault, scope);
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
             Err((index, fault)) => {

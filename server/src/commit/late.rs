@@ -1,0 +1,58 @@
+//! What a call that runs out of time is told: what kept it from being carried out, where that is known.
+
+use std::sync::{Mutex, PoisonError};
+
+use crate::domain::Error;
+use crate::scope::Scope;
+use crate::store::Fault;
+
+/// What the tries of one call have run into so far. Shared by who waits and who tries.
+#[derive(Debug, Default)]
+pub(crate) struct Late(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    last: Option<Error>,
+    /// The answer of a try was lost: it may have been carried out, whatever became of those after it.
+    unknown: bool,
+}
+
+impl Late {
+    /// A try ended so, and there may be others.
+    pub(crate) fn note(&self, fault: &Fault, scope: &Scope) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state.unknown |= matches!(fault, Fault::Unknown(_));
+        state.last = Some(fault.clone().into_error(scope));
+    }
+
+    /// Whether a try may have been carried out.
+    pub(crate) fn is_unknown(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).unknown
+    }
+
+    /// The answer when no time is left.
+    pub(crate) fn error(&self) -> Error {
+        let state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.unknown { Error::OutcomeUnknown } else { state.last.clone().unwrap_or(Error::DeadlineExceeded) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::QueueName;
+    use crate::scope::Caller;
+
+    #[test]
+    fn the_last_trouble_is_told_and_a_lost_answer_outlives_it() {
+        let scope = Caller::anonymous().scope(QueueName::parse("queue", "q").unwrap());
+        let late = Late::default();
+        assert_eq!(late.error(), Error::DeadlineExceeded);
+        late.note(&Fault::Full, &scope);
+        late.note(&Fault::Gone("away".into()), &scope);
+        assert_eq!((late.error(), late.is_unknown()), (Error::Unavailable("away".into()), false));
+        late.note(&Fault::Unknown("lost".into()), &scope);
+        late.note(&Fault::Gone("away".into()), &scope);
+        assert_eq!((late.error(), late.is_unknown()), (Error::OutcomeUnknown, true));
+    }
+}
