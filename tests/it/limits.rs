@@ -233,6 +233,15 @@ async fn metrics_and_readiness_are_served_beside() {
     assert!(page(&server, "/livez").await.starts_with("HTTP/1.1 200"));
     assert!(page(&server, "/readyz").await.starts_with("HTTP/1.1 200"));
     assert!(metric(&server, "absurd_rpcs_total{method=\"SpawnTask\",code=\"OK\"}").await >= 1.0);
+    let given_up = "absurd_rpcs_total{method=\"ClaimTask\",code=\"CANCELLED\"}";
+    let before = metric(&server, given_up).await;
+    let mut grpc = server.raw().await;
+    let wait = Some(prost_types::Duration { seconds: 60, nanos: 0 });
+    let empty = pb::ClaimTaskRequest { queue: "q".into(), wait, ..Default::default() };
+    grpc.claim_task(empty.clone()).await.unwrap();
+    tokio::time::timeout(Duration::from_millis(100), grpc.claim_task(empty)).await.unwrap_err();
+    eventually("a call given up is counted as such", async || (metric(&server, given_up).await > before).then_some(()))
+        .await;
     assert!(metric(&server, "absurd_batch_items_total{batch=\"spawn\"}").await >= 1.0);
     assert!(metric(&server, "absurd_database_connections_max{role=\"work\"}").await >= 1.0);
     assert!(page(&server, "/elsewhere").await.starts_with("HTTP/1.1 404"));

@@ -2,6 +2,7 @@
 //! what is counted of every call.
 
 use std::collections::HashSet;
+use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -9,6 +10,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use http::{Request, Response};
 use http_body::{Frame, SizeHint};
 use prost::Message as _;
@@ -117,8 +119,15 @@ where
             Some(connection) => request.map(|body| Body::new(Heard { body, connection })),
             None => request,
         };
-        let answer = self.inner.call(request);
-        Box::pin(async move { answer.await.map(|response| call.watch(response)) })
+        // A bug ends its own call only, in words that a caller understands.
+        let answer = AssertUnwindSafe(self.inner.call(request)).catch_unwind();
+        Box::pin(async move {
+            let response = match answer.await {
+                Ok(answered) => answered?,
+                Err(_) => status(&Error::Internal(format!("{} panicked", call.method))).into_http(),
+            };
+            Ok(call.watch(response))
+        })
     }
 }
 
@@ -141,33 +150,39 @@ struct Call {
 impl Call {
     fn begin(shared: &Arc<Shared>, connection: Option<Arc<Connection>>, method: &'static str) -> Result<Self, Error> {
         let code = Code::ResourceExhausted;
-        let call = Self { shared: Arc::clone(shared), connection, method, began: Instant::now(), code };
+        let mut call = Self { shared: Arc::clone(shared), connection, method, began: Instant::now(), code };
         if method == CLAIM_STREAM {
-            let Some(connection) = &call.connection else { return Ok(call) };
-            let streams = connection.streams().fetch_add(1, Ordering::Relaxed);
-            if streams >= shared.options.connection_streams_max {
-                let (whose, flag) = ("this connection has", "--max-streams-per-connection");
-                return Err(Error::StreamLimit { whose, limit: streams, flag });
-            }
-            let most = shared.options.caller_streams_max;
-            if most < usize::MAX && connection.gate().streams_of(connection.caller()) > most {
-                return Err(Error::StreamLimit {
-                    whose: "this address has",
-                    limit: most,
-                    flag: "--max-streams-per-caller",
-                });
+            if let Some(connection) = &call.connection {
+                room_for_stream(&shared.options, connection)?;
             }
         } else if shared.requests.fetch_add(1, Ordering::Relaxed) >= shared.options.requests_max {
             return Err(Error::TooManyRequests { after: std::time::Duration::from_millis(500) });
         }
+        call.code = Code::Cancelled;
         Ok(call)
     }
 
     fn watch(mut self, response: Response<Body>) -> Response<Body> {
-        self.code = Status::from_header_map(response.headers()).map_or(Code::Ok, |status| status.code());
+        // Else it comes in the trailers, unless the caller goes away before.
+        if let Some(status) = Status::from_header_map(response.headers()) {
+            self.code = status.code();
+        }
         let answer = self.connection.as_ref().map(|connection| connection.answer());
         response.map(|body| Body::new(Watched { body, answer, call: self }))
     }
+}
+
+fn room_for_stream(options: &AdmissionOptions, connection: &Connection) -> Result<(), Error> {
+    let streams = connection.streams().fetch_add(1, Ordering::Relaxed);
+    if streams >= options.connection_streams_max {
+        let (whose, flag) = ("this connection has", "--max-streams-per-connection");
+        return Err(Error::StreamLimit { whose, limit: streams, flag });
+    }
+    let most = options.caller_streams_max;
+    if most < usize::MAX && connection.gate().streams_of(connection.caller()) > most {
+        return Err(Error::StreamLimit { whose: "this address has", limit: most, flag: "--max-streams-per-caller" });
+    }
+    Ok(())
 }
 
 impl Drop for Call {
@@ -273,5 +288,27 @@ impl Drop for Watched {
         if let (Some((id, _)), Some(connection)) = (&self.answer, &self.call.connection) {
             connection.answered(*id);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_call_that_panics_is_answered() {
+        let bug = tower::service_fn(async |request: Request<Body>| {
+            assert!(request.uri().path() != "/absurd.v1.AbsurdService/SpawnTask", "a bug");
+            Ok::<_, Infallible>(Response::new(Body::empty()))
+        });
+        let mut service = AdmissionLayer::new(AdmissionOptions { requests_max: 1, ..Default::default() }).layer(bug);
+        let ask = |path: &str| Request::builder().uri(path).body(Body::empty()).unwrap();
+        for _ in 0..2 {
+            let answer = service.call(ask("/absurd.v1.AbsurdService/SpawnTask")).await.unwrap();
+            assert_eq!(Status::from_header_map(answer.headers()).unwrap().code(), Code::Internal);
+        }
+        assert_eq!(service.call(ask("/other")).await.unwrap().headers().len(), 0);
     }
 }
