@@ -22,7 +22,8 @@ use crate::metrics;
 use crate::scope::Scope;
 use crate::store::Fault;
 pub(crate) use batches::{Emits, Settles, Spawns, Suspends};
-pub(crate) use late::Late;
+use late::Late;
+pub(crate) use late::until;
 pub(crate) use sequence::sequence;
 
 /// A lane that is expected to take longer than this turns new callers away.
@@ -377,6 +378,46 @@ mod tests {
         async fn execute(&self, _: &Scope, items: &[&u32], _: Option<Duration>) -> Result<Outcomes<Self>, Fault> {
             assert!(items.iter().all(|item| **item > 0), "a bug");
             Ok(items.iter().map(|item| Some(Ok(**item))).collect())
+        }
+    }
+
+    /// Takes a while to find that Postgres is away.
+    struct Away;
+
+    impl Batch for Away {
+        type Key = Scope;
+        type Item = u32;
+        type Out = u32;
+        type Id = u32;
+        const SHEDS: bool = false;
+        const NAME: &'static str = "away";
+        const ITEMS_MAX: usize = 10;
+
+        fn identity(item: &u32) -> u32 {
+            *item
+        }
+
+        fn knows_itself(_: &Self::Item) -> bool {
+            true
+        }
+
+        fn scope(key: &Scope) -> &Scope {
+            key
+        }
+
+        async fn execute(&self, _: &Scope, _: &[&u32], _: Option<Duration>) -> Result<Outcomes<Self>, Fault> {
+            tokio::time::sleep(Duration::from_millis(7)).await;
+            Err(Fault::Gone("away".into()))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whenever_the_deadline_comes_it_is_told_what_kept_the_call() {
+        let scope = Caller::anonymous().scope(QueueName::parse("queue", "q").unwrap());
+        for ms in 10..300 {
+            let deadline = Instant::now() + Duration::from_millis(ms);
+            let told = Committer::new(Away, 10).submit(scope.clone(), 1, deadline).await;
+            assert_eq!(told, Err(Error::Unavailable("away".into())), "{ms} ms");
         }
     }
 

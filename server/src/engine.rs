@@ -9,7 +9,7 @@ use uuid::Uuid;
 use crate::activity::{Activity, Feed, What};
 use crate::awaited::AwaitedTasks;
 use crate::backlog::Backlog;
-use crate::commit::{self, Committer, Emits, Late, Settles, Spawns, Suspends};
+use crate::commit::{self, Committer, Emits, Settles, Spawns, Suspends};
 use crate::counts::Counts;
 use crate::dispatch::{DispatchOptions, Dispatcher};
 use crate::domain::{Digest, Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};
@@ -139,22 +139,12 @@ impl Engine {
             true => Error::TooManyRequests { after },
             false => Error::DeadlineExceeded,
         })?;
-        let late = Late::default();
-        let trying = async {
-            loop {
-                let left = deadline.saturating_duration_since(Deadline::now());
-                match self.spawn_once(scope, &tasks, left).await {
-                    Ok(outcomes) => return Ok(outcomes),
-                    Err(fault) if fault.is_passing() => {
-                        late.note(&fault, scope);
-                        tokio::time::sleep(Duration::from_millis(50)).await;
-                    }
-                    Err(Fault::Data(_)) => return Err(self.find_bad_task(scope, &tasks).await),
-                    Err(fault) => return Err(fault.into_error(scope)),
-                }
-            }
+        let attempt = |left| self.spawn_once(scope, &tasks, left);
+        let outcomes = match commit::until(deadline, scope, attempt).await? {
+            Ok(outcomes) => outcomes,
+            Err(Fault::Data(_)) => return Err(self.find_bad_task(scope, &tasks).await),
+            Err(fault) => return Err(fault.into_error(scope)),
         };
-        let outcomes = tokio::time::timeout_at(deadline, trying).await.unwrap_or_else(|_| Err(late.error()))?;
         drop(turn);
         let mut spawned = Vec::with_capacity(outcomes.len());
         for (index, outcome) in outcomes.into_iter().enumerate() {

@@ -1,6 +1,9 @@
 //! What a call that runs out of time is told: what kept it from being carried out, where that is known.
 
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::domain::Error;
 use crate::scope::Scope;
@@ -37,6 +40,31 @@ impl Late {
     }
 }
 
+/// Between tries.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Tries until the deadline, as long as faults pass; each try hears what time is left. Gives back the first success, or the
+/// first fault that does not pass.
+pub(crate) async fn until<T, F: Future<Output = Result<T, Fault>>>(
+    deadline: Instant,
+    scope: &Scope,
+    attempt: impl Fn(Duration) -> F,
+) -> Result<Result<T, Fault>, Error> {
+    let late = Late::default();
+    let trying = async {
+        loop {
+            match attempt(deadline.saturating_duration_since(Instant::now())).await {
+                Err(fault) if fault.is_passing() => {
+                    late.note(&fault, scope);
+                    tokio::time::sleep(PAUSE).await;
+                }
+                done => return done,
+            }
+        }
+    };
+    tokio::time::timeout_at(deadline, trying).await.map_err(|_| late.error())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -54,5 +82,17 @@ mod tests {
         late.note(&Fault::Unknown("lost".into()), &scope);
         late.note(&Fault::Gone("away".into()), &scope);
         assert_eq!((late.error(), late.is_unknown()), (Error::OutcomeUnknown, true));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whenever_the_deadline_comes_it_is_told_what_kept_the_call() {
+        let scope = Caller::anonymous().scope(QueueName::parse("queue", "q").unwrap());
+        for ms in 10..300 {
+            let told = until(Instant::now() + Duration::from_millis(ms), &scope, |_| async {
+                tokio::time::sleep(Duration::from_millis(7)).await;
+                Err::<(), _>(Fault::Gone("away".into()))
+            });
+            assert_eq!(told.await.unwrap_err(), Error::Unavailable("away".into()), "{ms} ms");
+        }
     }
 }

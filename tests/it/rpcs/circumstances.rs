@@ -62,7 +62,7 @@ async fn without_its_database_every_rpc_says_so() {
     }
     cluster.stop().await;
     // Writes that are committed in groups wait for Postgres to come back, as long as their callers do.
-    world.limit = Duration::from_secs(2);
+    world.limit = Duration::from_secs(4);
     let asked = requests.iter().map(async |(rpc, request)| (*rpc, world.call(rpc, request).await));
     let answers = in_time("all answers", futures_util::future::join_all(asked)).await;
     for (rpc, answer) in answers {
