@@ -119,15 +119,18 @@ async fn clean_carelessly(world: &mut World, until: Instant) -> anyhow::Result<(
 }
 
 async fn reorder(world: &mut World, until: Instant) -> anyhow::Result<()> {
-    world.deed("messages change places").await;
-    // Only for connections from now on: frames are counted from their beginning.
-    for link in &world.before[0] {
-        link.set(Toxic::Reset);
+    while !over(until) {
+        // Streams are open by then, and claims are held.
+        pause(1000..3000, world, until).await;
+        world.deed("messages change places").await;
+        // Only for connections from now on: frames are counted from their beginning.
+        for link in &world.before[0] {
+            link.set(Toxic::Reset);
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        for link in &world.before[0] {
+            link.set(Toxic::Reorder);
+        }
     }
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    for link in &world.before[0] {
-        link.set(Toxic::Reorder);
-    }
-    tokio::time::sleep_until(until).await;
     Ok(())
 }

@@ -287,7 +287,8 @@ pub(crate) fn tell(scenario: &Scenario, seed: u64, outcome: &Outcome, home: &Pat
             let seconds = (deed.at - began) as f64 / 1e6;
             println!("   {seconds:>6.1} s  {} ({} claims held)", deed.what, deed.leases);
         }
-        println!("   books and logs: {}; again: chaos run {} --seed {seed}", home.display(), scenario.id);
+        let how = if scenario.id.starts_with("B-") { "bugs" } else { "run" };
+        println!("   books and logs: {}; again: chaos {how} {} --seed {seed}", home.display(), scenario.id);
     }
     good
 }
