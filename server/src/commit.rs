@@ -352,16 +352,20 @@ mod tests {
     use crate::domain::QueueName;
     use crate::scope::Caller;
 
-    /// Panics at the item 0.
-    struct Fragile;
+    const BUG: u32 = 0;
+    /// Takes a while to find that Postgres is away.
+    const AWAY: u32 = 1;
 
-    impl Batch for Fragile {
+    /// Its items say what becomes of a batch.
+    struct Scripted;
+
+    impl Batch for Scripted {
         type Key = Scope;
         type Item = u32;
         type Out = u32;
         type Id = u32;
         const SHEDS: bool = false;
-        const NAME: &'static str = "fragile";
+        const NAME: &'static str = "scripted";
         const ITEMS_MAX: usize = 10;
 
         fn identity(item: &u32) -> u32 {
@@ -377,38 +381,12 @@ mod tests {
         }
 
         async fn execute(&self, _: &Scope, items: &[&u32], _: Option<Duration>) -> Result<Outcomes<Self>, Fault> {
-            assert!(items.iter().all(|item| **item > 0), "a bug");
+            assert!(!items.contains(&&BUG), "a bug");
+            if items.contains(&&AWAY) {
+                tokio::time::sleep(Duration::from_millis(7)).await;
+                return Err(Fault::Gone("away".into()));
+            }
             Ok(items.iter().map(|item| Some(Ok(**item))).collect())
-        }
-    }
-
-    /// Takes a while to find that Postgres is away.
-    struct Away;
-
-    impl Batch for Away {
-        type Key = Scope;
-        type Item = u32;
-        type Out = u32;
-        type Id = u32;
-        const SHEDS: bool = false;
-        const NAME: &'static str = "away";
-        const ITEMS_MAX: usize = 10;
-
-        fn identity(item: &u32) -> u32 {
-            *item
-        }
-
-        fn knows_itself(_: &Self::Item) -> bool {
-            true
-        }
-
-        fn scope(key: &Scope) -> &Scope {
-            key
-        }
-
-        async fn execute(&self, _: &Scope, _: &[&u32], _: Option<Duration>) -> Result<Outcomes<Self>, Fault> {
-            tokio::time::sleep(Duration::from_millis(7)).await;
-            Err(Fault::Gone("away".into()))
         }
     }
 
@@ -417,7 +395,7 @@ mod tests {
         let scope = Caller::anonymous().scope(QueueName::parse("queue", "q").unwrap());
         for ms in 10..300 {
             let deadline = Instant::now() + Duration::from_millis(ms);
-            let told = Committer::new(Away, 10).submit(scope.clone(), 1, deadline).await;
+            let told = Committer::new(Scripted, 10).submit(scope.clone(), AWAY, deadline).await;
             assert_eq!(told, Err(Error::Unavailable("away".into())), "{ms} ms");
         }
     }
@@ -425,10 +403,10 @@ mod tests {
     #[tokio::test]
     async fn a_batch_that_panics_ends_only_itself() {
         let scope = Caller::anonymous().scope(QueueName::parse("queue", "q").unwrap());
-        let committer = Committer::new(Fragile, 10);
+        let committer = Committer::new(Scripted, 10);
         let deadline = || Instant::now() + Duration::from_secs(30);
-        let failed = committer.submit(scope.clone(), 0, deadline()).await;
+        let failed = committer.submit(scope.clone(), BUG, deadline()).await;
         assert_eq!(failed, Err(Error::OutcomeUnknown));
-        assert_eq!(committer.submit(scope, 1, deadline()).await.unwrap(), 1);
+        assert_eq!(committer.submit(scope, 2, deadline()).await.unwrap(), 2);
     }
 }

@@ -153,7 +153,7 @@ impl Call {
         let mut call = Self { shared: Arc::clone(shared), connection, method, began: Instant::now(), code };
         if method == CLAIM_STREAM {
             if let Some(connection) = &call.connection {
-                room_for_stream(&shared.options, connection)?;
+                count_stream(&shared.options, connection)?;
             }
         } else if shared.requests.fetch_add(1, Ordering::Relaxed) >= shared.options.requests_max {
             return Err(Error::TooManyRequests { after: std::time::Duration::from_millis(500) });
@@ -172,7 +172,8 @@ impl Call {
     }
 }
 
-fn room_for_stream(options: &AdmissionOptions, connection: &Connection) -> Result<(), Error> {
+/// Counts a stream of a connection, within the bounds; the call's end takes it off again.
+fn count_stream(options: &AdmissionOptions, connection: &Connection) -> Result<(), Error> {
     let streams = connection.streams().fetch_add(1, Ordering::Relaxed);
     if streams >= options.connection_streams_max {
         let (whose, flag) = ("this connection has", "--max-streams-per-connection");
