@@ -60,7 +60,8 @@ pub use json::Json;
 pub use queues::{CLEANUP_LIMIT, DetachMode, PolicyChanges, Queue, QueueOptions, QueuePolicy, QueueStats, StorageMode};
 pub use registry::Revoked;
 pub use spawn::{
-    CancellationRules, NewTask, Retries, RetryStrategy, SpawnOptions, Spawned, spawn_cancellable_task, spawn_retry_task,
+    CancellationRules, NewTask, Retries, RetryStrategy, SpawnOptions, Spawned, Start, spawn_cancellable_task,
+    spawn_retry_task,
 };
 pub use stream::{ClaimStream, StreamOptions};
 pub use tasks::{Available, CancelOutcome, ListOptions, RetryOptions, Run, Task, TaskResult, TaskSummary};

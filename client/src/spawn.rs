@@ -1,6 +1,6 @@
 //! Spawning tasks: what may be said about one, and what comes back.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use absurd_proto::v1 as pb;
 use serde::Serialize;
@@ -60,6 +60,24 @@ pub struct CancellationRules {
     pub max_duration: Option<Duration>,
 }
 
+/// When a task can first be claimed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// At a time of the database's clock; one in the past is at once.
+    At(SystemTime),
+    /// After this long by the database's clock.
+    After(Duration),
+}
+
+impl Start {
+    fn into_wire(self) -> pb::new_task::Start {
+        match self {
+            Self::At(at) => pb::new_task::Start::StartAt(at.into()),
+            Self::After(delay) => pb::new_task::Start::Delay(wire::duration(delay)),
+        }
+    }
+}
+
 /// How to spawn a task; the default is one attempt and nothing else.
 ///
 /// ```
@@ -88,6 +106,8 @@ pub struct SpawnOptions {
     pub workflow_run_id: Option<Uuid>,
     /// Id of the task, a `UUIDv7`; None: the client chooses, so that a retried call makes one task.
     pub task_id: Option<Uuid>,
+    /// When it can first be claimed; None: at once.
+    pub start: Option<Start>,
 }
 
 impl Default for SpawnOptions {
@@ -100,6 +120,7 @@ impl Default for SpawnOptions {
             idempotency_key: None,
             workflow_run_id: None,
             task_id: None,
+            start: None,
         }
     }
 }
@@ -160,6 +181,20 @@ impl SpawnOptions {
         self.workflow_run_id = Some(workflow_run_id);
         self
     }
+
+    /// It can be claimed only from this time on.
+    #[must_use]
+    pub fn start_at(mut self, at: SystemTime) -> Self {
+        self.start = Some(Start::At(at));
+        self
+    }
+
+    /// It can be claimed only after this long.
+    #[must_use]
+    pub fn delay(mut self, delay: Duration) -> Self {
+        self.start = Some(Start::After(delay));
+        self
+    }
 }
 
 /// A task to be spawned with others.
@@ -193,6 +228,7 @@ impl NewTask {
                 idempotency_key: options.idempotency_key,
                 task_id: Some(options.task_id.unwrap_or_else(Uuid::now_v7).to_string()),
                 workflow_run_id: options.workflow_run_id.map(|id| id.to_string()),
+                start: options.start.map(Start::into_wire),
             },
         }
     }

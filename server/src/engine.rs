@@ -119,7 +119,7 @@ impl Engine {
     pub async fn spawn(&self, scope: &Scope, task: NewTask, deadline: Deadline) -> Result<Spawned, Error> {
         let name = task.name.as_str().to_owned();
         let keyed = task.idempotency_key.is_some();
-        self.backlog.admit(&self.store, scope, 1).await?;
+        self.backlog.admit(&self.store, scope, usize::from(task.start.is_none())).await?;
         let spawned = self.spawner.submit((scope.clone(), keyed), task, deadline).await?;
         self.spawned(scope, &spawned, name);
         Ok(spawned)
@@ -133,7 +133,9 @@ impl Engine {
         deadline: Deadline,
     ) -> Result<Vec<Spawned>, Error> {
         let tasks: Arc<[NewTask]> = tasks.into();
-        self.backlog.admit(&self.store, scope, tasks.len()).await?;
+        // A task for later is no backlog yet.
+        let at_once = tasks.iter().filter(|task| task.start.is_none()).count();
+        self.backlog.admit(&self.store, scope, at_once).await?;
         let left = deadline.saturating_duration_since(Deadline::now());
         let turn = self.bulk.take(tasks.len(), left).await.map_err(|after| match deadline > Deadline::now() {
             true => Error::TooManyRequests { after },

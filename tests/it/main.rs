@@ -28,6 +28,7 @@ mod rpcs;
 mod sdk;
 mod service;
 mod shell;
+mod starts;
 mod statements;
 mod streams;
 mod tasks;

@@ -12,6 +12,7 @@ use super::statement::{
     TASK_GET, TASK_LIST, TASK_LIST_CANCELLABLE, TASK_LIST_EDGE, TASK_RESPAWN, TASK_RESULT, TASK_RETRY, TASK_SPAWN,
     TASK_SPAWN_CLAIMED,
 };
+use super::suspend::When;
 use super::text::{ANSWER_BYTES_MAX, FIELD_BYTES_MAX, Part};
 use super::{Fault, Store, Tx, Wait};
 use crate::domain::{Claim, ClaimToken, Error, Instant, JsonText, QueueName, RunId, State, TaskId, TaskName};
@@ -38,6 +39,8 @@ pub struct NewTask {
     pub cancellation: Option<JsonText>,
     /// Business key.
     pub idempotency_key: Option<String>,
+    /// When it can first be claimed; None: at once.
+    pub start: Option<When>,
 }
 
 /// Ids of a spawned task.
@@ -485,6 +488,8 @@ struct Columns<'a> {
     max_attempts: Vec<Option<i32>>,
     cancellations: Vec<Option<&'a JsonText>>,
     keys: Vec<Option<&'a str>>,
+    starts: Vec<Option<Instant>>,
+    delays: Vec<Option<i64>>,
     workers: Vec<Option<&'a str>>,
     digests: Vec<Option<String>>,
     leases: Vec<Option<i32>>,
@@ -502,6 +507,8 @@ impl<'a> Columns<'a> {
             max_attempts: Vec::new(),
             cancellations: Vec::new(),
             keys: Vec::new(),
+            starts: Vec::new(),
+            delays: Vec::new(),
             workers: Vec::new(),
             digests: Vec::new(),
             leases: Vec::new(),
@@ -516,6 +523,8 @@ impl<'a> Columns<'a> {
             columns.max_attempts.push(task.max_attempts);
             columns.cancellations.push(task.cancellation.as_ref());
             columns.keys.push(task.idempotency_key.as_deref());
+            columns.starts.push(task.start.and_then(When::at));
+            columns.delays.push(task.start.and_then(When::after_us));
             columns.workers.push(slot.map(|slot| slot.worker_id.as_str()));
             columns.digests.push(slot.map(|slot| slot.secret.digest().as_str().to_owned()));
             columns.leases.push(slot.map(Slot::lease));
@@ -543,6 +552,8 @@ impl<'a> Columns<'a> {
             &self.max_attempts,
             &self.cancellations,
             &self.keys,
+            &self.starts,
+            &self.delays,
         ];
         if self.has_slots() {
             params.extend([&self.workers as &(dyn postgres_types::ToSql + Sync), &self.digests, &self.leases]);

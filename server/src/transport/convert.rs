@@ -17,10 +17,12 @@ use crate::domain::{
 use crate::scope::{Caller, Scope};
 use crate::store::Store;
 use crate::store::batch::{RunRef, Write};
+use crate::store::suspend::When;
 use crate::store::task::{NewTask, Spawned, TaskEnd};
 use crate::store::text::Part;
 use crate::transport::service::Limits;
 use crate::transport::status;
+use crate::transport::time::SPAN_MAX;
 
 /// Longest lease and extension.
 pub const LEASE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
@@ -227,6 +229,37 @@ pub fn chosen_id(field: &str, text: &str, store: &Store) -> Result<Uuid, Error> 
     Ok(id)
 }
 
+/// When a task that is spawned can first be claimed; None: at once.
+fn start(value: Option<pb::new_task::Start>, now: Option<Instant>) -> Result<Option<When>, Error> {
+    use pb::new_task::Start;
+    Ok(match value {
+        None => None,
+        Some(Start::StartAt(at)) => {
+            let at = instant("start_at", &at)?;
+            now.is_none_or(|now| at > now).then_some(When::At(at))
+        }
+        Some(Start::Delay(delay)) => {
+            let delay = duration("delay", delay, SPAN_MAX)?;
+            (delay.as_micros() > 0).then_some(When::After(delay))
+        }
+    })
+}
+
+/// A policy that would cancel a task before its start is a mistake.
+fn outlasts(policy: CancellationPolicy, start: When, now: Instant) -> Result<(), Error> {
+    let delay = start.delay_from(now);
+    match policy.max_delay {
+        Some(max_delay) if max_delay <= delay => Err(Error::invalid(
+            "cancellation.max_delay",
+            format!(
+                "must be longer than the delay of the start ({}), or the task is cancelled before a worker may claim it",
+                humantime::format_duration(Duration::from_secs(delay.as_secs()))
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// A task to be spawned.
 pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<NewTask, Error> {
     if task.max_attempts.is_some_and(|attempts| attempts < 1) {
@@ -239,6 +272,12 @@ pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<New
         Some(id) => Some(JsonText::with_text_key(headers, "workflow_run_id", &id.to_string())),
         None => headers,
     };
+    let cancellation = task.cancellation.map(cancellation).transpose()?;
+    let now = store.now();
+    let start = start(task.start, now)?;
+    if let (Some(policy), Some(start), Some(now)) = (cancellation, start, now) {
+        outlasts(policy, start, now)?;
+    }
     Ok(NewTask {
         task_id: match &task.task_id {
             Some(id) => chosen_id("task_id", id, store)?,
@@ -250,8 +289,9 @@ pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<New
         headers,
         retry_strategy: task.retry_strategy.map(strategy).transpose()?.map(RetryStrategy::to_json),
         max_attempts: task.max_attempts,
-        cancellation: task.cancellation.map(cancellation).transpose()?.map(CancellationPolicy::to_json),
+        cancellation: cancellation.map(CancellationPolicy::to_json),
         idempotency_key: task.idempotency_key.map(|key| parse_idempotency_key("idempotency_key", &key)).transpose()?,
+        start,
     })
 }
 

@@ -85,7 +85,7 @@ pub(super) fn cases() -> Vec<Case> {
     done("CleanupEvents", "", j!({"ttl": "0s"}), Again::Same);
     let task = j!({"task_name": "n", "params": {"text": "1"}, "headers": {"text": "{}"}, "task_id": "$new",
         "retry_strategy": {"kind": "RETRY_KIND_FIXED", "base": "1s"}, "cancellation": {"max_delay": "60s"},
-        "max_attempts": 2, "workflow_run_id": "$v4"});
+        "max_attempts": 2, "workflow_run_id": "$v4", "delay": "5s"});
     done("SpawnTask", "", j!({"task": task}), Again::Same);
     done(
         "SpawnTask",
