@@ -92,9 +92,11 @@ impl Start {
 /// ```
 #[derive(Debug, Clone)]
 pub struct SpawnOptions {
-    /// Attempts at most; None: no limit. One, unless said otherwise: no retry unless asked for.
+    /// Attempts at most; None: the server's default, five. One, unless said otherwise: no retry unless asked for.
     pub max_attempts: Option<i32>,
-    /// None: retry at once.
+    /// As many attempts as it takes; `max_attempts` must be None.
+    pub unlimited_attempts: bool,
+    /// None: retry at once where `max_attempts` is set, else after pauses that grow from a second to five minutes.
     pub retry_strategy: Option<RetryStrategy>,
     /// When it is cancelled by itself.
     pub cancellation: CancellationRules,
@@ -114,6 +116,7 @@ impl Default for SpawnOptions {
     fn default() -> Self {
         Self {
             max_attempts: Some(1),
+            unlimited_attempts: false,
             retry_strategy: None,
             cancellation: CancellationRules::default(),
             headers: Map::new(),
@@ -130,6 +133,7 @@ impl SpawnOptions {
     #[must_use]
     pub fn max_attempts(mut self, attempts: i32) -> Self {
         self.max_attempts = Some(attempts);
+        self.unlimited_attempts = false;
         self
     }
 
@@ -137,6 +141,7 @@ impl SpawnOptions {
     #[must_use]
     pub fn unlimited_attempts(mut self) -> Self {
         self.max_attempts = None;
+        self.unlimited_attempts = true;
         self
     }
 
@@ -228,6 +233,7 @@ impl NewTask {
                 idempotency_key: options.idempotency_key,
                 task_id: Some(options.task_id.unwrap_or_else(Uuid::now_v7).to_string()),
                 workflow_run_id: options.workflow_run_id.map(|id| id.to_string()),
+                unlimited_attempts: options.unlimited_attempts,
                 start: options.start.map(Start::into_wire),
             },
         }

@@ -229,6 +229,29 @@ pub fn chosen_id(field: &str, text: &str, store: &Store) -> Result<Uuid, Error> 
     Ok(id)
 }
 
+/// The pauses of a task whose spawn asks for none and bounds no attempts.
+const DEFAULT_PAUSES: RetryStrategy = RetryStrategy::Exponential {
+    base: Some(Duration::from_secs(1)),
+    factor: Some(2.0),
+    max: Some(Duration::from_secs(5 * 60)),
+};
+
+/// How often a new task is tried, and with which pauses. A spawn that says neither must not fail hot for ever.
+fn retries(task: &pb::NewTask, limits: &Limits) -> Result<(Option<i32>, Option<RetryStrategy>), Error> {
+    let asked = task.retry_strategy.map(strategy).transpose()?;
+    match task.max_attempts {
+        Some(attempts) if attempts < 1 => Err(Error::invalid("max_attempts", "must be at least 1")),
+        Some(_) if task.unlimited_attempts => {
+            Err(Error::invalid("unlimited_attempts", "contradicts max_attempts: set one of the two"))
+        }
+        Some(attempts) => Ok((Some(attempts), asked)),
+        None => {
+            let attempts = (!task.unlimited_attempts).then_some(limits.default_max_attempts);
+            Ok((attempts, Some(asked.unwrap_or(DEFAULT_PAUSES))))
+        }
+    }
+}
+
 /// When a task that is spawned can first be claimed; None: at once.
 fn start(value: Option<pb::new_task::Start>, now: Option<Instant>) -> Result<Option<When>, Error> {
     use pb::new_task::Start;
@@ -262,9 +285,7 @@ fn outlasts(policy: CancellationPolicy, start: When, now: Instant) -> Result<(),
 
 /// A task to be spawned.
 pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<NewTask, Error> {
-    if task.max_attempts.is_some_and(|attempts| attempts < 1) {
-        return Err(Error::invalid("max_attempts", "must be at least 1"));
-    }
+    let (max_attempts, retry_strategy) = retries(&task, limits)?;
     let headers =
         task.headers.map(|json| JsonText::parse_object("headers", json.text, limits.headers())).transpose()?;
     let workflow_run_id = task.workflow_run_id.map(|id| parse_uuid("workflow_run_id", &id)).transpose()?;
@@ -287,8 +308,8 @@ pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<New
         name: TaskName::parse("task_name", &task.task_name)?,
         params: json("params", task.params, limits.payload())?,
         headers,
-        retry_strategy: task.retry_strategy.map(strategy).transpose()?.map(RetryStrategy::to_json),
-        max_attempts: task.max_attempts,
+        retry_strategy: retry_strategy.map(RetryStrategy::to_json),
+        max_attempts,
         cancellation: cancellation.map(CancellationPolicy::to_json),
         idempotency_key: task.idempotency_key.map(|key| parse_idempotency_key("idempotency_key", &key)).transpose()?,
         start,

@@ -44,6 +44,8 @@ pub struct Limits {
     pub header_list_bytes_max: u32,
     /// Refuse per-run calls without a token.
     pub require_claim_token: bool,
+    /// Attempts of a task whose spawn says nothing about them.
+    pub default_max_attempts: i32,
 }
 
 impl Limits {
@@ -91,6 +93,7 @@ impl Default for Limits {
             request_bytes_max: 16 * 1024 * 1024,
             header_list_bytes_max: 64 * 1024,
             require_claim_token: false,
+            default_max_attempts: 5,
         }
     }
 }
