@@ -64,7 +64,10 @@ pub use spawn::{
     spawn_retry_task,
 };
 pub use stream::{ClaimStream, StreamOptions};
-pub use tasks::{Available, CancelOutcome, ListOptions, RetryOptions, Run, Task, TaskResult, TaskSummary};
-pub use waits::{AbsurdSleepError, Awaited, Emitted, Slept, WaitError};
+pub use tasks::{
+    Available, CancelOutcome, FindOptions, FoundTasks, ListOptions, RetryOptions, Run, Task, TaskMatch, TaskResult,
+    TaskSummary,
+};
+pub use waits::{AbsurdSleepError, Awaited, Emitted, Slept, Wait, WaitError, WaitsOf};
 pub use wire::{Page, State};
 pub use workflow::{NewWorkflowRun, WorkflowChange, WorkflowFilter, WorkflowRun, WorkflowStatus};

@@ -21,6 +21,7 @@ mod mixed;
 mod model;
 mod plans;
 mod readme;
+mod reads;
 mod reference;
 mod repairs;
 mod replicas;

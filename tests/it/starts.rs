@@ -101,7 +101,8 @@ async fn a_start_that_is_over_is_at_once_and_a_wrong_one_names_its_field() {
     let spawned = client.spawn_task("n", &j!(null), far).await.unwrap();
     assert_eq!(client.get_task_status(spawned.task_id).await.unwrap().unwrap().state, State::Sleeping);
     let soon = SystemTime::now() + Duration::from_secs(60);
-    let useless = |start| SpawnOptions { start: Some(start), ..SpawnOptions::default().max_delay(Duration::from_secs(60)) };
+    let useless =
+        |start| SpawnOptions { start: Some(start), ..SpawnOptions::default().max_delay(Duration::from_secs(60)) };
     for options in [useless(Start::After(Duration::from_secs(60))), useless(Start::At(soon + Duration::from_secs(5)))] {
         let refused = client.spawn_task("n", &j!(null), options).await.unwrap_err();
         assert_eq!((refused.reason(), refused.field()), (Reason::InvalidArgument, Some("task.cancellation.max_delay")));

@@ -39,9 +39,7 @@ impl When {
     /// How long that is from `now`.
     pub fn delay_from(self, now: Instant) -> Duration {
         match self {
-            Self::At(at) => {
-                Duration::from_micros(at.micros().saturating_sub(now.micros()).max(0).unsigned_abs())
-            }
+            Self::At(at) => Duration::from_micros(at.micros().saturating_sub(now.micros()).max(0).unsigned_abs()),
             Self::After(delay) => delay,
         }
     }

@@ -9,12 +9,13 @@ use uuid::Uuid;
 use super::run::Slot;
 use super::statement::{
     KEY_RESERVE, QUEUE_GET, RUN_LOCK, Statement, TASK_CANCEL, TASK_CANCELLED, TASK_ENDED, TASK_FIND, TASK_FIND_KEYED,
-    TASK_GET, TASK_LIST, TASK_LIST_CANCELLABLE, TASK_LIST_EDGE, TASK_RESPAWN, TASK_RESULT, TASK_RETRY, TASK_SPAWN,
-    TASK_SPAWN_CLAIMED,
+    TASK_GET, TASK_LIST, TASK_LIST_CANCELLABLE, TASK_LIST_EDGE, TASK_RESPAWN, TASK_RESULT, TASK_RETRY, TASK_SEARCH,
+    TASK_SPAWN, TASK_SPAWN_CLAIMED,
 };
 use super::suspend::When;
 use super::text::{ANSWER_BYTES_MAX, FIELD_BYTES_MAX, Part};
 use super::{Fault, Store, Tx, Wait};
+use crate::domain::id::IdPart;
 use crate::domain::{Claim, ClaimToken, Error, Instant, JsonText, QueueName, RunId, State, TaskId, TaskName};
 use crate::scope::Scope;
 
@@ -94,6 +95,15 @@ pub struct Cancellable {
     pub run_id: Option<RunId>,
     /// Whether the policy cancels it now, and it is not set aside.
     pub due: bool,
+}
+
+/// What a search in one queue found.
+#[derive(Debug)]
+pub struct TaskSearch {
+    /// Tasks, newest first.
+    pub rows: Vec<Row>,
+    /// Whether older tasks of the queue were not looked at.
+    pub partial: bool,
 }
 
 impl Store {
@@ -265,6 +275,29 @@ impl Store {
             .filter(|row| row.get::<_, i64>("seen") == 10_000)
             .and_then(|row| row.get::<_, Option<String>>("edge").and_then(|edge| Uuid::try_parse(&edge).ok()));
         Ok((rows, next))
+    }
+
+    /// Whether there is such a task.
+    pub async fn task_exists(&self, scope: &Scope, task_id: TaskId) -> Result<(), Error> {
+        let little = Some(Part { offset: 0, limit: 1 });
+        self.task_get(scope, task_id, little, little).await.map(drop)
+    }
+
+    /// Tasks whose ids have a part in common with what somebody has copied; newest first. Waits for a locked queue at most
+    /// `lock_wait`.
+    pub async fn task_search(
+        &self,
+        scope: &Scope,
+        part: &IdPart,
+        limit: i64,
+        lock_wait: Duration,
+    ) -> Result<TaskSearch, Fault> {
+        let (from, to) = part.range();
+        let params: [&(dyn postgres_types::ToSql + Sync); 5] = [&from, &to, &part.whole(), &part.end(), &limit];
+        let rows = self.rows_within(lock_wait, &TASK_SEARCH, Wait::Skip, Some(scope), &params).await?;
+        let partial = rows.first().is_some_and(|row| row.get("partial"));
+        let rows = rows.into_iter().filter(|row| row.get::<_, Option<Uuid>>("task_id").is_some()).collect();
+        Ok(TaskSearch { rows, partial })
     }
 
     /// Cancels a task; says whether this call did it, and the state now.

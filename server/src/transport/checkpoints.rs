@@ -108,11 +108,8 @@ impl Service {
     ) -> Result<(Vec<pb::StoredCheckpoint>, String), Error> {
         let limit = self.limits.page(size)?;
         let rows = self.engine.store.checkpoint_page(scope, task_id, seen, &parse_token(token)?, limit).await?;
-        let beyond = rows.len() > 1 && rows.last().is_some_and(|row| row.get("beyond"));
-        let page = &rows[..rows.len() - usize::from(beyond)];
-        let full = beyond || i64::try_from(rows.len()).is_ok_and(|count| count == limit);
-        let next = page.last().filter(|_| full).map(token_of).unwrap_or_default();
-        Ok((page.iter().map(stored).collect(), next))
+        let (page, last) = page_token::cut(&rows, limit);
+        Ok((page.iter().map(stored).collect(), last.map(token_of).unwrap_or_default()))
     }
 }
 

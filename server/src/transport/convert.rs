@@ -477,7 +477,8 @@ pub fn pb_task_end(end: TaskEnd) -> pb::TaskResult {
     }
 }
 
-fn stored_state(row: &Row) -> i32 {
+/// A stored state.
+pub fn stored_state(row: &Row) -> i32 {
     State::from_stored(row.get("state")).map_or(0, pb_state)
 }
 

@@ -515,4 +515,17 @@ impl AbsurdService for Service {
     async fn list_tasks(&self, request: Request<pb::ListTasksRequest>) -> Reply<pb::ListTasksResponse> {
         reply(in_time(deadline(&request), self.list_tasks_page(request.into_inner())).await)
     }
+
+    async fn list_runs(&self, request: Request<pb::ListRunsRequest>) -> Reply<pb::ListRunsResponse> {
+        reply(in_time(deadline(&request), self.list_runs_page(request.into_inner())).await)
+    }
+
+    async fn list_waits(&self, request: Request<pb::ListWaitsRequest>) -> Reply<pb::ListWaitsResponse> {
+        reply(in_time(deadline(&request), self.list_waits_page(request.into_inner())).await)
+    }
+
+    async fn find(&self, request: Request<pb::FindRequest>) -> Reply<pb::FindResponse> {
+        let deadline = deadline(&request);
+        reply(in_time(deadline, self.find_tasks(request.into_inner(), deadline)).await)
+    }
 }

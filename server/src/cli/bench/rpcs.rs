@@ -337,6 +337,13 @@ impl Round<'_> {
         self.times.of("AwaitTaskResult (has ended)", self.grpc.await_task_result(wait)).await?;
         let list = pb::ListTasksRequest { queue: queue(), page_size: 10, ..Default::default() };
         self.times.of("ListTasks (10)", self.grpc.list_tasks(list)).await?;
+        let runs = pb::ListRunsRequest { queue: queue(), task_id: held.task_id.clone(), ..Default::default() };
+        self.times.of("ListRuns", self.grpc.list_runs(runs)).await?;
+        let of = Some(pb::list_waits_request::Of::TaskId(held.task_id.clone()));
+        let waits = pb::ListWaitsRequest { queue: queue(), of, ..Default::default() };
+        self.times.of("ListWaits", self.grpc.list_waits(waits)).await?;
+        let find = pb::FindRequest { queue: queue(), text: held.task_id.clone(), limit: 0 };
+        self.times.of("Find", self.grpc.find(find)).await?;
         Ok(())
     }
 
