@@ -48,6 +48,8 @@ pub struct Task {
     pub idempotency_key: Option<String>,
     /// Tenant; None for the default one.
     pub tenant_id: Option<String>,
+    /// Whether headers over 1 MiB, or policies over 64 KiB, are left out; only plain SQL makes them so large.
+    pub details_omitted: bool,
 }
 
 impl Task {
@@ -69,6 +71,7 @@ impl Task {
             cancelled_at: wire::time(task.cancelled_at),
             idempotency_key: task.idempotency_key,
             tenant_id: task.tenant_id,
+            details_omitted: task.details_omitted,
         })
     }
 }

@@ -189,3 +189,241 @@ async fn waits_of_nothing_are_refused() {
     let request = pb::ListWaitsRequest { queue: "q".into(), ..Default::default() };
     assert!(grpc.list_waits(request).await.unwrap_err().message().contains("task_id or event_name"));
 }
+
+/// The largest message that a gRPC client takes without being told otherwise.
+const MESSAGE_MAX: usize = 4 * 1024 * 1024;
+
+/// The answer to a call, which must come, within what any client takes.
+fn small<T: prost::Message>(answer: Result<tonic::Response<T>, tonic::Status>) -> T {
+    let answer = answer.unwrap().into_inner();
+    assert!(answer.encoded_len() < MESSAGE_MAX, "{} bytes", answer.encoded_len());
+    answer
+}
+
+/// Rows as only plain SQL can write them: every column that may be long is.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_answer_is_too_large_for_a_client() {
+    let server = Server::start().await;
+    let client = server.client();
+    let sql = server.database().connect().await;
+    let mut grpc = server.raw().await;
+    let queue = || "q".to_owned();
+    for round in 0..4 {
+        let options = SpawnOptions::default().max_attempts(3);
+        let spawned = client.spawn_task("n", &j!(null), options).await.unwrap();
+        let claim = client.claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+        client.set_checkpoint(spawned.task_id, "s", &j!(1), claim.run_id, None).await.unwrap();
+        match round {
+            0 => drop(claim.complete(&j!(1)).await.unwrap()),
+            1 => drop(claim.fail(&j!("x")).await.unwrap()),
+            _ => drop(claim.await_event("w", "e", None).await.unwrap()),
+        }
+    }
+    // Text that compression does not shrink away, with characters of four bytes.
+    sql.batch_execute(
+        "create function pg_temp.long(bytes integer) returns text language sql as
+           $$ select string_agg(md5(i::text), '') || repeat('😀', bytes / 8) from generate_series(1, bytes / 64) i $$;
+         update absurd.t_q set task_name = pg_temp.long(5000000), params = to_jsonb(pg_temp.long(1200000)),
+           headers = jsonb_build_object('h', pg_temp.long(1500000)), completed_payload = to_jsonb(pg_temp.long(1200000)),
+           retry_strategy = jsonb_build_object('kind', 'none', 'x', pg_temp.long(500000)),
+           cancellation = jsonb_build_object('x', pg_temp.long(500000));
+         update absurd.r_q set claimed_by = pg_temp.long(3000000), wake_event = coalesce(wake_event, pg_temp.long(3000000)),
+           result = to_jsonb(pg_temp.long(1200000)), failure_reason = to_jsonb(pg_temp.long(1200000)),
+           event_payload = to_jsonb(pg_temp.long(1200000));
+         update absurd.c_q set status = case when status = 'committed' then status else pg_temp.long(2000000) end,
+           state = to_jsonb(pg_temp.long(2900000));
+         insert into absurd_server.workflow_run (workflow_run_id, workflow_name, workflow_version, absurd_queue, inputs, result,
+             error, tags)
+           select gen_random_uuid(), 'big_flow', '1', pg_temp.long(3000000), to_jsonb(pg_temp.long(1000000 * (1 + i % 2))),
+                  to_jsonb(pg_temp.long(1000000)), to_jsonb(pg_temp.long(1500000)), '{\"t\": 1}' from generate_series(1, 5) i",
+    )
+    .await
+    .unwrap();
+    let tasks: Vec<Uuid> =
+        sql.query("select task_id from absurd.t_q", &[]).await.unwrap().iter().map(|row| row.get(0)).collect();
+    let range = Some(pb::TextRange { offset: 0, limit: 1_000_000 });
+    for task_id in tasks {
+        let id = || task_id.to_string();
+        let status = |range| pb::GetTaskStatusRequest {
+            queue: queue(),
+            task_id: id(),
+            params_range: range,
+            result_range: range,
+        };
+        let task = small(grpc.get_task_status(status(None)).await).task.unwrap();
+        assert!(task.details_omitted && task.headers.is_none());
+        small(grpc.get_task_status(status(range)).await);
+        for result_range in [None, range] {
+            let request = pb::GetTaskResultRequest { queue: queue(), task_id: id(), result_range };
+            small(grpc.get_task_result(request).await);
+        }
+        let request = pb::AwaitTaskResultRequest { queue: queue(), task_id: id(), timeout: Some(Default::default()) };
+        small(grpc.await_task_result(request).await);
+        let whole = client.get_task_status(task_id).await.unwrap().unwrap();
+        assert!(whole.params.as_str().ends_with("😀\""), "parts make the whole");
+        let mut token = String::new();
+        loop {
+            let request =
+                pb::ListRunsRequest { queue: queue(), task_id: id(), page_token: token, ..Default::default() };
+            let page = small(grpc.list_runs(request).await);
+            for run in page.runs {
+                let request = pb::GetRunStatusRequest { queue: queue(), run_id: run.run_id.clone() };
+                assert_eq!(small(grpc.get_run_status(request).await).run.unwrap(), run);
+                let request =
+                    pb::GetCheckpointsForRunRequest { queue: queue(), run_id: run.run_id, ..Default::default() };
+                small(grpc.get_checkpoints_for_run(request).await);
+            }
+            token = page.next_page_token;
+            if token.is_empty() {
+                break;
+            }
+        }
+        for state_range in [None, range] {
+            let request = pb::GetCheckpointRequest {
+                queue: queue(),
+                task_id: id(),
+                checkpoint_name: "s".into(),
+                include_pending: true,
+                state_range,
+            };
+            small(grpc.get_checkpoint(request).await);
+        }
+        let of = Some(pb::list_waits_request::Of::TaskId(id()));
+        small(grpc.list_waits(pb::ListWaitsRequest { queue: queue(), of, ..Default::default() }).await);
+        let found = small(grpc.find(pb::FindRequest { text: id(), ..Default::default() }).await);
+        assert_eq!(found.tasks.len(), 1);
+    }
+    let list = pb::ListTasksRequest { queue: queue(), ..Default::default() };
+    assert_eq!(small(grpc.list_tasks(list).await).tasks.len(), 4);
+    // The one that failed has another attempt, whose headers fit into no message: it is put off, and the server is well.
+    let claim = pb::ClaimTaskRequest { queue: queue(), qty: 10, ..Default::default() };
+    assert!(small(grpc.claim_task(claim).await).tasks.is_empty());
+
+    let mut seen = 0;
+    let mut token = String::new();
+    loop {
+        let request = pb::ListWorkflowRunsRequest { page_token: token, ..Default::default() };
+        let page = small(grpc.list_workflow_runs(request).await);
+        for run in &page.workflow_runs {
+            seen += 1;
+            assert!(run.payloads_omitted && run.inputs.is_some() && run.error.is_none(), "as many as fit");
+            let request = pb::GetWorkflowRunRequest { workflow_run_id: run.workflow_run_id.clone(), part: None };
+            assert_eq!(small(grpc.get_workflow_run(request).await).workflow_run.as_ref(), Some(run));
+            let id = Uuid::parse_str(&run.workflow_run_id).unwrap();
+            let whole = client.get_workflow_run(id).await.unwrap().unwrap();
+            let stored = sql
+                .query_one("select error::text from absurd_server.workflow_run where workflow_run_id = $1", &[&id])
+                .await
+                .unwrap();
+            assert_eq!(whole.error.unwrap().as_str(), stored.get::<_, &str>(0), "read in parts");
+            assert!(whole.result.is_some() && !whole.payloads_omitted);
+        }
+        token = page.next_page_token;
+        if token.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(seen, 5);
+}
+
+/// Many names that are long, each alone no harm.
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_of_long_names_end_early_and_lose_nothing() {
+    let server = Server::start().await;
+    let sql = server.database().connect().await;
+    let mut grpc = server.raw().await;
+    sql.batch_execute(
+        "insert into absurd.t_q (task_id, task_name, params, state)
+           select gen_random_uuid(), repeat('😀', 3000), 'null', 'completed' from generate_series(1, 2000) i;
+         insert into absurd.w_q (task_id, run_id, step_name, event_name)
+           select gen_random_uuid(), gen_random_uuid(), i || repeat('s', 2000), repeat('e', 500) from generate_series(1, 2000) i;
+         insert into absurd.queues (queue_name) select repeat('n', 2000) || i from generate_series(1, 3000) i",
+    )
+    .await
+    .unwrap();
+    let (mut token, mut tasks) = (String::new(), 0);
+    loop {
+        let list = pb::ListTasksRequest { queue: "q".into(), page_size: 1000, page_token: token, ..Default::default() };
+        let page = small(grpc.list_tasks(list).await);
+        tasks += page.tasks.len();
+        token = page.next_page_token;
+        if token.is_empty() {
+            break;
+        }
+    }
+    let mut waits = 0;
+    loop {
+        let of = Some(pb::list_waits_request::Of::EventName("e".repeat(500)));
+        let list = pb::ListWaitsRequest { queue: "q".into(), of, page_size: 1000, page_token: token };
+        let page = small(grpc.list_waits(list).await);
+        waits += page.waits.len();
+        token = page.next_page_token;
+        if token.is_empty() {
+            break;
+        }
+    }
+    let mut queues = 0;
+    let mut token = String::new();
+    loop {
+        let page = small(grpc.list_queues(pb::ListQueuesRequest { page_size: 1000, page_token: token }).await);
+        queues += page.queues.len();
+        token = page.next_page_token;
+        if token.is_empty() {
+            break;
+        }
+    }
+    assert_eq!((tasks, waits, queues), (2000, 2000, 3001));
+}
+
+/// A number counts with the digits that are stored for it, wherever JSON is taken.
+#[tokio::test(flavor = "multi_thread")]
+async fn exponents_are_held_to_the_size_limit() {
+    let server = Server::start().await;
+    let client = server.client();
+    let mut grpc = server.raw().await;
+    let huge = || absurd_tests::json(format!("{{\"a\": [{}]}}", vec!["1e100000"; 3000].join(",")));
+    let refused = |status: tonic::Status, field: &str| {
+        let details = tonic_types::StatusExt::get_error_details(&status);
+        assert_eq!(details.error_info().unwrap().reason, "PAYLOAD_TOO_LARGE", "{status}");
+        assert_eq!(details.bad_request().unwrap().field_violations[0].field, field, "{status}");
+    };
+    for (task, field) in [
+        (pb::NewTask { params: huge(), ..Default::default() }, "task.params"),
+        (pb::NewTask { headers: huge(), ..Default::default() }, "task.headers"),
+    ] {
+        let task = Some(pb::NewTask { task_name: "n".into(), ..task });
+        let request = pb::SpawnTaskRequest { queue: "q".into(), task };
+        refused(grpc.spawn_task(request).await.unwrap_err(), field);
+    }
+    client.spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap();
+    let claim = client.claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+    let claim_token = || Some(claim.claim_token().to_owned());
+    let complete =
+        pb::CompleteTaskRequest { queue: "q".into(), claim_token: claim_token(), result: huge(), ..Default::default() };
+    refused(grpc.complete_task(complete).await.unwrap_err(), "result");
+    let step = pb::SetCheckpointRequest {
+        queue: "q".into(),
+        claim_token: claim_token(),
+        checkpoint_name: "s".into(),
+        state: huge(),
+        ..Default::default()
+    };
+    refused(grpc.set_checkpoint(step).await.unwrap_err(), "state");
+    let emit = pb::EmitEventRequest { queue: "q".into(), event_name: "e".into(), payload: huge() };
+    refused(grpc.emit_event(emit).await.unwrap_err(), "payload");
+    let workflow = pb::CreateWorkflowRunRequest {
+        queue: "q".into(),
+        workflow_name: "a".into(),
+        workflow_version: "1".into(),
+        inputs: huge(),
+        ..Default::default()
+    };
+    refused(grpc.create_workflow_run(workflow).await.unwrap_err(), "inputs");
+    // A reason is never refused: it is cut.
+    let fail =
+        pb::FailTaskRequest { queue: "q".into(), claim_token: claim_token(), reason: huge(), ..Default::default() };
+    grpc.fail_task(fail).await.unwrap();
+    let sql = server.database().connect().await;
+    let stored = sql.query_one("select octet_length(failure_reason::text) from absurd.r_q", &[]).await.unwrap();
+    assert!(stored.get::<_, i32>(0) < 100_000);
+}

@@ -49,6 +49,7 @@ const READ: &[&str] = &[
     "wait_list_event",
     "wait_list_task",
     "workflow_get",
+    "workflow_get_part",
     "workflow_list",
 ];
 
@@ -214,6 +215,7 @@ statements! {
     WAIT_LIST_TASK = "wait_list_task";
     WORKFLOW_CREATE = "workflow_create";
     WORKFLOW_GET = "workflow_get";
+    WORKFLOW_GET_PART = "workflow_get_part";
     WORKFLOW_LIST = "workflow_list";
     WORKFLOW_UPDATE = "workflow_update";
 }

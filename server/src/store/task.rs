@@ -13,7 +13,7 @@ use super::statement::{
     TASK_SPAWN, TASK_SPAWN_CLAIMED,
 };
 use super::suspend::When;
-use super::text::{ANSWER_BYTES_MAX, FIELD_BYTES_MAX, Part};
+use super::text::{ANSWER_BYTES_MAX, FIELD_BYTES_MAX, HEADERS_BYTES_MAX, Part, cut};
 use super::{Fault, Store, Tx, Wait};
 use crate::domain::id::IdPart;
 use crate::domain::{Claim, ClaimToken, Error, Instant, JsonText, QueueName, RunId, State, TaskId, TaskName};
@@ -215,8 +215,8 @@ impl Store {
         result: Option<Part>,
     ) -> Result<Row, Error> {
         let (params, result) = (Part::params(params), Part::params(result));
-        let values: [&(dyn postgres_types::ToSql + Sync); 6] =
-            [&task_id, &params.0, &params.1, &result.0, &result.1, &FIELD_BYTES_MAX];
+        let values: [&(dyn postgres_types::ToSql + Sync); 7] =
+            [&task_id, &params.0, &params.1, &result.0, &result.1, &FIELD_BYTES_MAX, &HEADERS_BYTES_MAX];
         self.rows(&TASK_GET, Wait::Skip, Some(scope), &values)
             .await
             .map_err(|fault| fault.into_read_error(scope))?
@@ -235,7 +235,7 @@ impl Store {
             .map(|row| TaskEnd {
                 task_id,
                 state: State::from_stored(row.get("state")),
-                text: row.get("text"),
+                text: row.get::<_, Option<String>>("text").map(|text| cut(text, ANSWER_BYTES_MAX)),
                 length: row.get("length"),
             })
             .ok_or(Error::TaskNotFound(task_id))

@@ -12,6 +12,7 @@ use crate::domain::{CheckpointName, Error, Instant, RunId, TaskId};
 use crate::scope::Scope;
 use crate::store::batch::Write;
 use crate::store::checkpoint::{After, Seen};
+use crate::store::text::{ANSWER_BYTES_MAX, cut};
 
 impl Service {
     pub(super) async fn put_checkpoint(
@@ -116,7 +117,7 @@ impl Service {
 fn stored(row: &Row) -> pb::StoredCheckpoint {
     pb::StoredCheckpoint {
         checkpoint_name: row.get("checkpoint_name"),
-        state: row.get::<_, Option<String>>("state").map(|text| pb::Json { text }),
+        state: row.get::<_, Option<String>>("state").map(|text| pb::Json { text: cut(text, ANSWER_BYTES_MAX) }),
         status: row.get("status"),
         owner_run_id: row.get::<_, Option<RunId>>("owner_run_id").map(|id| id.to_string()),
         updated_at: convert::timestamp(row.get("updated_at")),

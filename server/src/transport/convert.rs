@@ -19,7 +19,7 @@ use crate::store::Store;
 use crate::store::batch::{RunRef, Write};
 use crate::store::suspend::When;
 use crate::store::task::{NewTask, Spawned, TaskEnd};
-use crate::store::text::Part;
+use crate::store::text::{FIELD_BYTES_MAX, Part, cut};
 use crate::transport::service::Limits;
 use crate::transport::status;
 use crate::transport::time::SPAN_MAX;
@@ -28,6 +28,8 @@ use crate::transport::time::SPAN_MAX;
 pub const LEASE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// Longest delay of a release.
 const DELAY_MAX: Duration = Duration::from_secs(60 * 60);
+/// Years 1 to 9999, as the wire format promises, in seconds since 1970.
+const SECONDS: std::ops::RangeInclusive<i64> = -62_135_596_800..=253_402_300_799;
 /// How far a chosen id's time may be from the database's.
 const ID_SKEW_MAX: i64 = 24 * 60 * 60 * 1_000_000;
 
@@ -100,8 +102,7 @@ pub fn lease(field: &str, value: Option<PbDuration>, zero: bool) -> Result<u32, 
 
 /// A time within what Postgres holds.
 pub fn instant(field: &str, value: &Timestamp) -> Result<Instant, Error> {
-    // Years 1 to 9999, as the wire format promises.
-    if !(-62_135_596_800..=253_402_300_799).contains(&value.seconds) || !(0..1_000_000_000).contains(&value.nanos) {
+    if !SECONDS.contains(&value.seconds) || !(0..1_000_000_000).contains(&value.nanos) {
         return Err(Error::invalid(field, "must be a time between the years 1 and 9999"));
     }
     Ok(Instant::from_micros(value.seconds * 1_000_000 + i64::from(value.nanos / 1000)))
@@ -318,13 +319,15 @@ pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<New
 
 // From here on: values to wire messages.
 
-/// A time; never becomes absent.
+/// A time; never becomes absent. What SQL has written beyond the years 1 to 9999 becomes the nearest time within them, because
+/// clients refuse other timestamps.
 pub fn timestamp(at: Instant) -> Option<Timestamp> {
     if at.is_never() {
         return None;
     }
-    let nanos = i32::try_from(at.micros().rem_euclid(1_000_000)).unwrap_or(0) * 1000;
-    Some(Timestamp { seconds: at.micros().div_euclid(1_000_000), nanos })
+    let micros = at.micros().clamp(*SECONDS.start() * 1_000_000, *SECONDS.end() * 1_000_000 + 999_999);
+    let nanos = i32::try_from(micros.rem_euclid(1_000_000)).unwrap_or(0) * 1000;
+    Some(Timestamp { seconds: micros.div_euclid(1_000_000), nanos })
 }
 
 /// A duration.
@@ -494,7 +497,7 @@ pub fn stored_json(row: &Row, column: &str) -> Option<pb::Json> {
 
 /// JSON, read as text.
 fn text_json(row: &Row, column: &str) -> Option<pb::Json> {
-    row.get::<_, Option<String>>(column).map(|text| pb::Json { text })
+    row.get::<_, Option<String>>(column).map(|text| pb::Json { text: cut(text, FIELD_BYTES_MAX) })
 }
 
 /// Whether a text is longer than the answer may hold.
@@ -523,6 +526,7 @@ pub fn pb_task(row: &Row) -> pb::Task {
         tenant_id: None,
         params_omitted: omitted(row, "params", "params_length"),
         completed_payload_omitted: omitted(row, "completed_payload", "result_length"),
+        details_omitted: row.get("details_omitted"),
     }
 }
 

@@ -8,6 +8,10 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use tokio_postgres::Row;
 
 use crate::domain::{Error, Instant};
+use crate::store::text::ANSWER_BYTES_MAX;
+
+/// Room for the ids, times and numbers of a row.
+const ROW_BYTES: usize = 128;
 
 /// The token of a place in a list ordered by time, and at equal times by something else.
 pub(super) fn encode(at: Instant, then: &str) -> String {
@@ -46,6 +50,18 @@ pub(super) fn cut(rows: &[Row], limit: i64) -> (&[Row], Option<&Row>) {
     let page = &rows[..rows.len() - usize::from(beyond)];
     let full = beyond || i64::try_from(rows.len()).is_ok_and(|count| count == limit);
     (page, page.last().filter(|_| full))
+}
+
+/// As many of the rows as fit into an answer by the bytes of their names; at least one.
+pub(super) fn fit(rows: &[Row], bytes: impl Fn(&Row) -> usize) -> &[Row] {
+    let mut room = ANSWER_BYTES_MAX.unsigned_abs() as usize;
+    let fits = |row: &&Row| {
+        let left = room.checked_sub(bytes(row) + ROW_BYTES);
+        room = left.unwrap_or(0);
+        left.is_some()
+    };
+    let count = rows.iter().take_while(fits).count();
+    &rows[..count.max(1).min(rows.len())]
 }
 
 /// What is said of a token that is not ours.

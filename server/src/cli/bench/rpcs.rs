@@ -361,7 +361,7 @@ impl Round<'_> {
             pb::UpdateWorkflowRunStatusRequest { workflow_run_id: workflow_run_id.clone(), ..Default::default() };
         update.set_status(pb::WorkflowStatus::Running);
         self.times.of("UpdateWorkflowRunStatus", self.grpc.update_workflow_run_status(update)).await?;
-        let get = pb::GetWorkflowRunRequest { workflow_run_id };
+        let get = pb::GetWorkflowRunRequest { workflow_run_id, part: None };
         self.times.of("GetWorkflowRun", self.grpc.get_workflow_run(get)).await?;
         let list = pb::ListWorkflowRunsRequest { page_size: 10, ..Default::default() };
         self.times.of("ListWorkflowRuns (10)", self.grpc.list_workflow_runs(list)).await?;
