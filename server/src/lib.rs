@@ -16,6 +16,7 @@ pub mod domain;
 pub mod doorbell;
 pub mod engine;
 pub mod gate;
+mod hot_retries;
 pub mod maintenance;
 pub mod metrics;
 pub mod per_queue;
