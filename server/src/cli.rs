@@ -76,7 +76,7 @@ enum Command {
     #[command(
         subcommand,
         after_help = "Examples:\n  absurd task spawn greet '{\"name\":\"world\"}'\n  absurd task list --state failed\n  \
-        absurd task get 01a2296c"
+        absurd task get 51c5d1aa"
     )]
     Task(tasks::TaskCommand),
     /// Emit events
