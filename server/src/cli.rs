@@ -165,8 +165,7 @@ struct ClientArgs {
     /// Server, as HOST:PORT or URL; several replicas with commas between
     #[arg(long, env = "ABSURD_URL", default_value = absurd_client::DEFAULT_URL, value_name = "URL")]
     url: String,
-    /// Queue [env: ABSURD_DEFAULT_QUEUE, else ABSURD_QUEUE] [default: default]
-    #[arg(long, short)]
+    #[arg(long, short, help = "Queue [env: ABSURD_DEFAULT_QUEUE, else ABSURD_QUEUE] [default: default]")]
     queue: Option<String>,
     /// PEM file of the authority that signed the server's certificate
     #[arg(long, env = "ABSURD_TLS_CA", value_name = "FILE")]

@@ -47,8 +47,7 @@ pub(super) struct DevArgs {
     /// Directory of initdb and postgres, where they are not found by themselves
     #[arg(long, env = "ABSURD_PG_BIN", value_name = "DIR")]
     pg_bin: Option<PathBuf>,
-    /// Queue to create [env: ABSURD_DEFAULT_QUEUE, else ABSURD_QUEUE] [default: default]
-    #[arg(long, short)]
+    #[arg(long, short, help = "Queue to create [env: ABSURD_DEFAULT_QUEUE, else ABSURD_QUEUE] [default: default]")]
     queue: Option<String>,
     /// For tests only: let the `TestClockService` set the time of this server
     #[arg(long, env = "ABSURD_TEST_CLOCK")]

@@ -117,7 +117,8 @@ async fn problem(url: &str) -> Option<Problem> {
 /// The problem that all replicas have in common; None: one of them is there.
 async fn common_problem(urls: &[String]) -> Option<Problem> {
     let mut looks = tokio::task::JoinSet::new();
-    for url in urls.iter().cloned() {
+    for url in urls {
+        let url = url.clone();
         looks.spawn(async move { problem(&url).await });
     }
     let mut problems = Vec::new();
@@ -190,7 +191,7 @@ impl ClientArgs {
 
     async fn watched<T>(&self, waits: Waits, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
         let urls = self.urls()?;
-        let watch = async {
+        let watch = Box::pin(async {
             // When it was last seen, or first looked for.
             let mut seen = Instant::now();
             let mut told = None;
@@ -215,7 +216,7 @@ impl ClientArgs {
                 }
                 told = found;
             }
-        };
+        });
         tokio::select! {
             biased;
             outcome = work => match outcome {

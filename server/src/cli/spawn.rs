@@ -136,7 +136,8 @@ pub(super) async fn run(args: SpawnArgs) -> anyhow::Result<()> {
         return args.client.work(spawn_many(&args.client, args.count, task)).await;
     }
     let client = args.client.client()?;
-    let spawned = args.client.reach(async { client.spawn_new_task(task()).await.map_err(helped(&client)) }).await?;
+    let spawning = Box::pin(async { client.spawn_new_task(task()).await.map_err(helped(&client)) });
+    let spawned = args.client.reach(spawning).await?;
     let Some(wait) = args.wait else {
         print_spawned(args.client.output, &spawned);
         return Ok(());

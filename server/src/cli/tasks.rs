@@ -97,7 +97,7 @@ pub(super) struct WatchArgs {
 /// Carries it out.
 pub(super) async fn run(command: TaskCommand) -> anyhow::Result<()> {
     match command {
-        TaskCommand::Spawn(args) => spawn::run(*args).await,
+        TaskCommand::Spawn(args) => Box::pin(spawn::run(*args)).await,
         TaskCommand::Get(task) => {
             let args = &task.client;
             args.reach(async {
