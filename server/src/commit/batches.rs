@@ -90,6 +90,10 @@ impl Batch for Spawns {
         &key.0
     }
 
+    fn store(&self) -> &Store {
+        &self.store
+    }
+
     async fn execute(
         &self,
         (scope, _): &Self::Key,
@@ -128,6 +132,10 @@ impl Batch for Settles {
 
     fn scope(key: &Self::Key) -> &Scope {
         &key.0
+    }
+
+    fn store(&self) -> &Store {
+        &self.store
     }
 
     async fn execute(
@@ -190,6 +198,10 @@ impl Batch for Suspends {
         &key.0
     }
 
+    fn store(&self) -> &Store {
+        &self.store
+    }
+
     async fn execute(
         &self,
         (scope, kind): &Self::Key,
@@ -226,6 +238,10 @@ impl Batch for Emits {
 
     fn scope(key: &Self::Key) -> &Scope {
         key
+    }
+
+    fn store(&self) -> &Store {
+        &self.store
     }
 
     async fn execute(
