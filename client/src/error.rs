@@ -85,6 +85,10 @@ reasons! {
     BacklogFull = "BACKLOG_FULL";
     /// Postgres cannot be reached or is busy.
     Unavailable = "UNAVAILABLE";
+    /// Postgres did not get the statement done in time.
+    DatabaseBusy = "DATABASE_BUSY";
+    /// Another session holds a lock on the queue's tables or rows.
+    QueueLocked = "QUEUE_LOCKED";
     /// The replica is leaving.
     ShuttingDown = "SHUTTING_DOWN";
     /// The call's deadline passed.
@@ -180,6 +184,8 @@ impl Error {
             self.reason(),
             Reason::Transport
                 | Reason::Unavailable
+                | Reason::DatabaseBusy
+                | Reason::QueueLocked
                 | Reason::ShuttingDown
                 | Reason::TooManyRequests
                 | Reason::StreamLimit

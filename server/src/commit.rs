@@ -428,7 +428,7 @@ mod tests {
         for ms in 10..300 {
             let deadline = Instant::now() + Duration::from_millis(ms);
             let told = Committer::new(Scripted(nowhere()), 10).submit(scope.clone(), AWAY, deadline).await;
-            assert_eq!(told, Err(Error::Unavailable("away".into())), "{ms} ms");
+            assert_eq!(told, Err(Error::DatabaseUnreachable("away".into())), "{ms} ms");
         }
     }
 

@@ -285,7 +285,7 @@ impl Dispatcher {
                 Ok(claims)
             }
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(Error::Unavailable("the dispatcher stopped".into())),
+            Err(_) => Err(Error::ShuttingDown),
         }
     }
 

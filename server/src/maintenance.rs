@@ -192,7 +192,7 @@ async fn cancel(engine: &Arc<Engine>, scope: &Scope, cursors: &mut Cursors) -> R
     let mut refused = Vec::new();
     for task in due.iter().take(CANCELLED_MAX) {
         match engine.cancel_task(scope, task.task_id, Instant::now() + CANCEL_WAIT).await {
-            Ok(_) | Err(Error::TaskNotFound(_) | Error::DeadlineExceeded) => {}
+            Ok(_) | Err(Error::TaskNotFound(_) | Error::DeadlineExceeded | Error::QueueLocked { .. }) => {}
             Err(error) => {
                 tracing::debug!(task.id = %task.task_id, %error, "could not cancel a task by its policy");
                 refused.extend(task.run_id.map(|run_id| (run_id, error)));

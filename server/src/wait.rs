@@ -53,7 +53,7 @@ impl Waits {
         inside.count = inside.count.saturating_sub(1);
         match told {
             Ok(Ok(end)) => Ok(Some(end)),
-            Ok(Err(_)) => Err(Error::Unavailable("the server is stopping".into())),
+            Ok(Err(_)) => Err(Error::ShuttingDown),
             Err(_) => {
                 let key = (queue.clone(), task_id);
                 if let Some(waiters) = inside.waiters.get_mut(&key) {

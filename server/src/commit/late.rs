@@ -117,7 +117,7 @@ mod tests {
         assert_eq!(late.error(), Error::DeadlineExceeded);
         late.note(&Fault::Full, &scope);
         late.note(&Fault::Gone("away".into()), &scope);
-        assert_eq!((late.error(), late.is_unknown()), (Error::Unavailable("away".into()), false));
+        assert_eq!((late.error(), late.is_unknown()), (Error::DatabaseUnreachable("away".into()), false));
         late.note(&Fault::Unknown("lost".into()), &scope);
         late.note(&Fault::Gone("away".into()), &scope);
         assert_eq!((late.error(), late.is_unknown()), (Error::OutcomeUnknown, true));
@@ -132,7 +132,7 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(7)).await;
                 Err::<(), _>(Fault::Gone("away".into()))
             });
-            assert_eq!(told.await.unwrap_err(), Error::Unavailable("away".into()), "{ms} ms");
+            assert_eq!(told.await.unwrap_err(), Error::DatabaseUnreachable("away".into()), "{ms} ms");
         }
     }
 }

@@ -97,7 +97,7 @@ async fn sequence_once(
         let answers = batch::write(store, Via::Tx(&tx), scope, Wait::Block, &[(run, write)]).await;
         let outcome = match answers.map(|mut answers| answers.pop()) {
             Ok(Some(Answer::Settled(outcome))) => outcome,
-            Ok(Some(Answer::Busy) | None) => Err(Error::Unavailable("the row is busy".into())),
+            Ok(Some(Answer::Busy) | None) => Err(Error::QueueLocked { queue: scope.queue().as_str().to_owned() }),
             Err(fault) => {
                 tx.rollback().await;
                 return Err((index, fault));

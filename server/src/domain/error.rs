@@ -114,12 +114,24 @@ pub enum Error {
         /// How many.
         limit: i64,
     },
-    /// Postgres cannot be reached, or is too busy.
+    /// Postgres cannot be reached.
     #[error("the database is not available: {0}")]
-    Unavailable(String),
+    DatabaseUnreachable(String),
+    /// Postgres answers, and did not get the statement done in time; the same one may succeed soon.
+    #[error("the database is busy: {0}; try again")]
+    DatabaseBusy(String),
     /// Postgres answers, and cannot write.
     #[error("the database {0}; try again later")]
     NotWritable(&'static str),
+    /// Another session holds a lock on the queue's tables, or on the rows that the call needs.
+    #[error("queue {queue:?} is locked by another session (VACUUM FULL, ALTER TABLE, an open transaction); try again")]
+    QueueLocked {
+        /// The queue.
+        queue: String,
+    },
+    /// Postgres refuses lastingly what the server's own set-up needs; the text says what to do.
+    #[error("{0}")]
+    Setup(String),
     /// This replica is stopping.
     #[error("this replica is shutting down")]
     ShuttingDown,
@@ -163,7 +175,10 @@ impl Error {
             Self::StreamLimit { .. } => "STREAM_LIMIT",
             Self::TooManyRequests { .. } => "TOO_MANY_REQUESTS",
             Self::BacklogFull { .. } => "BACKLOG_FULL",
-            Self::Unavailable(_) | Self::NotWritable(_) => "UNAVAILABLE",
+            Self::DatabaseUnreachable(_) | Self::NotWritable(_) => "UNAVAILABLE",
+            Self::DatabaseBusy(_) => "DATABASE_BUSY",
+            Self::QueueLocked { .. } => "QUEUE_LOCKED",
+            Self::Setup(_) => "DATABASE_BROKEN",
             Self::ShuttingDown => "SHUTTING_DOWN",
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
             Self::OutcomeUnknown => "OUTCOME_UNKNOWN",

@@ -160,16 +160,17 @@ impl Fault {
         match self {
             Self::Missing => Error::QueueNotFound(scope.queue().as_str().to_owned()),
             Self::Data(problem) => Error::Json { field: "request".into(), problem },
-            Self::Locked | Self::Timeout => Error::DeadlineExceeded,
-            Self::Conflict => Error::Unavailable("conflict with another transaction".into()),
-            Self::Gone(text) => Error::Unavailable(text),
+            Self::Locked => Error::QueueLocked { queue: scope.queue().as_str().to_owned() },
+            Self::Timeout => Error::DatabaseBusy("the statement ran into its time limit".into()),
+            Self::Conflict => Error::DatabaseBusy("conflict with another transaction".into()),
+            Self::Gone(text) => Error::DatabaseUnreachable(text),
             Self::ReadOnly => Error::NotWritable("takes no writes: it is a standby or set to read only"),
             Self::Full => Error::NotWritable("has no room: its disk is full"),
             Self::NoIds => Error::NotWritable("gives out no transaction ids: it must be vacuumed first"),
-            Self::StalePlan => Error::Unavailable("a statement had to be prepared again".into()),
+            Self::StalePlan => Error::DatabaseBusy("a statement had to be prepared again".into()),
             Self::Unknown(_) => Error::OutcomeUnknown,
             Self::Busy { after } => Error::TooManyRequests { after },
-            Self::Duplicate => Error::Unavailable("a key was taken at the same time".into()),
+            Self::Duplicate => Error::DatabaseBusy("a key was taken at the same time".into()),
             Self::Raised { code, message } => Error::Internal(format!("{code} {message}")),
             Self::Bug(text) => Error::Internal(text),
         }
@@ -178,7 +179,7 @@ impl Fault {
     /// The domain's error of a read, which a lost connection cannot leave in doubt.
     pub fn into_read_error(self, scope: &Scope) -> Error {
         match self {
-            Self::Unknown(text) => Error::Unavailable(text),
+            Self::Unknown(text) => Error::DatabaseUnreachable(text),
             other => other.into_error(scope),
         }
     }

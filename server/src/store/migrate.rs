@@ -147,13 +147,13 @@ async fn remove_all(client: &Client, force: bool) -> Result<(), Error> {
     )
     .await?
     {
-        return Err(Error::Unavailable("a server runs on this database; stop it first".into()));
+        return Err(Error::Setup("a server runs on this database; stop it first".into()));
     }
     if !force
         && relation_exists(client, "absurd_server.workflow_run").await?
         && one("select exists (select from absurd_server.workflow_run)").await?
     {
-        return Err(Error::Unavailable("workflow runs are stored; --force removes them too".into()));
+        return Err(Error::Setup("workflow runs are stored; --force removes them too".into()));
     }
     let triggers = client
         .query(
@@ -297,7 +297,7 @@ async fn origin(client: &Client) -> Result<Origin, Error> {
     } else {
         None
     };
-    Err(Error::Unavailable(format!(
+    Err(Error::Setup(format!(
         "schema absurd is of release {}, older than 0.4.0; upgrade it first: absurdctl migrate",
         version.as_deref().unwrap_or("unknown")
     )))
@@ -311,7 +311,7 @@ async fn refuse_newer(client: &Client) -> Result<(), Error> {
         .map_err(|error| fail(&error))?;
     let wanted: i32 = row.get(0);
     if wanted > SERVER_GENERATION {
-        return Err(Error::Unavailable(format!(
+        return Err(Error::Setup(format!(
             "the database needs a server of generation {wanted} or newer, this one is {SERVER_GENERATION}; upgrade it"
         )));
     }
@@ -420,5 +420,5 @@ fn fail(error: &tokio_postgres::Error) -> Error {
             format!("{} {}{position}", database.code().code(), database.message())
         },
     );
-    Error::Unavailable(text)
+    Error::Setup(text)
 }

@@ -425,7 +425,7 @@ fn spawning(tasks: &[Slotted<'_>], made: &[Row], old: &[Row]) -> Spawning {
 /// The answer for a task that was there before.
 fn found(row: &Row) -> Result<Spawned, Error> {
     let Some(task_id) = row.get::<_, Option<Uuid>>("task_id") else {
-        return Err(Error::Unavailable("the task was removed at the same time".into()));
+        return Err(Error::DatabaseBusy("the task was removed at the same time".into()));
     };
     let first: Option<Uuid> = row.get("first_run_id");
     if row.get::<_, bool>("same_id") {

@@ -67,8 +67,8 @@ pub struct WorkflowFilter {
 
 fn fail(fault: Fault) -> Error {
     match fault {
-        Fault::Locked | Fault::Timeout => Error::DeadlineExceeded,
-        fault => Error::Unavailable(format!("{fault:?}")),
+        Fault::Locked => Error::DatabaseBusy("the workflow run is locked by another session".into()),
+        fault => Error::DatabaseUnreachable(format!("{fault:?}")),
     }
 }
 

@@ -44,7 +44,7 @@ impl Service {
             .store
             .queue_list(None, &request.page_token, limit)
             .await
-            .map_err(|fault| Error::Unavailable(format!("{fault:?}")))?;
+            .map_err(|fault| Error::DatabaseUnreachable(format!("{fault:?}")))?;
         let queues: Vec<pb::Queue> = rows.iter().map(convert::pb_queue).collect();
         let full = i64::try_from(queues.len()).is_ok_and(|count| count == limit);
         let next_page_token = queues.last().filter(|_| full).map(|queue| queue.name.clone()).unwrap_or_default();

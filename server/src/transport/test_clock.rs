@@ -32,7 +32,7 @@ impl TestClock {
             .store
             .clock()
             .await
-            .map_err(|fault| Error::Unavailable(format!("the clock could not be read: {fault:?}")))
+            .map_err(|fault| Error::DatabaseUnreachable(format!("the clock could not be read: {fault:?}")))
     }
 
     async fn set(&self, request: pb::SetTimeRequest) -> Result<Instant, Error> {
