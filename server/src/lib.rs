@@ -15,6 +15,7 @@ pub mod domain;
 pub mod doorbell;
 pub mod engine;
 pub mod gate;
+pub mod libpq;
 pub mod maintenance;
 pub mod metrics;
 pub mod per_queue;
