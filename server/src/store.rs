@@ -13,6 +13,7 @@ pub mod pool;
 pub mod quarantine;
 pub mod queue;
 pub mod run;
+mod sqlstate;
 pub mod statement;
 pub mod suspend;
 pub mod task;
@@ -38,6 +39,7 @@ use crate::scope::Scope;
 use failing::{Failing, Fate};
 pub use fault::Fault;
 use pool::{Pools, Role};
+use statement::SCHEMA_GET;
 pub use statement::{Statement, Wait};
 use turns::Turns;
 
@@ -47,6 +49,10 @@ const LOCK_WAIT_MAX: Duration = Duration::from_secs(5);
 const STATEMENTS_MAX: usize = 256;
 /// Ids may run ahead of the time by this much, in 1/4096 ms; beyond it the clock was set back.
 const IDS_AHEAD_MAX: u64 = 1000 << 12;
+/// Longest time for a look at which tables exist.
+const LOOK_MAX: Duration = Duration::from_secs(2);
+/// A queue that is refused for a lasting reason is named in the log this often.
+const LASTING_EVERY: Duration = Duration::from_secs(60);
 /// Rendered texts kept per replica.
 const TEXTS_MAX: usize = 8192;
 
@@ -86,6 +92,8 @@ struct Inner {
     /// Only with `--test-clock`.
     test_clock: Option<clock::TestClock>,
     failing: Failing,
+    /// When the log last named a queue, or the database, for a fault of a kind that lasts.
+    lasting: Mutex<HashMap<(&'static str, String), Monotonic>>,
 }
 
 /// Settings of our sessions: the doorbell's trigger stays silent for them, plans are made once per statement, and walk an
@@ -121,6 +129,7 @@ impl Store {
         Ok(Self {
             inner: Arc::new(Inner {
                 failing: Failing::default(),
+                lasting: Mutex::new(HashMap::new()),
                 pools: Pools::new(&options)?,
                 reads: Turns::new(pool::connections(Role::Read, options.connections_max)),
                 test_clock: options.test_clock.then(clock::TestClock::default),
@@ -206,11 +215,15 @@ impl Store {
             client.statement_cache.clear();
             done = query(&client, &text, params, limit).await;
         }
+        if let Err(fault) = done {
+            done = Err(named(&client, scope, fault).await);
+        }
         if fate == Fate::FailsAfter {
             done = Err(on_purpose(fate));
         }
         if let Err(fault) = &done {
             metrics::fault(fault);
+            self.note_lasting(statement, scope, fault);
             if fault.is_of_connection() {
                 drop(Object::take(client));
             }
@@ -253,9 +266,40 @@ impl Store {
             limit.as_millis().min(90_000)
         );
         let lost = AtomicBool::new(false);
-        let tx = Tx { client: Some(client), store: self.clone(), limit: limit + pool::SILENCE, lost };
+        let tx = Tx {
+            client: Some(client),
+            store: self.clone(),
+            limit: limit + pool::SILENCE,
+            lost,
+            over: AtomicBool::new(false),
+        };
         tx.say(&begin).await.map_err(|fault| tx.undone(fault))?;
         Ok(tx)
+    }
+
+    /// Names in the log, now and then, a queue that an operator has to mend.
+    fn note_lasting(&self, statement: &Statement, scope: Option<&Scope>, fault: &Fault) {
+        if !fault.is_lasting() {
+            return;
+        }
+        let queue = scope.map_or("", |scope| scope.queue().as_str());
+        let now = Monotonic::now();
+        let mut told = self.inner.lasting.lock().unwrap_or_else(PoisonError::into_inner);
+        told.retain(|_, at| now.duration_since(*at) < LASTING_EVERY);
+        let mut is_new = false;
+        told.entry((fault.kind(), queue.to_owned())).or_insert_with(|| {
+            is_new = true;
+            now
+        });
+        drop(told);
+        if is_new {
+            tracing::warn!(
+                queue.name = queue,
+                statement = statement.name,
+                kind = fault.kind(),
+                "{fault}; see `absurd doctor`"
+            );
+        }
     }
 
     /// Remembers a reading of the database's clock.
@@ -303,6 +347,23 @@ fn on_purpose(fate: Fate) -> Fault {
     }
 }
 
+/// A fault that may come from a table, a function or a schema that is not there, by what is: the queue does not exist, or
+/// is damaged, or the schemas are gone.
+async fn named(client: &Object, scope: Option<&Scope>, fault: Fault) -> Fault {
+    let (Fault::NoTable(text) | Fault::Damaged(text)) = &fault else { return fault };
+    let queue = scope.map(|scope| scope.queue().as_str());
+    let looked = query(client, &SCHEMA_GET.render("", Wait::Skip), &[&queue], LOOK_MAX).await;
+    let Some(row) = looked.ok().and_then(|rows| rows.into_iter().next()) else { return fault };
+    let tables: i32 = row.get("tables");
+    match (row.get("contract"), row.get("side")) {
+        (false, _) => Fault::Schema("schema absurd is gone from the database".into()),
+        (_, false) => Fault::Schema("schema absurd_server is gone from the database".into()),
+        _ if matches!(fault, Fault::Damaged(_)) => fault,
+        _ if tables == 0 => Fault::Missing,
+        _ => Fault::Damaged(text.clone()),
+    }
+}
+
 /// Runs a statement; one that is not answered in time leaves its outcome unknown, and its connection is of no more use.
 async fn query(
     client: &Object,
@@ -336,6 +397,8 @@ pub(crate) struct Tx {
     limit: Duration,
     /// Whether the connection is, and the transaction with it.
     lost: AtomicBool,
+    /// Whether it was rolled back to find out what a fault meant.
+    over: AtomicBool,
 }
 
 impl Tx {
@@ -347,12 +410,26 @@ impl Tx {
         scope: Option<&Scope>,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Fault> {
-        let Some(client) = &self.client else { return Err(Fault::Gone("transaction ended".into())) };
+        let ended = || Fault::Gone("transaction ended".into());
+        let client = self.client.as_ref().filter(|_| !self.over.load(Ordering::Relaxed)).ok_or_else(ended)?;
         let text = self.store.text(statement, wait, scope);
         match self.store.inner.failing.fate(statement.name) {
-            Fate::Lives => query(client, &text, params, self.limit).await.map_err(|fault| self.undone(fault)),
+            Fate::Lives => match query(client, &text, params, self.limit).await {
+                Err(fault @ (Fault::NoTable(_) | Fault::Damaged(_))) => {
+                    // The transaction is void, and says nothing more; outside of it the database does.
+                    self.over.store(true, Ordering::Relaxed);
+                    self.say("rollback").await.map_err(|fault| self.undone(fault))?;
+                    Err(self.note(statement, scope, named(client, scope, fault).await))
+                }
+                done => done.map_err(|fault| self.note(statement, scope, self.undone(fault))),
+            },
             fate => Err(self.undone(on_purpose(fate))),
         }
+    }
+
+    fn note(&self, statement: &Statement, scope: Option<&Scope>, fault: Fault) -> Fault {
+        self.store.note_lasting(statement, scope, &fault);
+        fault
     }
 
     /// A fault before the commit: whatever was done goes with the transaction, so nothing is in doubt.
@@ -379,6 +456,9 @@ impl Tx {
         if fate == Fate::FailsBefore {
             return Err(on_purpose(Fate::FailsAfter));
         }
+        if self.over.load(Ordering::Relaxed) {
+            return Err(Fault::Gone("transaction ended".into()));
+        }
         self.say("commit").await?;
         if fate == Fate::FailsAfter {
             return Err(on_purpose(fate));
@@ -389,7 +469,10 @@ impl Tx {
 
     /// Rolls back; the connection goes back to the pool, unless it is lost.
     pub(crate) async fn rollback(mut self) {
-        if !self.lost.load(Ordering::Relaxed) && self.say("rollback").await.is_ok() {
+        let lost = self.lost.load(Ordering::Relaxed);
+        if self.over.load(Ordering::Relaxed) && !lost {
+            drop(self.client.take());
+        } else if !lost && self.say("rollback").await.is_ok() {
             drop(self.client.take());
         }
     }

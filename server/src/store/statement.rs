@@ -181,6 +181,7 @@ statements! {
     RUN_SCHEDULE = "run_schedule";
     RUN_SET_SLEEPING = "run_set_sleeping";
     RUN_SLEEP = "run_sleep";
+    SCHEMA_GET = "schema_get";
     SNAPSHOT_AGE = "snapshot_age";
     TASK_AWAIT = "task_await";
     TASK_CANCEL = "task_cancel";
