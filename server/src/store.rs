@@ -3,6 +3,7 @@
 pub mod batch;
 pub mod checkpoint;
 pub mod clock;
+pub mod connect;
 pub mod event;
 pub mod failing;
 pub mod fault;

@@ -337,6 +337,11 @@ fn is_key_of_ours(database: &DbError) -> bool {
         && database.constraint().is_some_and(|name| name.ends_with("_pkey") || name.ends_with("_idempotency_key_key"))
 }
 
+/// What an error of the driver says, with all its causes, for an operator.
+pub(crate) fn explain(error: &tokio_postgres::Error) -> String {
+    error.as_db_error().map_or_else(|| describe(error), told)
+}
+
 fn describe(error: &tokio_postgres::Error) -> String {
     use std::error::Error as _;
     let mut text = error.to_string();

@@ -7,6 +7,7 @@ const LEASE: &[&str] =
     &["replica_leave", "run_check", "run_cut_lease", "run_extend", "run_list_expired", "run_silent", "tick"];
 /// Statements that may take long.
 const UPKEEP: &[&str] = &[
+    "doctor_access",
     "doctor_database",
     "doctor_queue",
     "doctor_registry",
@@ -135,6 +136,7 @@ statements! {
     DOORBELL_DISARM = "doorbell_disarm";
     DOORBELL_MISSING = "doorbell_missing";
     DOORBELL_RING = "doorbell_ring";
+    DOCTOR_ACCESS = "doctor_access";
     DOCTOR_DATABASE = "doctor_database";
     DOCTOR_QUEUE = "doctor_queue";
     DOCTOR_REGISTRY = "doctor_registry";
