@@ -140,7 +140,7 @@ impl Engine {
             false => Error::DeadlineExceeded,
         })?;
         let attempt = |left| self.spawn_once(scope, &tasks, left);
-        let outcomes = match commit::until(deadline, scope, attempt).await? {
+        let outcomes = match commit::until(&self.store, deadline, scope, attempt).await? {
             Ok(outcomes) => outcomes,
             Err(Fault::Data(_)) => return Err(self.find_bad_task(scope, &tasks).await),
             Err(fault) => return Err(fault.into_error(scope)),
@@ -324,10 +324,12 @@ impl Engine {
         scope: &Scope,
         wait: &StepWait<'_>,
         awaited: (&QueueName, TaskId),
-        lock_wait: Duration,
+        deadline: Deadline,
     ) -> Result<Awaited, Error> {
         self.dispatcher.alive(scope.queue(), wait.run.run_id, None);
-        let outcome = self.store.task_await(scope, wait, awaited, lock_wait).await;
+        let attempt = |lock_wait| self.store.task_await(scope, wait, awaited, lock_wait);
+        let outcome = commit::until_free(&self.store, deadline, scope, attempt).await;
+        let outcome = outcome.and_then(|done| done.unwrap_or_else(|fault| Err(fault.into_error(scope))));
         if matches!(outcome, Ok(Awaited::Suspended(_))) {
             self.awaited.begun();
             // It may have ended between the look at it and now.
@@ -409,9 +411,11 @@ impl Engine {
         &self,
         scope: &Scope,
         task_id: TaskId,
-        lock_wait: Duration,
+        deadline: Deadline,
     ) -> Result<(bool, State), Error> {
-        let (done, state) = self.store.task_cancel(scope, task_id, lock_wait).await?;
+        let attempt = |lock_wait| self.store.task_cancel(scope, task_id, lock_wait);
+        let done = commit::until_free(&self.store, deadline, scope, attempt).await?;
+        let (done, state) = done.map_err(|fault| fault.into_error(scope))??;
         if done {
             self.ended(scope, task_id, state);
         }
@@ -423,9 +427,11 @@ impl Engine {
         &self,
         scope: &Scope,
         run_id: Uuid,
-        lock_wait: Duration,
+        deadline: Deadline,
     ) -> Result<(bool, State, TaskId), Error> {
-        let (done, state, task_id) = self.store.task_cancel_by_run(scope, run_id, lock_wait).await?;
+        let attempt = |lock_wait| self.store.task_cancel_by_run(scope, run_id, lock_wait);
+        let done = commit::until_free(&self.store, deadline, scope, attempt).await?;
+        let (done, state, task_id) = done.map_err(|fault| fault.into_error(scope))??;
         if done {
             self.ended(scope, task_id, state);
         }

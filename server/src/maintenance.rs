@@ -27,6 +27,8 @@ const WIDE_TICK: Duration = Duration::from_secs(15);
 const EXPIRED_MAX: i64 = 500;
 /// Tasks cancelled by policy in one sweep of a queue.
 const CANCELLED_MAX: usize = 200;
+/// Longest wait for a task that a sweep cancels.
+const CANCEL_WAIT: Duration = Duration::from_millis(100);
 /// Time that one look spends on an unfinished emission.
 const EMISSION_MAX: Duration = Duration::from_secs(5);
 /// Queues looked at in one wide statement.
@@ -189,8 +191,8 @@ async fn cancel(engine: &Arc<Engine>, scope: &Scope, cursors: &mut Cursors) -> R
     };
     let mut refused = Vec::new();
     for task in due.iter().take(CANCELLED_MAX) {
-        match engine.cancel_task(scope, task.task_id, Duration::from_millis(100)).await {
-            Ok(_) | Err(Error::TaskNotFound(_) | Error::QueueLocked { .. }) => {}
+        match engine.cancel_task(scope, task.task_id, Instant::now() + CANCEL_WAIT).await {
+            Ok(_) | Err(Error::TaskNotFound(_) | Error::DeadlineExceeded | Error::QueueLocked { .. }) => {}
             Err(error) => {
                 tracing::debug!(task.id = %task.task_id, %error, "could not cancel a task by its policy");
                 refused.extend(task.run_id.map(|run_id| (run_id, error)));

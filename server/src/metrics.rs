@@ -97,6 +97,11 @@ pub fn fault(fault: &Fault) {
     counter!("absurd_database_faults_total", "kind" => fault.kind()).increment(1);
 }
 
+/// The tables of a queue were found locked by another session.
+pub fn queue_locked() {
+    counter!("absurd_queue_locks_total").increment(1);
+}
+
 /// A part of the server ended in a bug, and begins anew.
 pub fn part_ended(name: &'static str) {
     counter!("absurd_parts_ended_total", "part" => name).increment(1);

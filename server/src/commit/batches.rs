@@ -90,6 +90,10 @@ impl Batch for Spawns {
         &key.0
     }
 
+    fn store(&self) -> &Store {
+        &self.store
+    }
+
     async fn execute(
         &self,
         (scope, _): &Self::Key,
@@ -152,6 +156,10 @@ impl Batch for Settles {
         &key.0
     }
 
+    fn store(&self) -> &Store {
+        &self.store
+    }
+
     async fn execute(
         &self,
         (scope, _): &Self::Key,
@@ -201,6 +209,10 @@ impl Batch for Suspends {
         &key.0
     }
 
+    fn store(&self) -> &Store {
+        &self.store
+    }
+
     async fn execute(
         &self,
         (scope, kind): &Self::Key,
@@ -237,6 +249,10 @@ impl Batch for Emits {
 
     fn scope(key: &Self::Key) -> &Scope {
         key
+    }
+
+    fn store(&self) -> &Store {
+        &self.store
     }
 
     async fn execute(

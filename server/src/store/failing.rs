@@ -14,6 +14,7 @@ const BACKGROUND: &[&str] = &[
     "doorbell_missing",
     "doorbell_ring",
     "event_list_unfinished",
+    "queue_access",
     "quarantine_count",
     "quarantine_forget",
     "quarantine_list",

@@ -10,7 +10,7 @@ use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, R
 use tokio::time::Instant;
 use tokio_postgres::NoTls;
 
-use super::{Fault, StoreOptions, session_config};
+use super::{Fault, LOCK_WAIT, LOCK_WAIT_UPKEEP, StoreOptions, session_config};
 use crate::domain::Error;
 
 /// Below so many connections all roles share them.
@@ -110,8 +110,9 @@ impl Pools {
     pub fn new(options: &StoreOptions) -> Result<Self, Error> {
         let shared = options.connections_max < SHARED_BELOW;
         let pool = |role: Role, count: usize, limit: Duration| {
+            let lock_wait = if role == Role::Upkeep { LOCK_WAIT_UPKEEP } else { LOCK_WAIT };
             let name = if shared { "absurd server".to_owned() } else { format!("absurd server ({})", role.as_str()) };
-            let config = session_config(&options.database, &name, limit);
+            let config = session_config(&options.database, &name, limit, lock_wait);
             let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
             Pool::builder(Manager::from_config(config, NoTls, recycling))
                 .max_size(count)

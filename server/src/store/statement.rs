@@ -3,8 +3,17 @@
 use super::pool::Role;
 
 /// Statements that keep leases, and look whether they are kept.
-const LEASE: &[&str] =
-    &["replica_leave", "run_check", "run_cut_lease", "run_extend", "run_list_expired", "run_silent", "tick"];
+const LEASE: &[&str] = &[
+    "queue_access",
+    "replica_leave",
+    "run_check",
+    "run_cut_lease",
+    "run_extend",
+    "run_list_expired",
+    "run_silent",
+    "task_list_cancellable",
+    "tick",
+];
 /// Statements that may take long.
 const UPKEEP: &[&str] = &[
     "doctor_access",
@@ -42,7 +51,6 @@ const READ: &[&str] = &[
     "task_get",
     "task_list",
     "task_list_awaited",
-    "task_list_cancellable",
     "task_list_edge",
     "task_result",
     "workflow_get",
@@ -64,6 +72,21 @@ pub struct Statement {
     /// Name of its file.
     pub name: &'static str,
     template: &'static str,
+    /// Whether its text differs from queue to queue.
+    pub(super) per_queue: bool,
+}
+
+/// Whether a template names a table of a queue: `{t}` and its like.
+const fn names_tables(template: &str) -> bool {
+    let text = template.as_bytes();
+    let mut at = 2;
+    while at < text.len() {
+        if text[at - 2] == b'{' && text[at] == b'}' && matches!(text[at - 1], b't' | b'r' | b'c' | b'e' | b'w' | b'i') {
+            return true;
+        }
+        at += 1;
+    }
+    false
 }
 
 impl Statement {
@@ -117,6 +140,7 @@ macro_rules! statements {
             pub const $constant: Statement = Statement {
                 name: $name,
                 template: include_str!(concat!("../../sql/queries/", $name, ".sql")),
+                per_queue: names_tables(include_str!(concat!("../../sql/queries/", $name, ".sql"))),
             };
         )*
         /// Every statement that this server sends.
@@ -151,6 +175,7 @@ statements! {
     QUARANTINE_FORGET = "quarantine_forget";
     QUARANTINE_LIST = "quarantine_list";
     QUARANTINE_PUT = "quarantine_put";
+    QUEUE_ACCESS = "queue_access";
     QUEUE_BACKLOG = "queue_backlog";
     QUEUE_COLLISION = "queue_collision";
     QUEUE_CREATE = "queue_create";

@@ -6,7 +6,6 @@ use absurd_proto::v1 as pb;
 use tokio::time::Instant as Deadline;
 
 use super::convert::{self, duration, duration_between, run_ref, scope, timestamp};
-use super::deadline::left;
 use super::service::Service;
 use crate::domain::id::parse_uuid;
 use crate::domain::{CheckpointName, Error, EventName, Instant, JsonText, QueueName};
@@ -75,7 +74,7 @@ impl Service {
             }
         };
         let (wait, awaited) = (StepWait { run: &run, step: &step, timeout }, (&awaited_queue, awaited_id));
-        let outcome = match self.engine.await_task(&scope, &wait, awaited, left(deadline)).await? {
+        let outcome = match self.engine.await_task(&scope, &wait, awaited, deadline).await? {
             Awaited::Payload(json) => match omitted(&json) {
                 Some(omitted) => Outcome::SnapshotOmitted(omitted),
                 None => Outcome::Snapshot(pb::Json { text: json.into_string() }),

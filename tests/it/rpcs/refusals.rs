@@ -46,7 +46,8 @@ fn codes() -> BTreeSet<String> {
     let mut codes: BTreeSet<String> =
         known.filter(|code| classes.insert(code[..2].to_owned())).map(str::to_owned).collect();
     codes.remove("00000");
-    let more = ["40001", "40P01", "55P03", "42501", "P0001", "57014", "57P01", "53300", "23505", "XX001", "AB001", "MY001"];
+    let more =
+        ["40001", "40P01", "55P03", "42501", "P0001", "57014", "57P01", "53300", "23505", "XX001", "AB001", "MY001"];
     codes.extend(more.map(str::to_owned));
     codes
 }
