@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio_postgres::{Config, NoTls};
+use tokio_postgres::Config;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Identity, Server, ServerTlsConfig};
 use tonic_health::ServingStatus;
@@ -27,6 +27,7 @@ use crate::gate::{self, Gate, GateOptions};
 use crate::maintenance;
 use crate::metrics;
 use crate::scope::Caller;
+use crate::store::connect;
 use crate::store::migrate::{self, Origin, Report};
 use crate::store::{Store, StoreOptions};
 use crate::transport::admission::{AdmissionLayer, AdmissionOptions};
@@ -123,7 +124,7 @@ impl App {
         store
             .tick(&[], hints.replica_id())
             .await
-            .map_err(|fault| anyhow::anyhow!("cannot use the database: {fault:?}"))?;
+            .map_err(|fault| anyhow::anyhow!("cannot use the database: {fault}"))?;
         let engine = Arc::new(Engine::new(store, hints, options.dispatch, options.engine));
         if let Some(queue) = options.queue {
             let scope = Caller::anonymous().scope(queue);
@@ -227,16 +228,21 @@ impl App {
     }
 }
 
-/// Refuses a database that is not migrated, or whose clock is set by hand. Says what is known of it.
+/// Refuses a database that is not migrated, whose clock is set by hand, or that cannot be worked with. Says what is known of
+/// it.
 async fn inspect(database: &Config) -> anyhow::Result<migrate::Known> {
-    let (client, connection) = database.connect(NoTls).await.context("cannot connect to the database")?;
-    let connection = tokio::spawn(connection);
+    let client = connect::connect(database, "absurd serve").await?;
+    let facts = connect::check(database, &client).await?;
     let known = migrate::inspect(&client).await?;
     let fake: Option<String> =
         client.query_one("select nullif(btrim(current_setting('absurd.fake_now', true)), '')", &[]).await?.get(0);
-    drop(client);
-    let _ = connection.await;
     anyhow::ensure!(fake.is_none(), "absurd.fake_now is set in this database: its clock does not tell the time");
+    if let Some(problem) = facts.encoding_problem() {
+        tracing::warn!("{problem}; see `absurd doctor`");
+    }
+    if facts.standby {
+        tracing::warn!("database {:?} is a standby: nothing can be written until it is promoted", facts.database);
+    }
     known.context("the database is not set up for this server; run `absurd migrate`, or add --migrate")
 }
 

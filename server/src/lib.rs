@@ -16,6 +16,7 @@ pub mod doorbell;
 pub mod engine;
 pub mod gate;
 pub mod looks;
+pub mod libpq;
 pub mod maintenance;
 pub mod metrics;
 pub mod per_queue;

@@ -3,6 +3,7 @@
 pub mod batch;
 pub mod checkpoint;
 pub mod clock;
+pub mod connect;
 pub mod event;
 pub mod failing;
 pub mod fault;
@@ -14,6 +15,7 @@ pub mod pool;
 pub mod quarantine;
 pub mod queue;
 pub mod run;
+mod sqlstate;
 pub mod statement;
 pub mod suspend;
 pub mod task;
@@ -42,6 +44,7 @@ pub use fault::Fault;
 pub(crate) use locked::Access;
 use locked::LockedQueues;
 use pool::{Pools, Role};
+use statement::SCHEMA_GET;
 pub use statement::{Statement, Wait};
 use turns::Turns;
 
@@ -58,6 +61,10 @@ const STATEMENTS_MAX: usize = 256;
 const LOCKED_PAUSE: Duration = Duration::from_millis(20);
 /// Ids may run ahead of the time by this much, in 1/4096 ms; beyond it the clock was set back.
 const IDS_AHEAD_MAX: u64 = 1000 << 12;
+/// Longest time for a look at which tables exist.
+const LOOK_MAX: Duration = Duration::from_secs(2);
+/// A queue that is refused for a lasting reason is named in the log this often.
+const LASTING_EVERY: Duration = Duration::from_secs(60);
 /// Rendered texts kept per replica.
 const TEXTS_MAX: usize = 8192;
 
@@ -99,6 +106,8 @@ struct Inner {
     /// Only with `--test-clock`.
     test_clock: Option<clock::TestClock>,
     failing: Failing,
+    /// When the log last named a queue, or the database, for a fault of a kind that lasts.
+    lasting: Mutex<HashMap<(&'static str, String), Monotonic>>,
     locked: LockedQueues,
     /// At the connections for transactions that wait for held rows: the others never do.
     patient: Arc<Semaphore>,
@@ -138,6 +147,7 @@ impl Store {
         Ok(Self {
             inner: Arc::new(Inner {
                 failing: Failing::default(),
+                lasting: Mutex::new(HashMap::new()),
                 locked: LockedQueues::default(),
                 patient: Arc::new(Semaphore::new((pool::connections(Role::Work, options.connections_max) / 2).max(1))),
                 pools: Pools::new(&options)?,
@@ -264,11 +274,15 @@ impl Store {
             client.statement_cache.clear();
             done = query(&client, &text, params, limit).await;
         }
+        if let Err(fault) = done {
+            done = Err(named(&client, scope, fault).await);
+        }
         if fate == Fate::FailsAfter {
             done = Err(on_purpose(fate));
         }
         if let Err(fault) = &done {
             metrics::fault(fault);
+            self.note_lasting(statement, scope, fault);
             if fault.is_of_connection() {
                 drop(Object::take(client));
             }
@@ -316,8 +330,14 @@ impl Store {
             limit.as_millis().min(90_000)
         );
         let lost = AtomicBool::new(false);
-        let store = self.clone();
-        let tx = Tx { client: Some(client), store, limit: limit + pool::SILENCE, lost, _patience: patience };
+        let tx = Tx {
+            client: Some(client),
+            store: self.clone(),
+            limit: limit + pool::SILENCE,
+            lost,
+            over: AtomicBool::new(false),
+            _patience: patience,
+        };
         tx.say(&begin).await.map_err(|fault| tx.undone(fault))?;
         Ok(tx)
     }
@@ -330,6 +350,31 @@ impl Store {
     /// The oldest generation of servers that may run on this database, as of the last look.
     pub fn min_server(&self) -> i32 {
         self.inner.min_server.load(Ordering::Relaxed)
+    }
+
+    /// Names in the log, now and then, a queue that an operator has to mend.
+    fn note_lasting(&self, statement: &Statement, scope: Option<&Scope>, fault: &Fault) {
+        if !fault.is_lasting() {
+            return;
+        }
+        let queue = scope.map_or("", |scope| scope.queue().as_str());
+        let now = Monotonic::now();
+        let mut told = self.inner.lasting.lock().unwrap_or_else(PoisonError::into_inner);
+        told.retain(|_, at| now.duration_since(*at) < LASTING_EVERY);
+        let mut is_new = false;
+        told.entry((fault.kind(), queue.to_owned())).or_insert_with(|| {
+            is_new = true;
+            now
+        });
+        drop(told);
+        if is_new {
+            tracing::warn!(
+                queue.name = queue,
+                statement = statement.name,
+                kind = fault.kind(),
+                "{fault}; see `absurd doctor`"
+            );
+        }
     }
 
     /// Remembers a reading of the database's clock.
@@ -377,6 +422,23 @@ fn on_purpose(fate: Fate) -> Fault {
     }
 }
 
+/// A fault that may come from a table, a function or a schema that is not there, by what is: the queue does not exist, or
+/// is damaged, or the schemas are gone.
+async fn named(client: &Object, scope: Option<&Scope>, fault: Fault) -> Fault {
+    let (Fault::NoTable(text) | Fault::Damaged(text)) = &fault else { return fault };
+    let queue = scope.map(|scope| scope.queue().as_str());
+    let looked = query(client, &SCHEMA_GET.render("", Wait::Skip), &[&queue], LOOK_MAX).await;
+    let Some(row) = looked.ok().and_then(|rows| rows.into_iter().next()) else { return fault };
+    let tables: i32 = row.get("tables");
+    match (row.get("contract"), row.get("side")) {
+        (false, _) => Fault::Schema("schema absurd is gone from the database".into()),
+        (_, false) => Fault::Schema("schema absurd_server is gone from the database".into()),
+        _ if matches!(fault, Fault::Damaged(_)) => fault,
+        _ if tables == 0 => Fault::Missing,
+        _ => Fault::Damaged(text.clone()),
+    }
+}
+
 /// Runs a statement; one that is not answered in time leaves its outcome unknown, and its connection is of no more use.
 async fn query(
     client: &Object,
@@ -410,6 +472,8 @@ pub(crate) struct Tx {
     limit: Duration,
     /// Whether the connection is, and the transaction with it.
     lost: AtomicBool,
+    /// Whether it was rolled back to find out what a fault meant.
+    over: AtomicBool,
     _patience: Option<OwnedSemaphorePermit>,
 }
 
@@ -422,17 +486,29 @@ impl Tx {
         scope: Option<&Scope>,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Fault> {
-        let Some(client) = &self.client else { return Err(Fault::Gone("transaction ended".into())) };
+        let ended = || Fault::Gone("transaction ended".into());
+        let client = self.client.as_ref().filter(|_| !self.over.load(Ordering::Relaxed)).ok_or_else(ended)?;
         if let Some(scope) = scope {
             self.store.admit(scope.queue().as_str())?;
         }
         let text = self.store.text(statement, wait, scope);
         let done = match self.store.inner.failing.fate(statement.name) {
-            Fate::Lives => query(client, &text, params, self.limit).await.map_err(|fault| self.undone(fault)),
+            Fate::Lives => match query(client, &text, params, self.limit).await {
+                Err(fault @ (Fault::NoTable(_) | Fault::Damaged(_))) => {
+                    // The transaction is void, and says nothing more; outside of it the database does.
+                    self.over.store(true, Ordering::Relaxed);
+                    self.say("rollback").await.map_err(|fault| self.undone(fault))?;
+                    Err(named(client, scope, fault).await)
+                }
+                done => done.map_err(|fault| self.undone(fault)),
+            },
             fate => Err(self.undone(on_purpose(fate))),
         };
         if let (Err(Fault::Locked), Some(scope)) = (&done, scope) {
             self.store.suspect(scope.queue().as_str()).await;
+        }
+        if let Err(fault) = &done {
+            self.store.note_lasting(statement, scope, fault);
         }
         done
     }
@@ -461,6 +537,9 @@ impl Tx {
         if fate == Fate::FailsBefore {
             return Err(on_purpose(Fate::FailsAfter));
         }
+        if self.over.load(Ordering::Relaxed) {
+            return Err(Fault::Gone("transaction ended".into()));
+        }
         self.say("commit").await?;
         if fate == Fate::FailsAfter {
             return Err(on_purpose(fate));
@@ -471,7 +550,10 @@ impl Tx {
 
     /// Rolls back; the connection goes back to the pool, unless it is lost.
     pub(crate) async fn rollback(mut self) {
-        if !self.lost.load(Ordering::Relaxed) && self.say("rollback").await.is_ok() {
+        let lost = self.lost.load(Ordering::Relaxed);
+        if self.over.load(Ordering::Relaxed) && !lost {
+            drop(self.client.take());
+        } else if !lost && self.say("rollback").await.is_ok() {
             drop(self.client.take());
         }
     }

@@ -112,6 +112,28 @@ pub(crate) struct Settles {
     pub(crate) store: Store,
 }
 
+impl Settles {
+    async fn write(
+        &self,
+        scope: &Scope,
+        items: &[(&RunRef, &Write)],
+        lock_wait: Option<Duration>,
+    ) -> Result<Vec<Answer>, Fault> {
+        let Some(lock_wait) = lock_wait else { return self.store.settle(scope, items).await };
+        let tx = self.store.begin(lock_wait).await?;
+        match batch::write(&self.store, Via::Tx(&tx), scope, Wait::Block, items).await {
+            Ok(answers) => {
+                tx.commit().await?;
+                Ok(answers)
+            }
+            Err(fault) => {
+                tx.rollback().await;
+                Err(fault)
+            }
+        }
+    }
+}
+
 impl Batch for Settles {
     type Key = (Scope, Kind);
     type Item = (RunRef, Write);
@@ -145,28 +167,17 @@ impl Batch for Settles {
         lock_wait: Option<Duration>,
     ) -> Result<Outcomes<Self>, Fault> {
         let refs: Vec<(&RunRef, &Write)> = items.iter().map(|(run, write)| (run, write)).collect();
-        let answers = match lock_wait {
-            None => self.store.settle(scope, &refs).await?,
-            Some(lock_wait) => {
-                let tx = self.store.begin(lock_wait).await?;
-                let answers = batch::write(&self.store, Via::Tx(&tx), scope, Wait::Block, &refs).await;
-                match answers {
-                    Ok(answers) => {
-                        tx.commit().await?;
-                        answers
-                    }
-                    Err(fault) => {
-                        tx.rollback().await;
-                        return Err(fault);
-                    }
-                }
-            }
-        };
+        let mut answers = self.write(scope, &refs, lock_wait).await;
+        if let (Err(Fault::Data(_)), [(run, write)]) = (&answers, refs.as_slice())
+            && let Some(write) = write.in_ascii()
+        {
+            answers = self.write(scope, &[(run, &write)], lock_wait).await;
+        }
         let settled = |answer| match answer {
             Answer::Settled(outcome) => Some(outcome),
             Answer::Busy => None,
         };
-        Ok(answers.into_iter().map(settled).collect())
+        Ok(answers?.into_iter().map(settled).collect())
     }
 }
 

@@ -44,6 +44,9 @@ pub(crate) async fn sequence(
                 late.note(&fault, scope);
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
+            Err((index, Fault::Data(_))) if writes[index].in_ascii().is_some() => {
+                writes[index] = writes[index].in_ascii().unwrap_or_else(|| writes[index].clone());
+            }
             Err((index, fault)) => {
                 // The transaction is void: carry out what came before the refused write again, without it.
                 refused = Some(fault.into_error(scope));

@@ -2,7 +2,7 @@
 
 use sha2::{Digest as _, Sha256};
 use std::fmt::Write as _;
-use tokio_postgres::{Client, Config, NoTls};
+use tokio_postgres::{Client, Config};
 
 use crate::domain::Error;
 
@@ -95,6 +95,7 @@ pub struct Options {
 /// Connects on its own and migrates.
 pub async fn migrate(database: &Config, options: Options) -> Result<Report, Error> {
     let client = connect(database).await?;
+    super::connect::check_for_migration(database, &client).await?;
     take_lock(&client).await?;
     let report = apply(&client, options).await;
     release_lock(&client).await?;
@@ -165,14 +166,7 @@ async fn release_lock(client: &Client) -> Result<(), Error> {
 }
 
 async fn connect(database: &Config) -> Result<Client, Error> {
-    let mut config = database.clone();
-    config.application_name("absurd migrate");
-    let (client, connection) = config.connect(NoTls).await.map_err(|error| fail(&error))?;
-    tokio::spawn(async move {
-        if let Err(error) = connection.await {
-            tracing::debug!(%error, "the migration's connection ended");
-        }
-    });
+    let client = super::connect::connect(database, "absurd migrate").await?;
     client
         .batch_execute(
             "set client_min_messages = warning; set absurd_server.writer = 'on'; set standard_conforming_strings = on",
@@ -424,17 +418,11 @@ fn checksum(text: &str) -> String {
 }
 
 fn fail(error: &tokio_postgres::Error) -> Error {
-    let text = error.as_db_error().map_or_else(
-        || error.to_string(),
-        |database| {
-            let position = match database.position() {
-                Some(tokio_postgres::error::ErrorPosition::Original(at)) => format!(" at {at}"),
-                _ => String::new(),
-            };
-            format!("{} {}{position}", database.code().code(), database.message())
-        },
-    );
-    Error::Setup(text)
+    let position = match error.as_db_error().and_then(tokio_postgres::error::DbError::position) {
+        Some(tokio_postgres::error::ErrorPosition::Original(at)) => format!(" at {at}"),
+        _ => String::new(),
+    };
+    Error::Setup(super::fault::explain(error) + &position)
 }
 
 #[cfg(test)]

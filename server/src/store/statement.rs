@@ -16,6 +16,7 @@ const LEASE: &[&str] = &[
 ];
 /// Statements that may take long.
 const UPKEEP: &[&str] = &[
+    "doctor_access",
     "doctor_database",
     "doctor_queue",
     "doctor_registry",
@@ -160,6 +161,7 @@ statements! {
     DOORBELL_DISARM = "doorbell_disarm";
     DOORBELL_MISSING = "doorbell_missing";
     DOORBELL_RING = "doorbell_ring";
+    DOCTOR_ACCESS = "doctor_access";
     DOCTOR_DATABASE = "doctor_database";
     DOCTOR_QUEUE = "doctor_queue";
     DOCTOR_REGISTRY = "doctor_registry";
@@ -207,6 +209,7 @@ statements! {
     RUN_SCHEDULE = "run_schedule";
     RUN_SET_SLEEPING = "run_set_sleeping";
     RUN_SLEEP = "run_sleep";
+    SCHEMA_GET = "schema_get";
     SNAPSHOT_AGE = "snapshot_age";
     TASK_AWAIT = "task_await";
     TASK_CANCEL = "task_cancel";

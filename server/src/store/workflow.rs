@@ -65,20 +65,13 @@ pub struct WorkflowFilter {
     pub before: Option<Instant>,
 }
 
-fn fail(fault: Fault) -> Error {
-    match fault {
-        Fault::Locked => Error::DatabaseBusy("the workflow run is locked by another session".into()),
-        fault => Error::DatabaseUnreachable(format!("{fault:?}")),
-    }
-}
-
 impl Store {
     /// Makes a record; repeating it is harmless.
     pub async fn workflow_create(&self, _caller: &Caller, new: &NewWorkflowRun) -> Result<(), Error> {
         let (queue, name, version) = (new.queue.as_str(), new.name.as_str(), new.version.as_str());
         let params: [&(dyn postgres_types::ToSql + Sync); 9] =
             [&new.id, &name, &version, &new.hash, &new.run_id, &queue, &new.inputs, &new.created_by, &new.tags];
-        let rows = self.rows(&WORKFLOW_CREATE, Wait::Skip, None, &params).await.map_err(fail)?;
+        let rows = self.rows(&WORKFLOW_CREATE, Wait::Skip, None, &params).await.map_err(Fault::into_database_error)?;
         if rows.first().is_some_and(|row| row.get("same")) {
             return Ok(());
         }
@@ -96,12 +89,21 @@ impl Store {
             &change.completed_at,
             &change.task_count,
         ];
-        Ok(!self.rows(&WORKFLOW_UPDATE, Wait::Skip, None, &params).await.map_err(fail)?.is_empty())
+        Ok(!self
+            .rows(&WORKFLOW_UPDATE, Wait::Skip, None, &params)
+            .await
+            .map_err(Fault::into_database_error)?
+            .is_empty())
     }
 
     /// One record.
     pub async fn workflow_get(&self, _caller: &Caller, id: Uuid) -> Result<Option<Row>, Error> {
-        Ok(self.rows(&WORKFLOW_GET, Wait::Skip, None, &[&id]).await.map_err(fail)?.into_iter().next())
+        Ok(self
+            .rows(&WORKFLOW_GET, Wait::Skip, None, &[&id])
+            .await
+            .map_err(Fault::into_database_read_error)?
+            .into_iter()
+            .next())
     }
 
     /// A page of records, newest first, after a place.
@@ -123,6 +125,6 @@ impl Store {
             &after.1,
             &limit,
         ];
-        self.rows(&WORKFLOW_LIST, Wait::Skip, None, &params).await.map_err(fail)
+        self.rows(&WORKFLOW_LIST, Wait::Skip, None, &params).await.map_err(Fault::into_database_read_error)
     }
 }

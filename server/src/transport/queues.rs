@@ -8,6 +8,7 @@ use super::convert::{self, scope};
 use super::policies;
 use super::service::Service;
 use crate::domain::Error;
+use crate::store::Fault;
 use crate::store::queue::COUNT_MAX;
 
 impl Service {
@@ -44,7 +45,7 @@ impl Service {
             .store
             .queue_list(None, &request.page_token, limit)
             .await
-            .map_err(|fault| Error::DatabaseUnreachable(format!("{fault:?}")))?;
+            .map_err(Fault::into_database_read_error)?;
         let queues: Vec<pb::Queue> = rows.iter().map(convert::pb_queue).collect();
         let full = i64::try_from(queues.len()).is_ok_and(|count| count == limit);
         let next_page_token = queues.last().filter(|_| full).map(|queue| queue.name.clone()).unwrap_or_default();

@@ -39,7 +39,13 @@ pub fn code(error: &Error) -> Code {
         | Error::RunNotRunning { .. }
         | Error::TaskNotFailed { .. }
         | Error::MaxAttemptsTooLow { .. }
-        | Error::ItemSkipped => Code::FailedPrecondition,
+        | Error::ItemSkipped
+        | Error::DatabaseRefused(_)
+        | Error::DatabasePermission { .. }
+        | Error::QueueDamaged { .. }
+        | Error::SchemaMissing(_)
+        | Error::DatabaseBroken(_)
+        | Error::Setup(_) => Code::FailedPrecondition,
         Error::StreamLimit { .. } | Error::TooManyRequests { .. } | Error::BacklogFull { .. } => {
             Code::ResourceExhausted
         }
@@ -48,7 +54,6 @@ pub fn code(error: &Error) -> Code {
         | Error::NotWritable(_)
         | Error::QueueLocked { .. }
         | Error::ShuttingDown => Code::Unavailable,
-        Error::Setup(_) => Code::FailedPrecondition,
         Error::DeadlineExceeded => Code::DeadlineExceeded,
         Error::OutcomeUnknown => Code::Unknown,
         Error::Internal(_) => Code::Internal,
@@ -137,7 +142,14 @@ pub fn status(error: &Error) -> Status {
         Error::TaskNotFailed { task, .. } => {
             metadata.insert("task_id".to_owned(), task.to_string());
         }
-        Error::Setup(_)
+        Error::DatabasePermission { queue: Some(queue), .. } | Error::QueueDamaged { queue, .. } => {
+            details.set_resource_info("queue", queue, "", &message);
+        }
+        Error::DatabaseRefused(_)
+        | Error::DatabasePermission { queue: None, .. }
+        | Error::SchemaMissing(_)
+        | Error::DatabaseBroken(_)
+        | Error::Setup(_)
         | Error::MaxAttemptsTooLow { .. }
         | Error::ItemSkipped
         | Error::DeadlineExceeded
