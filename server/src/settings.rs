@@ -125,6 +125,9 @@ settings! {
     /// Refuse calls about a run that show no claim token
     #[arg(long, env = "ABSURD_REQUIRE_CLAIM_TOKEN", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     require_claim_token: bool,
+    /// Attempts of a task whose spawn over gRPC names neither max_attempts nor unlimited_attempts [default: 5]
+    #[arg(long, env = "ABSURD_DEFAULT_MAX_ATTEMPTS", value_name = "N")]
+    default_max_attempts: i32,
     /// Claim streams on one connection at most [default: 10000]
     #[arg(long, env = "ABSURD_MAX_STREAMS_PER_CONNECTION", value_name = "N")]
     max_streams_per_connection: usize,
@@ -268,6 +271,7 @@ impl Settings {
                 request_bytes_max: self.max_request_bytes.unwrap_or(limits.request_bytes_max),
                 header_list_bytes_max: self.max_header_list_bytes.unwrap_or(limits.header_list_bytes_max),
                 require_claim_token: self.require_claim_token.unwrap_or(false),
+                default_max_attempts: attempts(self.default_max_attempts, limits.default_max_attempts)?,
             },
             admission: AdmissionOptions {
                 requests_max: within("max-requests", self.max_requests, admission.requests_max, COUNT_MAX)?,
@@ -326,6 +330,14 @@ fn bounded<T: PartialOrd + From<u8> + std::fmt::Display + Copy>(
         anyhow::bail!("{name} must be 1 to {most}, not {value}");
     }
     Ok(asked)
+}
+
+/// Attempts of a task.
+fn attempts(asked: Option<i32>, usual: i32) -> anyhow::Result<i32> {
+    match asked.unwrap_or(usual) {
+        attempts @ 1.. => Ok(attempts),
+        attempts => anyhow::bail!("default-max-attempts must be at least 1, not {attempts}"),
+    }
 }
 
 /// The same, where there is a usual one.

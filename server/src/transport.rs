@@ -9,6 +9,7 @@ pub mod deadline;
 pub mod page_token;
 mod policies;
 mod queues;
+mod reads;
 pub mod refusal;
 pub mod service;
 mod settling;

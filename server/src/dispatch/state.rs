@@ -5,7 +5,7 @@
 mod claims;
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::collections::{BTreeSet, BinaryHeap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +23,9 @@ const UNPROVEN_BYTES_MAX: usize = 1024 * 1024;
 const CHECK_FULL: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
 /// Look at the claims of a stream that is not full.
 const CHECK_OPEN: Duration = Duration::from_secs(5);
+
+/// Times at which runs can be claimed that are remembered at most; the tick tells of the later ones.
+const AVAILABLE_MAX: usize = 4096;
 
 /// A run that cannot be claimed is passed over this long at first, and this long at most.
 const PASS_OVER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(600));
@@ -168,7 +171,8 @@ pub struct State {
     claiming: bool,
     /// There may be more than credit allowed to take: returned credit is worth a look.
     unserved: bool,
-    next_available: Option<Instant>,
+    /// When runs can be claimed, the next ones first.
+    next_available: BTreeSet<Instant>,
     armed: bool,
     closing: bool,
 }
@@ -206,8 +210,9 @@ impl State {
 
     /// A run can be claimed at this time.
     pub fn note_available(&mut self, at: Instant) {
-        if self.next_available.is_none_or(|known| at < known) {
-            self.next_available = Some(at);
+        self.next_available.insert(at);
+        if self.next_available.len() > AVAILABLE_MAX {
+            self.next_available.pop_last();
         }
     }
 
@@ -491,8 +496,8 @@ impl State {
                 self.fire(timer, now, spans, &mut turn);
             }
         }
-        if self.next_available.is_some_and(|at| at <= now) {
-            self.next_available = None;
+        while self.next_available.first().is_some_and(|at| *at <= now) {
+            self.next_available.pop_first();
             self.work = true;
         }
         // A call is answered at once, whatever the answer; streams wait until claims may work again.
@@ -518,7 +523,7 @@ impl State {
     /// When [`State::turn`] has something to do by itself.
     pub fn next_turn(&self) -> Option<Instant> {
         let timer = self.timers.peek().map(|Reverse((at, _))| *at);
-        let available = self.next_available.filter(|_| self.wants());
+        let available = self.next_available.first().copied().filter(|_| self.wants());
         timer.into_iter().chain(available).min()
     }
 

@@ -21,10 +21,26 @@ pub enum When {
 }
 
 impl When {
-    fn at(self) -> Option<Instant> {
+    pub(super) fn at(self) -> Option<Instant> {
         match self {
             Self::At(at) => Some(at),
             Self::After(_) => None,
+        }
+    }
+
+    /// Microseconds.
+    pub(super) fn after_us(self) -> Option<i64> {
+        match self {
+            Self::At(_) => None,
+            Self::After(delay) => Some(i64::try_from(delay.as_micros()).unwrap_or(i64::MAX)),
+        }
+    }
+
+    /// How long that is from `now`.
+    pub fn delay_from(self, now: Instant) -> Duration {
+        match self {
+            Self::At(at) => Duration::from_micros(at.micros().saturating_sub(now.micros()).max(0).unsigned_abs()),
+            Self::After(delay) => delay,
         }
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use absurd_proto::v1 as pb;
 
 use super::convert::{self, scope};
+use super::page_token;
 use super::policies;
 use super::service::Service;
 use crate::domain::Error;
@@ -46,8 +47,9 @@ impl Service {
             .queue_list(None, &request.page_token, limit)
             .await
             .map_err(Fault::into_database_read_error)?;
-        let queues: Vec<pb::Queue> = rows.iter().map(convert::pb_queue).collect();
-        let full = i64::try_from(queues.len()).is_ok_and(|count| count == limit);
+        let page = page_token::fit(&rows, |row| row.get::<_, &str>("queue_name").len());
+        let queues: Vec<pb::Queue> = page.iter().map(convert::pb_queue).collect();
+        let full = page.len() < rows.len() || i64::try_from(rows.len()).is_ok_and(|count| count == limit);
         let next_page_token = queues.last().filter(|_| full).map(|queue| queue.name.clone()).unwrap_or_default();
         Ok(pb::ListQueuesResponse { queues, next_page_token })
     }

@@ -14,7 +14,7 @@ use crate::store::suspend::{Awaited, Suspend, When};
 use crate::store::text::ANSWER_BYTES_MAX;
 
 /// Longest wait, sleep and delay.
-const SPAN_MAX: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
+pub(super) const SPAN_MAX: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
 
 fn wake_at(slept: &Awaited) -> Option<Instant> {
     match slept {
