@@ -4,6 +4,7 @@
 //! types, only `store` knows SQL, and `app` is the one place that knows everybody.
 
 pub mod activity;
+pub mod address;
 pub mod app;
 pub mod awaited;
 pub mod backlog;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use serde::Deserialize;
 
+use crate::address::{deserialize_listen, parse_listen};
 use crate::app::AppOptions;
 use crate::dispatch::DispatchOptions;
 use crate::engine::EngineOptions;
@@ -91,8 +92,9 @@ settings! {
     /// Database to LISTEN on [default: the same]; name Postgres itself, where the other URL goes through a pooler
     #[arg(long, env = "ABSURD_LISTEN_DATABASE_URL", hide_env_values = true, value_name = "URL")]
     listen_database_url: Secret,
-    /// Address to serve on [default: 127.0.0.1:50051]
-    #[arg(long, env = "ABSURD_LISTEN", value_name = "ADDR:PORT")]
+    /// Address to serve on, as HOST:PORT, or :PORT for this machine alone [default: 127.0.0.1:50051]
+    #[arg(long, env = "ABSURD_LISTEN", value_name = "ADDR:PORT", value_parser = parse_listen)]
+    #[serde(deserialize_with = "deserialize_listen")]
     listen: SocketAddr,
     /// Install or upgrade the schemas before serving
     #[arg(long, env = "ABSURD_MIGRATE", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
@@ -168,7 +170,8 @@ settings! {
     #[arg(long, env = "ABSURD_MAX_STALL", value_name = "SPAN")]
     max_stall: Span,
     /// Address for /metrics, /livez and /readyz over plain HTTP [default: none]
-    #[arg(long, env = "ABSURD_METRICS_LISTEN", value_name = "ADDR:PORT")]
+    #[arg(long, env = "ABSURD_METRICS_LISTEN", value_name = "ADDR:PORT", value_parser = parse_listen)]
+    #[serde(deserialize_with = "deserialize_listen")]
     metrics_listen: SocketAddr,
     /// Longest graceful shutdown [default: 20s]
     #[arg(long, env = "ABSURD_SHUTDOWN_GRACE", value_name = "SPAN")]
