@@ -31,6 +31,7 @@ mod service;
 mod shell;
 mod starts;
 mod statements;
+mod steps;
 mod streams;
 mod tasks;
 mod time;
