@@ -20,6 +20,7 @@ mod migrations;
 mod mixed;
 mod model;
 mod plans;
+mod queues;
 mod readme;
 mod reads;
 mod reference;
