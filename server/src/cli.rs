@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use absurd_client::{AbsurdClient, ConnectOptions, TlsOptions};
 use clap::{Args, Parser, Subcommand};
 
-use crate::settings::{Secret, Settings};
+use crate::settings::{Secret, Settings, masked};
 use output::Output;
 
 const EXAMPLES: &str = "\
@@ -108,9 +108,9 @@ struct ServeArgs {
 /// Flags of `absurd migrate`.
 #[derive(Debug, Args)]
 struct MigrateArgs {
-    /// Database to migrate
+    /// Database to migrate [default: libpq's variables, such as PGHOST]
     #[arg(long, env = "ABSURD_DATABASE_URL", hide_env_values = true, value_name = "URL")]
-    database_url: Secret,
+    database_url: Option<Secret>,
     /// Let direct SQL writers wake the server (the default, except where upstream's tool made the database)
     #[arg(long)]
     doorbell: bool,
@@ -155,7 +155,7 @@ impl ClientArgs {
 
 /// Runs the command line; the exit code says how it went.
 pub fn main() -> ExitCode {
-    let outcome = match Cli::parse().command {
+    let outcome = match parsed().command {
         Command::Dev(args) => dev::run(args),
         Command::Serve(args) => serve::serve(*args),
         Command::Migrate(args) => serve::migrate(&args),
@@ -174,6 +174,23 @@ pub fn main() -> ExitCode {
         Command::DemoWorker(args) => block_on(demo::work(args)),
     };
     exit_code(outcome.map(|()| ExitCode::SUCCESS))
+}
+
+/// The command line. What is said of a mistake in it shows no password.
+fn parsed() -> Cli {
+    Cli::try_parse().unwrap_or_else(|error| {
+        if !error.use_stderr() {
+            error.exit();
+        }
+        let text = error.render();
+        let plain = text.to_string();
+        let masked = masked(&plain);
+        if masked == plain {
+            error.exit();
+        }
+        eprint!("{masked}");
+        std::process::exit(error.exit_code());
+    })
 }
 
 fn exit_code(outcome: anyhow::Result<ExitCode>) -> ExitCode {

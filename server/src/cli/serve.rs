@@ -2,7 +2,7 @@
 
 use crate::app::App;
 use crate::cli::{MigrateArgs, ServeArgs, asked_to_stop, block_on, log};
-use crate::settings::{Settings, parse_database};
+use crate::settings::{Settings, resolve_database};
 use crate::store::migrate::{self, Origin, Report};
 
 /// Serves until asked to stop.
@@ -21,17 +21,21 @@ pub(super) fn serve(args: ServeArgs) -> anyhow::Result<()> {
             tracing::info!(applied = ?report.applied, doorbell = report.doorbell, "the database is up to date");
         }
         tracing::info!(listen = %app.addr(), "serving");
-        stop.await;
+        let outdated = tokio::select! {
+            () = &mut stop => false,
+            () = app.outdated() => true,
+        };
         tracing::info!("stopping: streams end, claims that reached nobody go back");
         app.shut_down().await?;
         tracing::info!("stopped");
+        anyhow::ensure!(!outdated, "a newer server has migrated the database; this one must be upgraded");
         Ok(())
     })
 }
 
 /// Migrates, or says what that would do, or takes everything of ours away.
 pub(super) fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
-    let database = parse_database(&args.database_url)?;
+    let database = resolve_database(args.database_url.as_ref())?;
     let options = migrate::Options { doorbell: args.doorbell, no_doorbell: args.no_doorbell };
     let runtime = super::runtime()?;
     if args.remove {

@@ -9,6 +9,7 @@ use super::page_token;
 use super::policies;
 use super::service::Service;
 use crate::domain::Error;
+use crate::store::Fault;
 use crate::store::queue::COUNT_MAX;
 
 /// Longest name of a queue that a token may hold; only SQL makes names this long.
@@ -48,7 +49,7 @@ impl Service {
             .store
             .queue_list(None, &request.page_token, limit)
             .await
-            .map_err(|fault| Error::Unavailable(format!("{fault:?}")))?;
+            .map_err(Fault::into_database_read_error)?;
         let page = page_token::fit(&rows, |row| row.get::<_, &str>("queue_name").len());
         let queues: Vec<pb::Queue> = page.iter().map(convert::pb_queue).collect();
         let full = page.len() < rows.len() || i64::try_from(rows.len()).is_ok_and(|count| count == limit);

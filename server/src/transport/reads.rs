@@ -15,9 +15,9 @@ use super::service::Service;
 use crate::domain::id::{IdPart, parse_uuid};
 use crate::domain::{Error, EventName, QueueName, RunId};
 use crate::scope::{Caller, Scope};
-use crate::store::Fault;
 use crate::store::event::WaitsOf;
 use crate::store::task::TaskSearch;
+use crate::store::{Fault, LOCK_WAIT_PATIENT};
 
 /// Longest search through all queues.
 const FIND_MAX: Duration = Duration::from_secs(5);
@@ -125,7 +125,7 @@ impl Service {
         let (mut after, limit) = (String::new(), found.limit);
         loop {
             let page = self.engine.store.queue_list(None, &after, QUEUES_PAGE).await;
-            let page = page.map_err(|fault| Error::Unavailable(fault.problem()))?;
+            let page = page.map_err(Fault::into_database_read_error)?;
             let names: Vec<String> = page.iter().map(|row| row.get("queue_name")).collect();
             let searches = names.clone().into_iter().map(|name| async move {
                 let scope = Caller::anonymous().scope(QueueName::parse("queue", &name).ok()?);
