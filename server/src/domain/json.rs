@@ -368,7 +368,8 @@ impl<'a> Guard<'a> {
         }
         if exponent != 0 {
             let before = if zeros < whole + fraction { signed(whole) - signed(zeros) + exponent } else { 1 };
-            let stored = before.max(1) + (signed(fraction) - exponent).max(0);
+            let behind = (signed(fraction) - exponent).max(0);
+            let stored = before.max(1) + behind + i64::from(behind > 0);
             let growth = usize::try_from(stored - signed(self.at - start)).unwrap_or(0);
             self.growth = self.growth.saturating_add(growth);
         }

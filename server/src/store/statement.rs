@@ -189,6 +189,7 @@ statements! {
     QUEUE_DROP = "queue_drop";
     QUEUE_GET = "queue_get";
     QUEUE_LIST = "queue_list";
+    QUEUE_LOCK = "queue_lock";
     QUEUE_POLICY = "queue_policy";
     QUEUE_SET_POLICY = "queue_set_policy";
     QUEUE_STATS = "queue_stats";

@@ -12,6 +12,9 @@ use crate::domain::Error;
 use crate::store::Fault;
 use crate::store::queue::COUNT_MAX;
 
+/// Longest name of a queue that a token may hold; only SQL makes names this long.
+const TOKEN_BYTES_MAX: usize = 16 * 1024;
+
 impl Service {
     pub(super) async fn stats(&self, queue: &str) -> Result<pb::GetQueueStatsResponse, Error> {
         let scope = scope(queue)?;
@@ -38,7 +41,7 @@ impl Service {
         request: pb::ListQueuesRequest,
     ) -> Result<pb::ListQueuesResponse, Error> {
         let limit = self.limits.page(request.page_size)?;
-        if request.page_token.contains('\0') || request.page_token.len() > 1024 {
+        if request.page_token.contains('\0') || request.page_token.len() > TOKEN_BYTES_MAX {
             return Err(Error::invalid("page_token", "is not a token of this service"));
         }
         let rows = self
