@@ -15,6 +15,7 @@ mod examples;
 mod faults;
 mod hand_over;
 mod input;
+mod isolation;
 mod limits;
 mod migrations;
 mod mixed;
