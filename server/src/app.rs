@@ -10,7 +10,7 @@ use absurd_proto::v1::absurd_service_server::AbsurdServiceServer;
 use absurd_proto::v1::test_clock_service_server::TestClockServiceServer;
 use anyhow::Context as _;
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_postgres::Config;
 use tokio_stream::wrappers::ReceiverStream;
@@ -20,11 +20,13 @@ use tonic_health::server::HealthReporter;
 
 use crate::awaited;
 use crate::dispatch::DispatchOptions;
+use crate::domain::QueueName;
 use crate::doorbell::{self, Hints};
 use crate::engine::{Engine, EngineOptions};
 use crate::gate::{self, Gate, GateOptions};
 use crate::maintenance;
 use crate::metrics;
+use crate::scope::Caller;
 use crate::store::connect;
 use crate::store::migrate::{self, Origin, Report};
 use crate::store::{Store, StoreOptions};
@@ -51,6 +53,8 @@ pub struct AppOptions {
     pub listen_database: Option<Config>,
     /// Address to serve on; port 0 takes a free one.
     pub listen: SocketAddr,
+    /// A queue that exists before the server is healthy.
+    pub queue: Option<QueueName>,
     /// Migrate before serving.
     pub migrate: Option<migrate::Options>,
     /// Whether to use the doorbell, where the database has one.
@@ -90,6 +94,7 @@ pub struct App {
     migrated: Option<Report>,
     health: Health,
     loops: JoinSet<()>,
+    outdated: Arc<Notify>,
     stop: oneshot::Sender<()>,
     serving: JoinHandle<Result<(), tonic::transport::Error>>,
     grace: Duration,
@@ -121,6 +126,11 @@ impl App {
             .await
             .map_err(|fault| anyhow::anyhow!("cannot use the database: {fault}"))?;
         let engine = Arc::new(Engine::new(store, hints, options.dispatch, options.engine));
+        if let Some(queue) = options.queue {
+            let scope = Caller::anonymous().scope(queue);
+            engine.store.queue_create(&scope, "unpartitioned", None).await?;
+            engine.hang_doorbells(&[scope.queue().as_str()]).await;
+        }
         let listener =
             TcpListener::bind(options.listen).await.with_context(|| format!("cannot listen on {}", options.listen))?;
         let addr = listener.local_addr()?;
@@ -141,7 +151,10 @@ impl App {
         }
         let (health, health_service) = tonic_health::server::health_reporter();
         let health = Health { reporter: health, ready };
-        start_loops(&mut loops, &engine, options.listen_database.unwrap_or(options.database), health.clone());
+        let outdated = Arc::new(Notify::new());
+        start_loops(&mut loops, &engine, options.listen_database.unwrap_or(options.database));
+        let (store, watched, tell_outdated) = (engine.store.clone(), health.clone(), Arc::clone(&outdated));
+        loops.spawn(async move { watch_database(&store, &watched, &tell_outdated).await });
         if !upkeep.is_zero() {
             let parts = Arc::clone(&engine);
             loops.spawn(keep_up("upkeep", parts, move |parts| async move { upkeep::run(&parts, upkeep).await }));
@@ -165,7 +178,8 @@ impl App {
         let serving = tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
             let _ = stopped.await;
         }));
-        Ok(Self { addr, metrics_addr, engine, migrated, health, loops, stop, serving, grace: options.shutdown_grace })
+        let grace = options.shutdown_grace;
+        Ok(Self { addr, metrics_addr, engine, migrated, health, loops, outdated, stop, serving, grace })
     }
 
     /// The address served on.
@@ -186,6 +200,11 @@ impl App {
     /// What the migration at the start did, if there was one.
     pub fn migrated(&self) -> Option<&Report> {
         self.migrated.as_ref()
+    }
+
+    /// Resolves when a newer server has migrated the database so that this one must not serve it any more.
+    pub async fn outdated(&self) {
+        self.outdated.notified().await;
     }
 
     /// Stops: not healthy, no new claims, streams end politely, claims that no transport took come back, calls end.
@@ -227,19 +246,19 @@ async fn inspect(database: &Config) -> anyhow::Result<migrate::Known> {
     known.context("the database is not set up for this server; run `absurd migrate`, or add --migrate")
 }
 
-fn start_loops(loops: &mut JoinSet<()>, engine: &Arc<Engine>, database: Config, health: Health) {
+fn start_loops(loops: &mut JoinSet<()>, engine: &Arc<Engine>, database: Config) {
     let parts = || Arc::clone(engine);
     loops.spawn(keep_up("hints", parts(), |parts| async move {
-        doorbell::send(&parts.hints, &parts.store, &parts.dispatcher).await;
+        doorbell::send(&parts.hints, &parts.store, &parts.looks).await;
     }));
     loops.spawn(keep_up("listening", (parts(), database), |(parts, database)| async move {
         doorbell::hear(&parts.hints, &parts.store, &database, &parts.dispatcher).await;
     }));
     loops.spawn(keep_up("tick", parts(), |parts| async move { maintenance::tick(&parts).await }));
-    loops.spawn(keep_up("waits", parts(), |parts| async move { parts.waits.run(&parts.store).await }));
+    loops.spawn(keep_up("wide tick", parts(), |parts| async move { maintenance::wide_tick(&parts).await }));
+    loops.spawn(keep_up("chores", parts(), |parts| async move { maintenance::chores(&parts).await }));
+    loops.spawn(keep_up("waits", parts(), |parts| async move { parts.waits.run(&parts.store, &parts.looks).await }));
     loops.spawn(keep_up("awaited tasks", parts(), |parts| async move { awaited::run(&parts).await }));
-    let parts = parts();
-    loops.spawn(async move { watch_database(&parts.store, &health).await });
 }
 
 /// Runs a part of the server for ever: one that ends in a bug begins anew, so that it costs a second and not the replica.
@@ -260,15 +279,25 @@ where
     }
 }
 
-/// Health follows the database: the tick reads its clock, so that no query of its own is needed.
-async fn watch_database(store: &Store, health: &Health) {
+/// Health follows the database: the tick reads its clock, so that no query of its own is needed. It does not follow single
+/// queues: a queue that cannot be read is no reason to restart a replica.
+async fn watch_database(store: &Store, health: &Health, outdated: &Notify) {
     let mut healthy = true;
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        let now = store.clock_age().is_some_and(|age| age < DATABASE_SILENCE);
+        let old = store.min_server() > migrate::SERVER_GENERATION;
+        if old {
+            outdated.notify_one();
+        }
+        let now = !old && store.clock_age().is_some_and(|age| age < DATABASE_SILENCE);
         if now != healthy {
             healthy = now;
-            tracing::warn!(healthy, "the database {}", if healthy { "is back" } else { "does not answer" });
+            let why = match (healthy, old) {
+                (true, _) => "the database is back",
+                (false, true) => "a newer server has migrated the database; this one must be upgraded",
+                (false, false) => "the database does not answer",
+            };
+            tracing::warn!(healthy, "{why}");
             health.set(healthy).await;
         }
     }

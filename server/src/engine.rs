@@ -14,6 +14,8 @@ use crate::counts::Counts;
 use crate::dispatch::{DispatchOptions, Dispatcher};
 use crate::domain::{Digest, Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};
 use crate::doorbell::Hints;
+use crate::looks::Looks;
+use crate::maintenance::{Emissions, InUse};
 use crate::planted::{self, Bug};
 use crate::scope::{Caller, Scope};
 use crate::store::batch::{Kind, RunRef, Write};
@@ -22,7 +24,8 @@ use crate::store::pool::{Role, connections};
 use crate::store::suspend::{Awaited, Suspend};
 use crate::store::task::{NewTask, Slotted, Spawned};
 use crate::store::turns::Turns;
-use crate::store::{Fault, Store};
+use crate::store::{Fault, LOCK_WAIT_PATIENT, Store};
+use crate::sweeps::Sweeps;
 use crate::wait::Waits;
 
 /// Everything that a request can reach.
@@ -33,11 +36,19 @@ pub struct Engine {
     /// Streams.
     pub dispatcher: Dispatcher,
     /// Waiters for results.
-    pub waits: Waits,
+    pub waits: Arc<Waits>,
     /// Runs that wait for tasks.
     pub awaited: AwaitedTasks,
     /// Other replicas.
     pub hints: Arc<Hints>,
+    /// Looks at queues.
+    pub looks: Arc<Looks>,
+    /// Sweeps of queues.
+    pub sweeps: Sweeps,
+    /// Queues that are looked at though they have no stream here.
+    pub in_use: InUse,
+    /// Emissions that are gone on with.
+    pub emissions: Emissions,
     /// Counts of queues.
     pub counts: Counts,
     /// The live lines of `dev`.
@@ -74,11 +85,16 @@ impl Engine {
         let settles = Committer::new(Settles { store: store.clone() }, most);
         let feed = Feed::default();
         let dispatcher = Dispatcher::new(store.clone(), settles.clone(), Arc::clone(&hints), feed.clone(), options);
+        let looks = Arc::new(Looks::new(store.clone(), Arc::clone(&hints), dispatcher.clone()));
         let spawns = Spawns { store: store.clone(), dispatcher: dispatcher.clone() };
         Self {
             dispatcher,
-            waits: Waits::default(),
+            waits: Arc::default(),
             awaited: AwaitedTasks::default(),
+            looks,
+            sweeps: Sweeps::default(),
+            in_use: InUse::default(),
+            emissions: Emissions::default(),
             counts: Counts::default(),
             spawner: Committer::new(spawns.clone(), most),
             bulk: Turns::new(connections(Role::Work, store.options().connections_max) / 2),
@@ -107,8 +123,8 @@ impl Engine {
             tracing::debug!(?fault, "could not see which queues have a doorbell");
             Vec::new()
         });
-        for queue in missing {
-            let Ok(name) = QueueName::parse("queue", &queue) else { continue };
+        for queue in missing.iter().filter(|queue| !self.store.is_locked(queue)) {
+            let Ok(name) = QueueName::parse("queue", queue) else { continue };
             if let Err(fault) = self.store.queue_doorbell(&Caller::anonymous().scope(name)).await {
                 tracing::debug!(queue.name = queue, ?fault, "could not hang the doorbell; will try again");
             }
@@ -386,7 +402,7 @@ impl Engine {
     pub async fn emit_more(&self, scope: &Scope, event: &EventName, until: Deadline) -> i64 {
         let mut woken = 0;
         while let Some(left) = until.checked_duration_since(Deadline::now()).filter(|left| !left.is_zero()) {
-            match self.store.event_emit_more(scope, event, left).await {
+            match self.store.event_emit_more(scope, event, left.min(LOCK_WAIT_PATIENT)).await {
                 Ok(batch) => {
                     woken += batch.woken;
                     if batch.woken > 0 {

@@ -245,6 +245,7 @@ impl Settings {
             database: resolve_database(self.database_url.as_ref())?,
             listen_database: self.listen_database_url.as_ref().map(parse_database).transpose()?,
             listen: self.listen.unwrap_or(DEFAULT_LISTEN),
+            queue: None,
             migrate: self
                 .migrate
                 .unwrap_or(false)

@@ -26,7 +26,7 @@ pub mod upkeep;
 pub mod workflow;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant as Monotonic};
 
@@ -101,6 +101,8 @@ struct Inner {
     clock: Mutex<Option<(Monotonic, i64)>>,
     /// Time and place of the newest minted id.
     last_id: AtomicU64,
+    /// The oldest generation of servers that may run on this database.
+    min_server: AtomicI32,
     /// Only with `--test-clock`.
     test_clock: Option<clock::TestClock>,
     failing: Failing,
@@ -155,6 +157,7 @@ impl Store {
                 texts: Mutex::new(HashMap::new()),
                 clock: Mutex::new(None),
                 last_id: AtomicU64::new(0),
+                min_server: AtomicI32::new(0),
             }),
         })
     }
@@ -337,6 +340,16 @@ impl Store {
         };
         tx.say(&begin).await.map_err(|fault| tx.undone(fault))?;
         Ok(tx)
+    }
+
+    /// Remembers which server may run on this database.
+    pub(crate) fn note_min_server(&self, generation: i32) {
+        self.inner.min_server.store(generation, Ordering::Relaxed);
+    }
+
+    /// The oldest generation of servers that may run on this database, as of the last look.
+    pub fn min_server(&self) -> i32 {
+        self.inner.min_server.load(Ordering::Relaxed)
     }
 
     /// Names in the log, now and then, a queue that an operator has to mend.

@@ -21,10 +21,14 @@ pub(super) fn serve(args: ServeArgs) -> anyhow::Result<()> {
             tracing::info!(applied = ?report.applied, doorbell = report.doorbell, "the database is up to date");
         }
         tracing::info!(listen = %app.addr(), "serving");
-        stop.await;
+        let outdated = tokio::select! {
+            () = &mut stop => false,
+            () = app.outdated() => true,
+        };
         tracing::info!("stopping: streams end, claims that reached nobody go back");
         app.shut_down().await?;
         tracing::info!("stopped");
+        anyhow::ensure!(!outdated, "a newer server has migrated the database; this one must be upgraded");
         Ok(())
     })
 }

@@ -27,6 +27,9 @@ const CHECK_OPEN: Duration = Duration::from_secs(5);
 /// A run that cannot be claimed is passed over this long at first, and this long at most.
 const PASS_OVER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(600));
 
+/// Until another claim statement after one that failed: first, and at most where the fault does not pass.
+const CLAIM_AGAIN: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
+
 /// Id of a stream or pull on this replica.
 pub type StreamId = u64;
 
@@ -159,6 +162,8 @@ pub struct State {
     /// Runs that cannot be claimed: until when they are passed over, and for how long then.
     passed_over: HashMap<RunId, (Instant, Duration)>,
     work: bool,
+    /// Claim statements fail: no stream's before then, and the last pause.
+    claims_failing: Option<(Instant, Duration)>,
     /// Claim statements are under way.
     claiming: bool,
     /// There may be more than credit allowed to take: returned credit is worth a look.
@@ -204,6 +209,21 @@ impl State {
         if self.next_available.is_none_or(|known| at < known) {
             self.next_available = Some(at);
         }
+    }
+
+    /// A claim statement failed. A fault that does not pass is met less and less often.
+    pub fn claims_fail(&mut self, passes: bool, now: Instant) {
+        let pause = match self.claims_failing {
+            Some((_, pause)) if !passes => (pause * 2).min(CLAIM_AGAIN.1),
+            _ => CLAIM_AGAIN.0,
+        };
+        self.claims_failing = Some((now + pause, pause));
+        self.note_available(now + pause);
+    }
+
+    /// A claim statement did not fail.
+    pub fn claims_work(&mut self) {
+        self.claims_failing = None;
     }
 
     /// Passes runs over: for 5 s, and twice as long each time, at most 10 minutes.
@@ -475,7 +495,11 @@ impl State {
             self.next_available = None;
             self.work = true;
         }
-        if self.work && !self.closing {
+        // A call is answered at once, whatever the answer; streams wait until claims may work again.
+        let failing = self.claims_failing.filter(|(until, _)| *until > now && self.pulls.is_empty());
+        if let Some((until, _)) = failing.filter(|_| self.work) {
+            self.note_available(until);
+        } else if self.work && !self.closing {
             self.work = false;
             turn.plans = self.reserve();
             self.unserved = self.streams.len() > self.ready.len();

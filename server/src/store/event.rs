@@ -8,7 +8,8 @@ use tokio_postgres::Row;
 
 use super::batch::RunRef;
 use super::statement::{
-    EVENT_EMIT, EVENT_EMIT_MORE, EVENT_LIST_UNFINISHED, TASK_AWAIT, TASK_LIST_AWAITED, TASK_SETTLE_AWAITED,
+    EVENT_EMIT, EVENT_EMIT_MORE, EVENT_LIST_UNFINISHED, TASK_AWAIT, TASK_LIST_AWAITED,
+    TASK_LIST_AWAITED_QUEUES, TASK_SETTLE_AWAITED,
 };
 use super::suspend::{Awaited, awaited, millis};
 use super::{Fault, Store, Wait};
@@ -83,6 +84,12 @@ impl Store {
     pub async fn task_list_awaited(&self) -> Result<bool, Fault> {
         let rows = self.rows(&TASK_LIST_AWAITED, Wait::Skip, None, &[]).await?;
         Ok(rows.first().is_some_and(|row| row.get("awaited")))
+    }
+
+    /// Queues of which tasks are awaited, at most 1,000.
+    pub async fn task_list_awaited_queues(&self) -> Result<Vec<String>, Fault> {
+        let rows = self.rows(&TASK_LIST_AWAITED_QUEUES, Wait::Skip, None, &[]).await?;
+        Ok(rows.iter().map(|row| row.get("queue_name")).collect())
     }
 
     /// Wakes runs whose awaited tasks have ended, those of a queue or all; says which queues have woken runs.

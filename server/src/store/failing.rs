@@ -28,6 +28,7 @@ const BACKGROUND: &[&str] = &[
     "run_silent",
     "snapshot_age",
     "task_list_awaited",
+    "task_list_awaited_queues",
     "task_list_cancellable",
     "task_settle_awaited",
     "tick",

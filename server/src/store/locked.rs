@@ -114,7 +114,7 @@ impl Store {
 
     /// A statement on a queue was not given its locks in time. Asks whether the whole table is locked, or only a row of it; a
     /// locked queue is watched from then on until it is free. Says whether the queue is locked.
-    pub(super) async fn suspect(&self, queue: &str) -> bool {
+    pub(crate) async fn suspect(&self, queue: &str) -> bool {
         if self.is_locked(queue) {
             return true;
         }

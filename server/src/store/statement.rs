@@ -51,6 +51,7 @@ const READ: &[&str] = &[
     "task_get",
     "task_list",
     "task_list_awaited",
+    "task_list_awaited_queues",
     "task_list_edge",
     "task_result",
     "workflow_get",
@@ -220,6 +221,7 @@ statements! {
     TASK_GET = "task_get";
     TASK_LIST = "task_list";
     TASK_LIST_AWAITED = "task_list_awaited";
+    TASK_LIST_AWAITED_QUEUES = "task_list_awaited_queues";
     TASK_LIST_CANCELLABLE = "task_list_cancellable";
     TASK_LIST_EDGE = "task_list_edge";
     TASK_RESPAWN = "task_respawn";

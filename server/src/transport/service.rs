@@ -202,6 +202,7 @@ impl AbsurdService for Service {
         let work = async {
             let scope = self.existing(&request.queue).await?;
             let (options, wait) = pull_options(request)?;
+            self.engine.in_use.polled(scope.queue());
             // A claim must be answered before the caller gives up, or it is lost on the way.
             let wait = wait.min(left(deadline).saturating_sub(Duration::from_millis(50)).max(Duration::from_millis(1)));
             let wait = if options.max_in_flight == 0 { Duration::ZERO } else { wait };
