@@ -123,6 +123,10 @@ pub fn resolve(text: Option<&str>, environment: &Environment<'_>) -> Result<Reso
     for name in IGNORED {
         parts.remove(*name);
     }
+    // The address of another host, from the environment, says nothing about a socket.
+    if parts.get("host").is_some_and(|host| host.starts_with('/')) {
+        parts.remove("hostaddr");
+    }
     refuse_tls(&mut parts)?;
     let passfile = parts.remove("passfile");
     let user = parts.entry("user".into()).or_insert_with(|| whoami::username().unwrap_or_else(|_| "postgres".into()));

@@ -109,7 +109,9 @@ impl Looks {
 
     async fn at_well(&self, queues: &[&str]) -> Result<Vec<QueueTick>, Fault> {
         match self.tick(queues).await {
-            Ok(found) if planted::is(Bug::OneForAll) && found.iter().any(|tick| tick.locked || tick.problem.is_some()) => {
+            Ok(found)
+                if planted::is(Bug::OneForAll) && found.iter().any(|tick| tick.locked || tick.problem.is_some()) =>
+            {
                 Err(Fault::Locked)
             }
             Ok(found) => {
@@ -124,7 +126,11 @@ impl Looks {
                 Err(fault)
             }
             Err(fault) => {
-                tracing::warn!(problem = fault.problem(), queues = queues.len(), "a look at many queues failed; looking at each alone");
+                tracing::warn!(
+                    problem = fault.problem(),
+                    queues = queues.len(),
+                    "a look at many queues failed; looking at each alone"
+                );
                 self.tick(&[]).await?;
                 let alone = queues.iter().map(|queue| async move {
                     let found = self.tick(&[queue]).await;

@@ -133,7 +133,8 @@ async fn look(engine: &Arc<Engine>, queues: &[&str]) -> tokio::task::JoinSet<()>
 fn note_expiries(engine: &Arc<Engine>, ticks: &[QueueTick]) {
     for tick in ticks {
         let next = tick.next_expiry_ms.and_then(|ms| u64::try_from(ms).ok()).map(Duration::from_millis);
-        if let (Some(next), Ok(queue)) = (next.filter(|next| *next < EXPIRY_SEEN), QueueName::parse("queue", &tick.queue))
+        if let (Some(next), Ok(queue)) =
+            (next.filter(|next| *next < EXPIRY_SEEN), QueueName::parse("queue", &tick.queue))
         {
             engine.in_use.note(&queue, Instant::now() + next + 3 * TICK);
         }

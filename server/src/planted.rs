@@ -23,8 +23,7 @@ pub(crate) enum Bug {
 pub(crate) fn is(bug: Bug) -> bool {
     static CHOSEN: std::sync::LazyLock<Option<Bug>> = std::sync::LazyLock::new(|| {
         let name = std::env::var("ABSURD_PLANTED_BUG").ok()?;
-        let bugs =
-            [Bug::NoTokenCheck, Bug::EarlyAck, Bug::ReleaseAfterDelivery, Bug::FaintSweep, Bug::OneForAll];
+        let bugs = [Bug::NoTokenCheck, Bug::EarlyAck, Bug::ReleaseAfterDelivery, Bug::FaintSweep, Bug::OneForAll];
         bugs.into_iter().find(|bug| format!("{bug:?}") == name)
     });
     *CHOSEN == Some(bug)

@@ -12,10 +12,10 @@ use super::{Dispatcher, Queue};
 use crate::domain::{ClaimToken, Digest, Instant as DbTime, JsonText, RunId};
 use crate::metrics;
 use crate::planted::{self, Bug};
-use crate::store::{Access, Fault};
 use crate::store::batch::{RunRef, Write};
 use crate::store::quarantine::Reason;
 use crate::store::run::Slot;
+use crate::store::{Access, Fault};
 
 /// The release after delivery that fails a run.
 const RELEASES_MAX: i32 = 3;

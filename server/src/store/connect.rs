@@ -114,7 +114,8 @@ pub async fn check_for_migration(database: &Config, client: &Client) -> Result<F
 /// Two sessions that are open at the same time have a backend each, unless a pooler hands backends around between transactions.
 async fn refuse_pooler(database: &Config, client: &Client) -> Result<(), Error> {
     // Where there is no room for a second session, nothing can be said.
-    let config = super::session_config(database, "absurd probe", super::pool::Role::Work.statement_timeout());
+    let limit = super::pool::Role::Work.statement_timeout();
+    let config = super::session_config(database, "absurd probe", limit, super::LOCK_WAIT);
     let Ok(other) = connect(&config, "absurd probe").await else { return Ok(()) };
     let backend = async |client: &Client| -> Option<i32> {
         let messages = client.simple_query("select pg_backend_pid()").await.ok()?;

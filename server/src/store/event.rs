@@ -8,8 +8,8 @@ use tokio_postgres::Row;
 
 use super::batch::RunRef;
 use super::statement::{
-    EVENT_EMIT, EVENT_EMIT_MORE, EVENT_LIST_UNFINISHED, TASK_AWAIT, TASK_LIST_AWAITED,
-    TASK_LIST_AWAITED_QUEUES, TASK_SETTLE_AWAITED,
+    EVENT_EMIT, EVENT_EMIT_MORE, EVENT_LIST_UNFINISHED, TASK_AWAIT, TASK_LIST_AWAITED, TASK_LIST_AWAITED_QUEUES,
+    TASK_SETTLE_AWAITED,
 };
 use super::suspend::{Awaited, awaited, millis};
 use super::{Fault, Store, Wait};

@@ -437,7 +437,8 @@ mod tests {
             [("side", SIDE_VERSION, side_text()), ("contract", CONTRACT_VERSION, contract_text())]
         {
             let line = format!("{schema} {version} {}", checksum(&text));
-            let raise = format!("the {schema} schema has changed: raise its version in migrate.rs, and add to sql/versions:");
+            let raise =
+                format!("the {schema} schema has changed: raise its version in migrate.rs, and add to sql/versions:");
             assert!(known.lines().any(|known| known == line), "{raise}\n{line}");
             let newer = format!("{schema} {} ", version + 1);
             assert!(!known.lines().any(|known| known.starts_with(&newer)), "sql/versions knows a newer {schema}");
