@@ -359,6 +359,40 @@ async fn basic_processing_in_python_completes_and_fails() {
     assert!(said.contains("failed echo: ") && said.contains("result: not a JSON value"), "{said}");
 }
 
+/// The code in the guide is that of the examples, which the tests run; and the modules hold what the guide says.
+#[test]
+fn the_guide_to_clients_shows_tested_code() {
+    let read = |path: &str| std::fs::read_to_string(root().join(path)).unwrap();
+    let (guide, migration) = (read("docs/clients.md"), read("docs/migration.md"));
+    let squeeze = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let names = ["order_worker.py", "worker.py", "basic_processing.py", "node/order_worker.ts"];
+    let sources = squeeze(&names.map(|name| read(&format!("docs/examples/{name}"))).concat());
+    let mut blocks = 0;
+    for block in [guide.as_str(), &migration].into_iter().flat_map(|page| page.split("```").skip(1).step_by(2)) {
+        if let Some(code) = block.strip_prefix("python\n").or_else(|| block.strip_prefix("ts\n")) {
+            assert!(sources.contains(&squeeze(code)), "no example has this code:\n{code}");
+            blocks += 1;
+        }
+    }
+    assert!(blocks > 2, "{blocks}");
+    let mut seen = 0;
+    for row in guide.lines().filter(|line| line.starts_with("| `") && line.contains("_pb2` |")) {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let module = cells[1].trim_matches('`').trim_end_matches("_pb2");
+        let proto = read(&format!("proto/absurd/v1/{module}.proto"));
+        for name in cells[2].split('`').skip(1).step_by(2) {
+            let kinds = ["message", "enum", "service"].map(|kind| format!("{kind} {name} {{"));
+            assert!(kinds.iter().any(|text| proto.contains(text)), "{module}_pb2 holds no {name}");
+            seen += 1;
+        }
+    }
+    for entry in std::fs::read_dir(root().join("proto/absurd/v1")).unwrap() {
+        let name = entry.unwrap().file_name().to_string_lossy().replace(".proto", "_pb2");
+        assert!(guide.contains(&format!("`{name}`")), "the guide does not name the module {name}");
+    }
+    assert!(seen > 40, "{seen}");
+}
+
 /// The shell's order fails where a value is missing, also in the arguments of a command.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_script_fails_without_its_values() {
