@@ -85,6 +85,20 @@ reasons! {
     BacklogFull = "BACKLOG_FULL";
     /// Postgres cannot be reached or is busy.
     Unavailable = "UNAVAILABLE";
+    /// Postgres did not get the statement done in time.
+    DatabaseBusy = "DATABASE_BUSY";
+    /// Another session holds a lock on the queue's tables or rows.
+    QueueLocked = "QUEUE_LOCKED";
+    /// A trigger, a constraint or a policy on the queue's tables refuses a row; the message is the database's.
+    DatabaseRefused = "DATABASE_REFUSED";
+    /// The server's role lacks a right in its database.
+    DatabasePermission = "DATABASE_PERMISSION";
+    /// The queue's tables are not as the server knows them, or cannot be read.
+    QueueDamaged = "QUEUE_DAMAGED";
+    /// The server's schemas are missing from its database.
+    SchemaMissing = "SCHEMA_MISSING";
+    /// Postgres' own installation is broken.
+    DatabaseBroken = "DATABASE_BROKEN";
     /// The replica is leaving.
     ShuttingDown = "SHUTTING_DOWN";
     /// The call's deadline passed.
@@ -180,6 +194,8 @@ impl Error {
             self.reason(),
             Reason::Transport
                 | Reason::Unavailable
+                | Reason::DatabaseBusy
+                | Reason::QueueLocked
                 | Reason::ShuttingDown
                 | Reason::TooManyRequests
                 | Reason::StreamLimit

@@ -25,7 +25,7 @@ use absurd_client::{AbsurdClient, ConnectOptions, TlsOptions};
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::settings::{Secret, Settings};
+use crate::settings::{Secret, Settings, masked};
 use output::{Output, note, out};
 
 const EXAMPLES: &str = "\
@@ -138,9 +138,9 @@ struct ServeArgs {
 /// Flags of `absurd migrate`.
 #[derive(Debug, Args)]
 struct MigrateArgs {
-    /// Database to migrate
+    /// Database to migrate [default: libpq's variables, such as PGHOST]
     #[arg(long, env = "ABSURD_DATABASE_URL", hide_env_values = true, value_name = "URL")]
-    database_url: Secret,
+    database_url: Option<Secret>,
     /// Let direct SQL writers wake the server (the default, except where upstream's tool made the database)
     #[arg(long)]
     doorbell: bool,
@@ -207,7 +207,7 @@ impl ClientArgs {
 
 /// Runs the command line; the exit code says how it went.
 pub fn main() -> ExitCode {
-    let outcome = carry_out(Cli::parse().command);
+    let outcome = carry_out(parsed().command);
     let written = output::finish();
     outcome.and_then(|code| written.map(|()| code)).unwrap_or_else(|error| {
         note!("error: {error:#}");
@@ -240,6 +240,23 @@ fn carry_out(command: Command) -> anyhow::Result<ExitCode> {
         Command::DemoWorker(args) => block_on(demo::work(args)),
     }?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The command line. What is said of a mistake in it shows no password.
+fn parsed() -> Cli {
+    Cli::try_parse().unwrap_or_else(|error| {
+        if !error.use_stderr() {
+            error.exit();
+        }
+        let text = error.render();
+        let plain = text.to_string();
+        let masked = masked(&plain);
+        if masked == plain {
+            error.exit();
+        }
+        note!("{}", masked.trim_end());
+        std::process::exit(error.exit_code());
+    })
 }
 
 fn completions(shell: clap_complete::Shell) -> anyhow::Result<()> {

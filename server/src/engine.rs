@@ -15,6 +15,8 @@ use crate::dispatch::{DispatchOptions, Dispatcher};
 use crate::domain::{Digest, Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};
 use crate::doorbell::Hints;
 use crate::hot_retries::HotRetries;
+use crate::looks::Looks;
+use crate::maintenance::{Emissions, InUse};
 use crate::planted::{self, Bug};
 use crate::scope::{Caller, Scope};
 use crate::store::batch::{Kind, RunRef, Write};
@@ -23,7 +25,8 @@ use crate::store::pool::{Role, connections};
 use crate::store::suspend::{Awaited, Suspend};
 use crate::store::task::{NewTask, Slotted, Spawned};
 use crate::store::turns::Turns;
-use crate::store::{Fault, Store};
+use crate::store::{Fault, LOCK_WAIT_PATIENT, Store};
+use crate::sweeps::Sweeps;
 use crate::wait::Waits;
 
 /// Everything that a request can reach.
@@ -34,11 +37,19 @@ pub struct Engine {
     /// Streams.
     pub dispatcher: Dispatcher,
     /// Waiters for results.
-    pub waits: Waits,
+    pub waits: Arc<Waits>,
     /// Runs that wait for tasks.
     pub awaited: AwaitedTasks,
     /// Other replicas.
     pub hints: Arc<Hints>,
+    /// Looks at queues.
+    pub looks: Arc<Looks>,
+    /// Sweeps of queues.
+    pub sweeps: Sweeps,
+    /// Queues that are looked at though they have no stream here.
+    pub in_use: InUse,
+    /// Emissions that are gone on with.
+    pub emissions: Emissions,
     /// Counts of queues.
     pub counts: Counts,
     /// The live lines of `dev`.
@@ -76,11 +87,16 @@ impl Engine {
         let settles = Committer::new(Settles { store: store.clone() }, most);
         let feed = Feed::default();
         let dispatcher = Dispatcher::new(store.clone(), settles.clone(), Arc::clone(&hints), feed.clone(), options);
+        let looks = Arc::new(Looks::new(store.clone(), Arc::clone(&hints), dispatcher.clone()));
         let spawns = Spawns { store: store.clone(), dispatcher: dispatcher.clone() };
         Self {
             dispatcher,
-            waits: Waits::default(),
+            waits: Arc::default(),
             awaited: AwaitedTasks::default(),
+            looks,
+            sweeps: Sweeps::default(),
+            in_use: InUse::default(),
+            emissions: Emissions::default(),
             counts: Counts::default(),
             spawner: Committer::new(spawns.clone(), most),
             bulk: Turns::new(connections(Role::Work, store.options().connections_max) / 2),
@@ -110,8 +126,8 @@ impl Engine {
             tracing::debug!(?fault, "could not see which queues have a doorbell");
             Vec::new()
         });
-        for queue in missing {
-            let Ok(name) = QueueName::parse("queue", &queue) else { continue };
+        for queue in missing.iter().filter(|queue| !self.store.is_locked(queue)) {
+            let Ok(name) = QueueName::parse("queue", queue) else { continue };
             if let Err(fault) = self.store.queue_doorbell(&Caller::anonymous().scope(name)).await {
                 tracing::debug!(queue.name = queue, ?fault, "could not hang the doorbell; will try again");
             }
@@ -145,7 +161,7 @@ impl Engine {
             false => Error::DeadlineExceeded,
         })?;
         let attempt = |left| self.spawn_once(scope, &tasks, left);
-        let outcomes = match commit::until(deadline, scope, attempt).await? {
+        let outcomes = match commit::until(&self.store, deadline, scope, attempt).await? {
             Ok(outcomes) => outcomes,
             Err(Fault::Data(_)) => return Err(self.find_bad_task(scope, &tasks).await),
             Err(fault) => return Err(fault.into_error(scope)),
@@ -334,10 +350,12 @@ impl Engine {
         scope: &Scope,
         wait: &StepWait<'_>,
         awaited: (&QueueName, TaskId),
-        lock_wait: Duration,
+        deadline: Deadline,
     ) -> Result<Awaited, Error> {
         self.dispatcher.alive(scope.queue(), wait.run.run_id, None);
-        let outcome = self.store.task_await(scope, wait, awaited, lock_wait).await;
+        let attempt = |lock_wait| self.store.task_await(scope, wait, awaited, lock_wait);
+        let outcome = commit::until_free(&self.store, deadline, scope, attempt).await;
+        let outcome = outcome.and_then(|done| done.unwrap_or_else(|fault| Err(fault.into_error(scope))));
         if matches!(outcome, Ok(Awaited::Suspended(_))) {
             self.awaited.begun();
             // It may have ended between the look at it and now.
@@ -394,7 +412,7 @@ impl Engine {
     pub async fn emit_more(&self, scope: &Scope, event: &EventName, until: Deadline) -> i64 {
         let mut woken = 0;
         while let Some(left) = until.checked_duration_since(Deadline::now()).filter(|left| !left.is_zero()) {
-            match self.store.event_emit_more(scope, event, left).await {
+            match self.store.event_emit_more(scope, event, left.min(LOCK_WAIT_PATIENT)).await {
                 Ok(batch) => {
                     woken += batch.woken;
                     if batch.woken > 0 {
@@ -419,9 +437,11 @@ impl Engine {
         &self,
         scope: &Scope,
         task_id: TaskId,
-        lock_wait: Duration,
+        deadline: Deadline,
     ) -> Result<(bool, State), Error> {
-        let (done, state) = self.store.task_cancel(scope, task_id, lock_wait).await?;
+        let attempt = |lock_wait| self.store.task_cancel(scope, task_id, lock_wait);
+        let done = commit::until_free(&self.store, deadline, scope, attempt).await?;
+        let (done, state) = done.map_err(|fault| fault.into_error(scope))??;
         if done {
             self.ended(scope, task_id, state);
         }
@@ -433,9 +453,11 @@ impl Engine {
         &self,
         scope: &Scope,
         run_id: Uuid,
-        lock_wait: Duration,
+        deadline: Deadline,
     ) -> Result<(bool, State, TaskId), Error> {
-        let (done, state, task_id) = self.store.task_cancel_by_run(scope, run_id, lock_wait).await?;
+        let attempt = |lock_wait| self.store.task_cancel_by_run(scope, run_id, lock_wait);
+        let done = commit::until_free(&self.store, deadline, scope, attempt).await?;
+        let (done, state, task_id) = done.map_err(|fault| fault.into_error(scope))??;
         if done {
             self.ended(scope, task_id, state);
         }

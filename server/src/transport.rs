@@ -4,6 +4,7 @@ pub mod admission;
 mod checkpoints;
 pub mod claim_stream;
 mod claims;
+pub mod compression;
 pub mod convert;
 pub mod deadline;
 pub mod page_token;

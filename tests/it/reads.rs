@@ -210,9 +210,9 @@ async fn no_answer_is_too_large_for_a_client() {
     let queue = || "q".to_owned();
     for round in 0..4 {
         let options = SpawnOptions::default().max_attempts(3);
-        let spawned = client.spawn_task("n", &j!(null), options).await.unwrap();
+        client.spawn_task("n", &j!(null), options).await.unwrap();
         let claim = client.claim_task(ClaimOptions::default()).await.unwrap().remove(0);
-        client.set_checkpoint(spawned.task_id, "s", &j!(1), claim.run_id, None).await.unwrap();
+        client.set_checkpoint(claim.task_id, "s", &j!(1), claim.run_id, None).await.unwrap();
         match round {
             0 => drop(claim.complete(&j!(1)).await.unwrap()),
             1 => drop(claim.fail(&j!("x")).await.unwrap()),

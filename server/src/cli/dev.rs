@@ -16,8 +16,8 @@ use super::output::{self, out};
 use super::{asked_to_stop, default_queue, inspect, log, runtime};
 use crate::activity::{Activity, What};
 use crate::address::parse_listen;
-use crate::app::App;
-use crate::domain::State;
+use crate::app::{App, AppOptions};
+use crate::domain::{QueueName, State};
 use crate::postgres::{Cluster, ClusterOptions, DATABASE, default_home};
 use crate::settings::{DEFAULT_LISTEN, Secret, Settings};
 
@@ -86,10 +86,8 @@ pub(super) async fn start_on(
         test_clock: Some(test_clock),
         ..Settings::default()
     };
-    let app = App::start(settings.into_app_options()?).await?;
-    let client = absurd_client::AbsurdClient::connect(&absurd_client::ConnectOptions::new(url(app.addr())))?;
-    client.with_queue(queue).create_queue().await?;
-    Ok(app)
+    let options = AppOptions { queue: Some(QueueName::parse("--queue", queue)?), ..settings.into_app_options()? };
+    App::start(options).await
 }
 
 fn url(addr: SocketAddr) -> String {

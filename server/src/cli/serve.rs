@@ -7,7 +7,7 @@ use tokio_postgres::config::Host;
 use crate::app::App;
 use crate::cli::output::out;
 use crate::cli::{MigrateArgs, ServeArgs, asked_to_stop, block_on, log};
-use crate::settings::{Settings, parse_database};
+use crate::settings::{Settings, resolve_database};
 use crate::store::migrate::{self, Origin, Report};
 
 /// Serves until asked to stop.
@@ -33,10 +33,14 @@ pub(super) fn serve(args: ServeArgs) -> anyhow::Result<()> {
             listen = %app.addr(),
             "serving"
         );
-        stop.await;
+        let outdated = tokio::select! {
+            () = &mut stop => false,
+            () = app.outdated() => true,
+        };
         tracing::info!("stopping: streams end, claims that reached nobody go back");
         app.shut_down().await?;
         tracing::info!("stopped");
+        anyhow::ensure!(!outdated, "a newer server has migrated the database; this one must be upgraded");
         Ok(())
     })
 }
@@ -64,7 +68,7 @@ const WORK_TO_DO: u8 = 2;
 
 /// Migrates, or says what that would do, or takes everything of ours away.
 pub(super) fn migrate(args: &MigrateArgs) -> anyhow::Result<ExitCode> {
-    let database = parse_database(&args.database_url)?;
+    let database = resolve_database(args.database_url.as_ref())?;
     let options = migrate::Options { doorbell: args.doorbell, no_doorbell: args.no_doorbell };
     let runtime = super::runtime()?;
     if args.remove {

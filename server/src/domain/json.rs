@@ -88,6 +88,30 @@ impl JsonText {
         Self(serde_json::json!({ "name": "Failure", "message": message }).to_string())
     }
 
+    /// The same value in ASCII without escapes of other characters: each of those becomes `?`. A database of any encoding
+    /// takes it.
+    pub fn to_ascii(&self) -> Self {
+        let mut out = String::with_capacity(self.0.len());
+        let mut rest = self.0.chars();
+        while let Some(next) = rest.next() {
+            if next != '\\' {
+                out.push(if next.is_ascii() { next } else { '?' });
+                continue;
+            }
+            let Some(escaped) = rest.next() else { break };
+            if escaped != 'u' {
+                out.extend([next, escaped]);
+                continue;
+            }
+            let digits: String = rest.by_ref().take(4).collect();
+            match u32::from_str_radix(&digits, 16) {
+                Ok(code) if code < 0x80 => out.extend(["\\u", &digits]),
+                _ => out.push('?'),
+            }
+        }
+        Self(out)
+    }
+
     /// The text.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -344,7 +368,8 @@ impl<'a> Guard<'a> {
         }
         if exponent != 0 {
             let before = if zeros < whole + fraction { signed(whole) - signed(zeros) + exponent } else { 1 };
-            let stored = before.max(1) + (signed(fraction) - exponent).max(0);
+            let behind = (signed(fraction) - exponent).max(0);
+            let stored = before.max(1) + behind + i64::from(behind > 0);
             let growth = usize::try_from(stored - signed(self.at - start)).unwrap_or(0);
             self.growth = self.growth.saturating_add(growth);
         }
@@ -459,6 +484,13 @@ mod tests {
         assert_eq!(problem(&("[".repeat(100) + &"]".repeat(100))), None);
         assert!(problem(&("[".repeat(101) + &"]".repeat(101))).is_some());
         assert!(problem(&"[".repeat(1_000_000)).is_some());
+    }
+
+    #[test]
+    fn any_encoding_takes_the_ascii_form() {
+        let ascii = |text: &str| JsonText::trusted(text.into()).to_ascii().into_string();
+        assert_eq!(ascii(r#"{"é":"a\u00e9\ud83d\ude00\u0041\n\\u00e9"}"#), r#"{"?":"a???\u0041\n\\u00e9"}"#);
+        assert_eq!(ascii("[1,null,\"x\"]"), "[1,null,\"x\"]");
     }
 
     #[test]

@@ -3,10 +3,20 @@
 use super::pool::Role;
 
 /// Statements that keep leases, and look whether they are kept.
-const LEASE: &[&str] =
-    &["replica_leave", "run_check", "run_cut_lease", "run_extend", "run_list_expired", "run_silent", "tick"];
+const LEASE: &[&str] = &[
+    "queue_access",
+    "replica_leave",
+    "run_check",
+    "run_cut_lease",
+    "run_extend",
+    "run_list_expired",
+    "run_silent",
+    "task_list_cancellable",
+    "tick",
+];
 /// Statements that may take long.
 const UPKEEP: &[&str] = &[
+    "doctor_access",
     "doctor_database",
     "doctor_queue",
     "doctor_registry",
@@ -42,7 +52,7 @@ const READ: &[&str] = &[
     "task_get",
     "task_list",
     "task_list_awaited",
-    "task_list_cancellable",
+    "task_list_awaited_queues",
     "task_list_edge",
     "task_result",
     "task_search",
@@ -68,6 +78,21 @@ pub struct Statement {
     /// Name of its file.
     pub name: &'static str,
     template: &'static str,
+    /// Whether its text differs from queue to queue.
+    pub(super) per_queue: bool,
+}
+
+/// Whether a template names a table of a queue: `{t}` and its like.
+const fn names_tables(template: &str) -> bool {
+    let text = template.as_bytes();
+    let mut at = 2;
+    while at < text.len() {
+        if text[at - 2] == b'{' && text[at] == b'}' && matches!(text[at - 1], b't' | b'r' | b'c' | b'e' | b'w' | b'i') {
+            return true;
+        }
+        at += 1;
+    }
+    false
 }
 
 impl Statement {
@@ -121,6 +146,7 @@ macro_rules! statements {
             pub const $constant: Statement = Statement {
                 name: $name,
                 template: include_str!(concat!("../../sql/queries/", $name, ".sql")),
+                per_queue: names_tables(include_str!(concat!("../../sql/queries/", $name, ".sql"))),
             };
         )*
         /// Every statement that this server sends.
@@ -140,6 +166,7 @@ statements! {
     DOORBELL_DISARM = "doorbell_disarm";
     DOORBELL_MISSING = "doorbell_missing";
     DOORBELL_RING = "doorbell_ring";
+    DOCTOR_ACCESS = "doctor_access";
     DOCTOR_DATABASE = "doctor_database";
     DOCTOR_QUEUE = "doctor_queue";
     DOCTOR_REGISTRY = "doctor_registry";
@@ -154,6 +181,7 @@ statements! {
     QUARANTINE_FORGET = "quarantine_forget";
     QUARANTINE_LIST = "quarantine_list";
     QUARANTINE_PUT = "quarantine_put";
+    QUEUE_ACCESS = "queue_access";
     QUEUE_BACKLOG = "queue_backlog";
     QUEUE_COLLISION = "queue_collision";
     QUEUE_CREATE = "queue_create";
@@ -161,6 +189,7 @@ statements! {
     QUEUE_DROP = "queue_drop";
     QUEUE_GET = "queue_get";
     QUEUE_LIST = "queue_list";
+    QUEUE_LOCK = "queue_lock";
     QUEUE_POLICY = "queue_policy";
     QUEUE_SET_POLICY = "queue_set_policy";
     QUEUE_STATS = "queue_stats";
@@ -187,6 +216,7 @@ statements! {
     RUN_SCHEDULE = "run_schedule";
     RUN_SET_SLEEPING = "run_set_sleeping";
     RUN_SLEEP = "run_sleep";
+    SCHEMA_GET = "schema_get";
     SNAPSHOT_AGE = "snapshot_age";
     TASK_AWAIT = "task_await";
     TASK_CANCEL = "task_cancel";
@@ -198,6 +228,7 @@ statements! {
     TASK_GET = "task_get";
     TASK_LIST = "task_list";
     TASK_LIST_AWAITED = "task_list_awaited";
+    TASK_LIST_AWAITED_QUEUES = "task_list_awaited_queues";
     TASK_LIST_CANCELLABLE = "task_list_cancellable";
     TASK_LIST_EDGE = "task_list_edge";
     TASK_RESPAWN = "task_respawn";

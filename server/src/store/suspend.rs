@@ -43,13 +43,6 @@ impl When {
             Self::After(delay) => delay,
         }
     }
-
-    fn after_ms(self) -> Option<i64> {
-        match self {
-            Self::At(_) => None,
-            Self::After(delay) => Some(millis(delay)),
-        }
-    }
 }
 
 pub(super) fn millis(span: Duration) -> i64 {
@@ -166,7 +159,7 @@ impl Store {
         let events: Vec<_> = items.iter().map(|(_, what)| what.event()).collect();
         let timeouts: Vec<_> = items.iter().map(|(_, what)| what.timeout_ms()).collect();
         let at: Vec<_> = items.iter().map(|(_, what)| what.when().and_then(When::at)).collect();
-        let after: Vec<_> = items.iter().map(|(_, what)| what.when().and_then(When::after_ms)).collect();
+        let after: Vec<_> = items.iter().map(|(_, what)| what.when().and_then(When::after_us)).collect();
         let queue = scope.queue().as_str();
         let (statement, more): (_, &[&(dyn ToSql + Sync)]) = match kind {
             SuspendKind::Schedule => (&RUN_SCHEDULE, &[&at, &after]),

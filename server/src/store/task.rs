@@ -306,18 +306,10 @@ impl Store {
         scope: &Scope,
         task_id: TaskId,
         lock_wait: Duration,
-    ) -> Result<(bool, State), Error> {
-        let tx = self.begin(lock_wait).await.map_err(|fault| fault.into_error(scope))?;
-        match self.task_cancel_in(scope, &tx, task_id).await {
-            Ok(done) => {
-                tx.commit().await.map_err(|fault| fault.into_error(scope))?;
-                Ok(done)
-            }
-            Err(error) => {
-                tx.rollback().await;
-                Err(error)
-            }
-        }
+    ) -> Result<Result<(bool, State), Error>, Fault> {
+        let tx = self.begin(lock_wait).await?;
+        let done = self.task_cancel_in(scope, &tx, task_id).await;
+        ended(tx, done).await
     }
 
     /// Cancels the task of a run, only while the run is pending or sleeping.
@@ -326,50 +318,38 @@ impl Store {
         scope: &Scope,
         run_id: RunId,
         lock_wait: Duration,
-    ) -> Result<(bool, State, TaskId), Error> {
-        let tx = self.begin(lock_wait).await.map_err(|fault| fault.into_error(scope))?;
-        let locked = tx.rows(&RUN_LOCK, Wait::Block, Some(scope), &[&run_id]).await;
-        let outcome = match locked.map_err(|fault| fault.into_error(scope)) {
-            Err(error) => Err(error),
-            Ok(rows) => match rows.first() {
-                None => Err(Error::RunNotFound(run_id)),
-                Some(row) => {
-                    let task_id: Uuid = row.get("task_id");
-                    let state = State::from_stored(row.get("state")).unwrap_or(State::Failed);
-                    if matches!(state, State::Pending | State::Sleeping) {
-                        self.task_cancel_in(scope, &tx, task_id).await.map(|(done, state)| (done, state, task_id))
-                    } else {
-                        Ok((false, state, task_id))
-                    }
-                }
-            },
+    ) -> Result<Result<(bool, State, TaskId), Error>, Fault> {
+        let tx = self.begin(lock_wait).await?;
+        let done = async {
+            let rows = tx.rows(&RUN_LOCK, Wait::Block, Some(scope), &[&run_id]).await?;
+            let Some(row) = rows.first() else { return Ok(Err(Error::RunNotFound(run_id))) };
+            let task_id: Uuid = row.get("task_id");
+            let state = State::from_stored(row.get("state")).unwrap_or(State::Failed);
+            if !matches!(state, State::Pending | State::Sleeping) {
+                return Ok(Ok((false, state, task_id)));
+            }
+            let cancelled = self.task_cancel_in(scope, &tx, task_id).await?;
+            Ok(cancelled.map(|(done, state)| (done, state, task_id)))
         };
-        match outcome {
-            Ok(done) => {
-                tx.commit().await.map_err(|fault| fault.into_error(scope))?;
-                Ok(done)
-            }
-            Err(error) => {
-                tx.rollback().await;
-                Err(error)
-            }
-        }
+        let done = done.await;
+        ended(tx, done).await
     }
 
-    async fn task_cancel_in(&self, scope: &Scope, tx: &Tx, task_id: TaskId) -> Result<(bool, State), Error> {
-        let cancelled = tx.rows(&TASK_CANCEL, Wait::Block, None, &[&scope.queue().as_str(), &task_id]).await;
+    async fn task_cancel_in(
+        &self,
+        scope: &Scope,
+        tx: &Tx,
+        task_id: TaskId,
+    ) -> Result<Result<(bool, State), Error>, Fault> {
+        let cancelled = tx.rows(&TASK_CANCEL, Wait::Block, Some(scope), &[&scope.queue().as_str(), &task_id]).await;
         match cancelled {
             // The function raises plain exceptions; the only one with these arguments is "not found".
-            Err(Fault::Raised { code, .. }) if code == "P0001" => return Err(Error::TaskNotFound(task_id)),
-            Err(fault) => return Err(fault.into_error(scope)),
-            Ok(_) => {}
+            Err(Fault::Raised { code, .. }) if code == "P0001" => return Ok(Err(Error::TaskNotFound(task_id))),
+            cancelled => drop(cancelled?),
         }
-        let rows = tx
-            .rows(&TASK_CANCELLED, Wait::Block, Some(scope), &[&task_id])
-            .await
-            .map_err(|fault| fault.into_error(scope))?;
-        let row = rows.first().ok_or(Error::TaskNotFound(task_id))?;
-        Ok((row.get("mine"), State::from_stored(row.get("state")).unwrap_or(State::Cancelled)))
+        let rows = tx.rows(&TASK_CANCELLED, Wait::Block, Some(scope), &[&task_id]).await?;
+        let Some(row) = rows.first() else { return Ok(Err(Error::TaskNotFound(task_id))) };
+        Ok(Ok((row.get("mine"), State::from_stored(row.get("state")).unwrap_or(State::Cancelled))))
     }
 
     /// Gives a failed task another attempt, with a run id chosen before.
@@ -436,6 +416,17 @@ impl Store {
     }
 }
 
+/// Commits what was done, and rolls back what was refused or failed.
+async fn ended<T>(tx: Tx, done: Result<Result<T, Error>, Fault>) -> Result<Result<T, Error>, Fault> {
+    match done {
+        Ok(Ok(done)) => tx.commit().await.map(|()| Ok(done)),
+        refused => {
+            tx.rollback().await;
+            refused
+        }
+    }
+}
+
 fn end(row: &Row) -> TaskEnd {
     let text =
         row.get::<_, Option<JsonText>>("result").or_else(|| row.get("failure_reason")).map(JsonText::into_string);
@@ -470,7 +461,7 @@ fn spawning(tasks: &[Slotted<'_>], made: &[Row], old: &[Row]) -> Spawning {
 /// The answer for a task that was there before.
 fn found(row: &Row) -> Result<Spawned, Error> {
     let Some(task_id) = row.get::<_, Option<Uuid>>("task_id") else {
-        return Err(Error::Unavailable("the task was removed at the same time".into()));
+        return Err(Error::DatabaseBusy("the task was removed at the same time".into()));
     };
     let first: Option<Uuid> = row.get("first_run_id");
     if row.get::<_, bool>("same_id") {

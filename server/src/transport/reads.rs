@@ -9,6 +9,7 @@ use tokio_postgres::Row;
 use uuid::Uuid;
 
 use super::convert::{self, at, pb_run, scope};
+use super::deadline::left;
 use super::page_token;
 use super::service::Service;
 use crate::domain::id::{IdPart, parse_uuid};
@@ -16,6 +17,7 @@ use crate::domain::{Error, EventName, QueueName, RunId};
 use crate::scope::{Caller, Scope};
 use crate::store::event::WaitsOf;
 use crate::store::task::TaskSearch;
+use crate::store::{Fault, LOCK_WAIT_PATIENT};
 
 /// Longest search through all queues.
 const FIND_MAX: Duration = Duration::from_secs(5);
@@ -97,16 +99,25 @@ impl Service {
             self.find_everywhere(&part, until, &mut found).await?;
         } else {
             let scope = scope(&request.queue)?;
-            let search = self.search(&scope, &part, limit).await.map_err(|fault| fault.into_read_error(&scope))?;
+            let search = self
+                .search(&scope, &part, limit, left(deadline))
+                .await
+                .map_err(|fault| fault.into_read_error(&scope))?;
             found.add(&scope, &search);
         }
         Ok(found.answer())
     }
 
-    async fn search(&self, scope: &Scope, part: &IdPart, limit: usize) -> Result<TaskSearch, crate::store::Fault> {
+    async fn search(
+        &self,
+        scope: &Scope,
+        part: &IdPart,
+        limit: usize,
+        lock_wait: Duration,
+    ) -> Result<TaskSearch, Fault> {
         // One more than is wanted shows whether there are more.
         let limit = i64::try_from(limit + 1).unwrap_or(i64::MAX);
-        self.engine.store.task_search(scope, part, limit, LOCK_WAIT).await
+        self.engine.store.task_search(scope, part, limit, lock_wait).await
     }
 
     /// Looks at one queue after the other, a few together. One that cannot be read keeps nobody from the others.
@@ -114,11 +125,11 @@ impl Service {
         let (mut after, limit) = (String::new(), found.limit);
         loop {
             let page = self.engine.store.queue_list(None, &after, QUEUES_PAGE).await;
-            let page = page.map_err(|fault| Error::Unavailable(fault.problem()))?;
+            let page = page.map_err(Fault::into_database_read_error)?;
             let names: Vec<String> = page.iter().map(|row| row.get("queue_name")).collect();
             let searches = names.clone().into_iter().map(|name| async move {
                 let scope = Caller::anonymous().scope(QueueName::parse("queue", &name).ok()?);
-                let search = self.search(&scope, part, limit).await.ok()?;
+                let search = self.search(&scope, part, limit, LOCK_WAIT).await.ok()?;
                 Some((scope, search))
             });
             let mut searches = futures_util::stream::iter(searches).buffer_unordered(FIND_WIDTH);

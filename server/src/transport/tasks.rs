@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::convert::{self, chosen_id, duration_between, pb_spawned, pb_state, scope, state_filter};
-use super::deadline::{DEADLINE, left};
+use super::deadline::DEADLINE;
 use super::page_token;
 use super::service::{AWAIT_MAX, Service};
 use crate::domain::Error;
@@ -24,12 +24,10 @@ impl Service {
         let (cancelled, state, task_id) = match &request.target {
             Some(Target::TaskId(id)) => {
                 let task_id = parse_uuid("task_id", id)?;
-                let (cancelled, state) = self.engine.cancel_task(&scope, task_id, left(deadline)).await?;
+                let (cancelled, state) = self.engine.cancel_task(&scope, task_id, deadline).await?;
                 (cancelled, state, task_id)
             }
-            Some(Target::RunId(id)) => {
-                self.engine.cancel_run(&scope, parse_uuid("run_id", id)?, left(deadline)).await?
-            }
+            Some(Target::RunId(id)) => self.engine.cancel_run(&scope, parse_uuid("run_id", id)?, deadline).await?,
             None => return Err(Error::invalid("target", "task_id or run_id must be set")),
         };
         Ok(pb::CancelTaskResponse { cancelled, state: pb_state(state), task_id: task_id.to_string() })
