@@ -228,11 +228,28 @@ impl From<Status> for Error {
             (None, Code::OutOfRange) => Reason::PayloadTooLarge,
             (None, _) => Reason::Other,
         };
-        let mut error = Self::new(reason, status.code(), status.message());
+        let mut message = status.message().to_owned();
+        if reason == Reason::Transport {
+            append_causes(&mut message, &status);
+        }
+        let mut error = Self::new(reason, status.code(), message);
         error.0.field =
             details.bad_request().and_then(|bad| bad.field_violations.first()).map(|violation| violation.field.clone());
         error.0.retry_after = details.retry_info().and_then(|info| info.retry_delay);
         error
+    }
+}
+
+/// A transport's error says little; its causes say which: "connection refused", "certificate expired".
+fn append_causes(message: &mut String, status: &Status) {
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !message.contains(&text) {
+            message.push_str(": ");
+            message.push_str(&text);
+        }
+        cause = error.source();
     }
 }
 

@@ -9,11 +9,14 @@ use std::time::Duration;
 use absurd_proto::v1::absurd_service_server::AbsurdServiceServer;
 use absurd_proto::v1::test_clock_service_server::TestClockServiceServer;
 use anyhow::Context as _;
+use prost::Message as _;
+use prost_types::FileDescriptorSet;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_postgres::Config;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::codec::CompressionEncoding;
 use tonic::transport::{Identity, Server, ServerTlsConfig};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
@@ -31,6 +34,7 @@ use crate::store::connect;
 use crate::store::migrate::{self, Origin, Report};
 use crate::store::{Store, StoreOptions};
 use crate::transport::admission::{AdmissionLayer, AdmissionOptions};
+use crate::transport::compression::CompressionLayer;
 use crate::transport::test_clock::TestClock;
 use crate::transport::{Limits, Service, refusal};
 use crate::upkeep;
@@ -164,12 +168,15 @@ impl App {
         let test_clock = options.test_clock.then(|| TestClockServiceServer::new(TestClock::new(Arc::clone(&engine))));
         let router = server(options.tls.as_ref(), options.limits.header_list_bytes_max)?
             .layer(AdmissionLayer::new(options.admission))
+            .layer(CompressionLayer)
             .layer(refusal::RefusalLayer { request_bytes_max: options.limits.request_bytes_max })
             .add_service(health_service)
-            .add_service(reflection().build_v1()?)
-            .add_service(reflection().build_v1alpha()?)
+            .add_service(reflection(options.test_clock)?.build_v1()?)
+            .add_service(reflection(options.test_clock)?.build_v1alpha()?)
             .add_service(
                 AbsurdServiceServer::new(Service::new(Arc::clone(&engine), options.limits))
+                    .accept_compressed(CompressionEncoding::Gzip)
+                    .send_compressed(CompressionEncoding::Gzip)
                     .max_decoding_message_size(options.limits.request_bytes_max)
                     .max_encoding_message_size(usize::MAX),
             )
@@ -338,10 +345,13 @@ fn server(tls: Option<&(PathBuf, PathBuf)>, header_list_bytes_max: u32) -> anyho
     Ok(server.tls_config(ServerTlsConfig::new().identity(identity).timeout(Duration::from_secs(10)))?)
 }
 
-fn reflection<'a>() -> tonic_reflection::server::Builder<'a> {
-    tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(absurd_proto::FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+/// Lists what is served, and nothing else: a client that finds a service by reflection calls it.
+fn reflection<'a>(test_clock: bool) -> anyhow::Result<tonic_reflection::server::Builder<'a>> {
+    let mut served = FileDescriptorSet::decode(absurd_proto::FILE_DESCRIPTOR_SET)?;
+    served.file.retain(|file| test_clock || !file.name().ends_with("/test_clock.proto"));
+    Ok(tonic_reflection::server::Builder::configure()
+        .register_file_descriptor_set(served)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET))
 }
 
 /// One per process: where it runs, which process, and something that no other has.

@@ -14,6 +14,7 @@ use crate::counts::Counts;
 use crate::dispatch::{DispatchOptions, Dispatcher};
 use crate::domain::{Digest, Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};
 use crate::doorbell::Hints;
+use crate::hot_retries::HotRetries;
 use crate::looks::Looks;
 use crate::maintenance::{Emissions, InUse};
 use crate::planted::{self, Bug};
@@ -61,6 +62,7 @@ pub struct Engine {
     suspends: Committer<Suspends>,
     emits: Committer<Emits>,
     backlog: Backlog,
+    hot_retries: HotRetries,
 }
 
 /// Bounds of what waits.
@@ -103,6 +105,7 @@ impl Engine {
             suspends: Committer::new(Suspends { store: store.clone() }, most),
             emits: Committer::new(Emits { store: store.clone() }, most),
             backlog: Backlog::new(bounds.backlog_max),
+            hot_retries: HotRetries::default(),
             hints,
             feed,
             store,
@@ -135,7 +138,7 @@ impl Engine {
     pub async fn spawn(&self, scope: &Scope, task: NewTask, deadline: Deadline) -> Result<Spawned, Error> {
         let name = task.name.as_str().to_owned();
         let keyed = task.idempotency_key.is_some();
-        self.backlog.admit(&self.store, scope, 1).await?;
+        self.backlog.admit(&self.store, scope, usize::from(task.start.is_none())).await?;
         let spawned = self.spawner.submit((scope.clone(), keyed), task, deadline).await?;
         self.spawned(scope, &spawned, name);
         Ok(spawned)
@@ -149,7 +152,9 @@ impl Engine {
         deadline: Deadline,
     ) -> Result<Vec<Spawned>, Error> {
         let tasks: Arc<[NewTask]> = tasks.into();
-        self.backlog.admit(&self.store, scope, tasks.len()).await?;
+        // A task for later is no backlog yet.
+        let at_once = tasks.iter().filter(|task| task.start.is_none()).count();
+        self.backlog.admit(&self.store, scope, at_once).await?;
         let left = deadline.saturating_duration_since(Deadline::now());
         let turn = self.bulk.take(tasks.len(), left).await.map_err(|after| match deadline > Deadline::now() {
             true => Error::TooManyRequests { after },
@@ -283,7 +288,12 @@ impl Engine {
                 self.dispatcher.left(queue, run_id);
                 let Some(failed) = settled.failed else { return };
                 match failed.task_state {
-                    State::Pending => self.dispatcher.new_work(scope.queue()),
+                    State::Pending => {
+                        self.dispatcher.new_work(scope.queue());
+                        if let Some((_, attempt, _)) = failed.next.filter(|_| !settled.replayed) {
+                            self.hot_retries.note(&self.store, scope, settled.task_id, attempt);
+                        }
+                    }
                     State::Sleeping => {
                         let ms = failed.next_in_ms.max(0).unsigned_abs();
                         self.dispatcher.note_available(queue, Duration::from_millis(ms));

@@ -4,6 +4,7 @@
 //! types, only `store` knows SQL, and `app` is the one place that knows everybody.
 
 pub mod activity;
+pub mod address;
 pub mod app;
 pub mod awaited;
 pub mod backlog;
@@ -15,6 +16,7 @@ pub mod domain;
 pub mod doorbell;
 pub mod engine;
 pub mod gate;
+mod hot_retries;
 pub mod libpq;
 pub mod looks;
 pub mod maintenance;

@@ -1,7 +1,7 @@
 //! Metrics: every name in one place, and the plain HTTP address where they are read.
 //!
-//! Names follow Prometheus: base units, `_total` for counters. No label holds an id. The one label with a name that a caller
-//! chose is the queue of `absurd_queue_trouble`, which is bounded.
+//! Names follow Prometheus: base units, `_total` for counters. No label holds an id or a name that a caller chose, but for the
+//! queue where the metric is about faults of one queue; those are bounded.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -76,6 +76,11 @@ pub fn claimed(count: usize) {
 /// A claim went back without an outcome.
 pub fn released(why: &'static str) {
     counter!("absurd_released_claims_total", "why" => why).increment(1);
+}
+
+/// A task failed beyond its fifth attempt and is tried again without a pause.
+pub fn hot_retry(queue: &str) {
+    counter!("absurd_hot_retries_total", "queue" => queue.to_owned()).increment(1);
 }
 
 /// Tasks that are set aside, in the whole database.

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use serde::Deserialize;
 
+use crate::address::{deserialize_listen, parse_listen};
 use crate::app::AppOptions;
 use crate::dispatch::DispatchOptions;
 use crate::engine::EngineOptions;
@@ -91,8 +92,9 @@ settings! {
     /// Database to LISTEN on [default: the same]; name Postgres itself, where the other URL goes through a pooler
     #[arg(long, env = "ABSURD_LISTEN_DATABASE_URL", hide_env_values = true, value_name = "URL")]
     listen_database_url: Secret,
-    /// Address to serve on [default: 127.0.0.1:50051]
-    #[arg(long, env = "ABSURD_LISTEN", value_name = "ADDR:PORT")]
+    /// Address to serve on, as HOST:PORT, or :PORT for this machine alone [default: 127.0.0.1:50051]
+    #[arg(long, env = "ABSURD_LISTEN", value_name = "ADDR:PORT", value_parser = parse_listen)]
+    #[serde(deserialize_with = "deserialize_listen")]
     listen: SocketAddr,
     /// Install or upgrade the schemas before serving
     #[arg(long, env = "ABSURD_MIGRATE", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
@@ -125,6 +127,9 @@ settings! {
     /// Refuse calls about a run that show no claim token
     #[arg(long, env = "ABSURD_REQUIRE_CLAIM_TOKEN", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     require_claim_token: bool,
+    /// Attempts of a task whose spawn over gRPC names neither max_attempts nor unlimited_attempts [default: 5]
+    #[arg(long, env = "ABSURD_DEFAULT_MAX_ATTEMPTS", value_name = "N")]
+    default_max_attempts: i32,
     /// Claim streams on one connection at most [default: 10000]
     #[arg(long, env = "ABSURD_MAX_STREAMS_PER_CONNECTION", value_name = "N")]
     max_streams_per_connection: usize,
@@ -165,7 +170,8 @@ settings! {
     #[arg(long, env = "ABSURD_MAX_STALL", value_name = "SPAN")]
     max_stall: Span,
     /// Address for /metrics, /livez and /readyz over plain HTTP [default: none]
-    #[arg(long, env = "ABSURD_METRICS_LISTEN", value_name = "ADDR:PORT")]
+    #[arg(long, env = "ABSURD_METRICS_LISTEN", value_name = "ADDR:PORT", value_parser = parse_listen)]
+    #[serde(deserialize_with = "deserialize_listen")]
     metrics_listen: SocketAddr,
     /// Longest graceful shutdown [default: 20s]
     #[arg(long, env = "ABSURD_SHUTDOWN_GRACE", value_name = "SPAN")]
@@ -268,6 +274,7 @@ impl Settings {
                 request_bytes_max: self.max_request_bytes.unwrap_or(limits.request_bytes_max),
                 header_list_bytes_max: self.max_header_list_bytes.unwrap_or(limits.header_list_bytes_max),
                 require_claim_token: self.require_claim_token.unwrap_or(false),
+                default_max_attempts: attempts(self.default_max_attempts, limits.default_max_attempts)?,
             },
             admission: AdmissionOptions {
                 requests_max: within("max-requests", self.max_requests, admission.requests_max, COUNT_MAX)?,
@@ -326,6 +333,14 @@ fn bounded<T: PartialOrd + From<u8> + std::fmt::Display + Copy>(
         anyhow::bail!("{name} must be 1 to {most}, not {value}");
     }
     Ok(asked)
+}
+
+/// Attempts of a task.
+fn attempts(asked: Option<i32>, usual: i32) -> anyhow::Result<i32> {
+    match asked.unwrap_or(usual) {
+        attempts @ 1.. => Ok(attempts),
+        attempts => anyhow::bail!("default-max-attempts must be at least 1, not {attempts}"),
+    }
 }
 
 /// The same, where there is a usual one.

@@ -41,17 +41,46 @@ returns table (found_task boolean, known boolean, owned boolean, state text, exp
 language plpgsql as $$
 #variable_conflict use_column
 declare
+  v_run record;
+  v_mark record;
+  v_held record;
   v_end record;
   v_event text;
-  v_own uuid;
 begin
-  execute format('select r.task_id from absurd.%I r where r.run_id = $1', 'r_' || p_queue) into v_own using p_run_id;
-  if p_awaited_queue = p_queue and p_task_id = v_own then
+  execute format('select r.task_id, r.state = ''running''
+                         and coalesce($2 is null or right(r.claimed_by, 23) = ''#'' || $2, false) as live
+                    from absurd.%I r where r.run_id = $1', 'r_' || p_queue) into v_run using p_run_id, p_digest;
+  if p_awaited_queue = p_queue and p_task_id = v_run.task_id then
     raise exception 'a task cannot wait for its own end';
   end if;
-  select * into v_end from absurd_server.task_end(p_awaited_queue, p_task_id);
-  if not v_end.known then
+  execute format('select c.state, c.status from absurd.%I c where c.task_id = $1 and c.checkpoint_name = $2', 'c_' || p_queue)
+    into v_mark using v_run.task_id, p_step;
+  if to_regclass(format('absurd.%I', 't_' || p_awaited_queue)) is not null then
+    select * into v_end from absurd_server.task_end(p_awaited_queue, p_task_id);
+    found_task := v_end.known;
+  else
     found_task := false;
+  end if;
+  -- The step's own result comes first: the task that it waited for may be gone since. A run that is not live goes the usual
+  -- way, which knows a call that was said twice, as long as there is a task to name the event by. Only the run and its task are
+  -- locked here, no event.
+  if (v_mark.state is not null or v_mark.status = 'timed_out') and (v_run.live or not found_task) then
+    select * into v_held from absurd_server.hold_run(p_queue, p_run_id, p_digest);
+    found_task := true;
+    known := v_held.known;
+    owned := v_held.owned;
+    state := v_held.state;
+    expired := v_held.expired;
+    if v_held.state = 'running' and v_held.owned then
+      execute format('update absurd.%I r set event_payload = null where r.run_id = $1 and r.event_payload is not null',
+                     'r_' || p_queue) using p_run_id;
+      outcome := case when v_mark.state is not null then 'payload' else 'timed_out' end;
+      payload := v_mark.state;
+    end if;
+    return next;
+    return;
+  end if;
+  if not found_task then
     return next;
     return;
   end if;

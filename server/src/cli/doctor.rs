@@ -7,7 +7,7 @@ use indicatif::ProgressBar;
 use serde_json::json;
 use tokio_postgres::Row;
 
-use super::output::{self, Output};
+use super::output::{self, Output, out};
 use crate::domain::QueueName;
 use crate::scope::Caller;
 use crate::settings::{Secret, resolve_database};
@@ -373,7 +373,7 @@ fn print(how: Output, version: &str, report: &Report, upkeep: &[Row], findings: 
         ("doorbell", if report.doorbell { "on".into() } else { "off".into() }),
     ]);
     if !upkeep.is_empty() {
-        println!();
+        out!("");
         let rows: Vec<Vec<String>> = upkeep
             .iter()
             .map(|row| {
@@ -388,10 +388,10 @@ fn print(how: Output, version: &str, report: &Report, upkeep: &[Row], findings: 
         output::table(&["queue", "last upkeep", "tasks deleted", "events deleted", "partitions dropped"], &rows);
     }
     for finding in findings {
-        println!("\n{}: {}\n  {}", if finding.wrong { "wrong" } else { "note" }, finding.what, finding.mend);
+        out!("\n{}: {}\n  {}", if finding.wrong { "wrong" } else { "note" }, finding.what, finding.mend);
     }
     if !findings.iter().any(|finding| finding.wrong) {
-        println!("\nnothing to mend");
+        out!("\nnothing to mend");
     }
 }
 

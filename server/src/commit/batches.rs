@@ -40,10 +40,7 @@ impl Spawns {
         match spawning {
             Ok(spawning) => {
                 hand_over.deliver(spawning.claims);
-                let mut spawned = spawning.answers.iter().flatten();
-                if spawned.any(|spawned| spawned.fresh && !spawned.claimed) {
-                    self.dispatcher.new_work(scope.queue());
-                }
+                self.note_work(scope, tasks, &spawning.answers);
                 Ok(spawning.answers)
             }
             Err(fault) => {
@@ -52,6 +49,24 @@ impl Spawns {
                 }
                 Err(fault)
             }
+        }
+    }
+
+    /// Wakes the dispatcher for what can be claimed now, and sets its timer for what can be claimed later.
+    fn note_work(&self, scope: &Scope, tasks: &[&NewTask], answers: &[Result<Spawned, Error>]) {
+        let now = self.store.now();
+        let mut at_once = false;
+        for (task, spawned) in tasks.iter().zip(answers) {
+            if !spawned.as_ref().is_ok_and(|spawned| spawned.fresh && !spawned.claimed) {
+                continue;
+            }
+            match task.start.zip(now).map(|(start, now)| start.delay_from(now)).filter(|wait| !wait.is_zero()) {
+                Some(wait) => self.dispatcher.note_available(scope.queue(), wait),
+                None => at_once = true,
+            }
+        }
+        if at_once {
+            self.dispatcher.new_work(scope.queue());
         }
     }
 

@@ -9,11 +9,12 @@ use tokio_postgres::Row;
 use super::batch::RunRef;
 use super::statement::{
     EVENT_EMIT, EVENT_EMIT_MORE, EVENT_LIST_UNFINISHED, TASK_AWAIT, TASK_LIST_AWAITED, TASK_LIST_AWAITED_QUEUES,
-    TASK_SETTLE_AWAITED,
+    TASK_SETTLE_AWAITED, WAIT_LIST_EVENT, WAIT_LIST_TASK,
 };
 use super::suspend::{Awaited, awaited, millis};
+use super::text::ANSWER_BYTES_MAX;
 use super::{Fault, Store, Wait};
-use crate::domain::{CheckpointName, Digest, Error, EventName, JsonText, QueueName, TaskId};
+use crate::domain::{CheckpointName, Digest, Error, EventName, JsonText, QueueName, RunId, TaskId};
 use crate::scope::Scope;
 
 /// Runs that one transaction wakes at most.
@@ -41,7 +42,37 @@ pub struct StepWait<'a> {
     pub timeout: Option<Duration>,
 }
 
+/// Which waits.
+#[derive(Debug, Clone)]
+pub enum WaitsOf {
+    /// Those of a task.
+    Task(TaskId),
+    /// Those for an event.
+    Event(EventName),
+}
+
 impl Store {
+    /// A page of waits after a run and a step; the last row may be the first of the next page (`beyond`).
+    pub async fn wait_list(
+        &self,
+        scope: &Scope,
+        of: &WaitsOf,
+        after: (RunId, &str),
+        limit: i64,
+    ) -> Result<Vec<Row>, Error> {
+        let name;
+        let (statement, of): (_, &(dyn ToSql + Sync)) = match of {
+            WaitsOf::Task(task_id) => (&WAIT_LIST_TASK, task_id),
+            WaitsOf::Event(event) => {
+                name = event.as_str();
+                (&WAIT_LIST_EVENT, &name)
+            }
+        };
+        let params: [&(dyn ToSql + Sync); 5] = [of, &after.0, &after.1, &limit, &ANSWER_BYTES_MAX];
+        let rows = self.rows(statement, Wait::Skip, Some(scope), &params).await;
+        rows.map_err(|fault| fault.into_read_error(scope))
+    }
+
     /// Waits for the end of a task under the name of a step; the payload is how it ended. Repeating it is harmless.
     pub async fn task_await(
         &self,

@@ -46,6 +46,7 @@ const READ: &[&str] = &[
     "queue_policy",
     "run_find",
     "run_get",
+    "run_list",
     "task_awaited",
     "task_find",
     "task_get",
@@ -54,7 +55,11 @@ const READ: &[&str] = &[
     "task_list_awaited_queues",
     "task_list_edge",
     "task_result",
+    "task_search",
+    "wait_list_event",
+    "wait_list_task",
     "workflow_get",
+    "workflow_get_part",
     "workflow_list",
 ];
 
@@ -184,6 +189,7 @@ statements! {
     QUEUE_DROP = "queue_drop";
     QUEUE_GET = "queue_get";
     QUEUE_LIST = "queue_list";
+    QUEUE_LOCK = "queue_lock";
     QUEUE_POLICY = "queue_policy";
     QUEUE_SET_POLICY = "queue_set_policy";
     QUEUE_STATS = "queue_stats";
@@ -202,6 +208,7 @@ statements! {
     RUN_FAIL = "run_fail";
     RUN_FIND = "run_find";
     RUN_GET = "run_get";
+    RUN_LIST = "run_list";
     RUN_LIST_CLAIMED = "run_list_claimed";
     RUN_LIST_EXPIRED = "run_list_expired";
     RUN_LOCK = "run_lock";
@@ -228,14 +235,18 @@ statements! {
     TASK_RESULT = "task_result";
     TASK_RETRY = "task_retry";
     TASK_SETTLE_AWAITED = "task_settle_awaited";
+    TASK_SEARCH = "task_search";
     TASK_SPAWN = "task_spawn";
     TASK_SPAWN_CLAIMED = "task_spawn_claimed";
     TICK = "tick";
     UPKEEP_NOTE = "upkeep_note";
     UPKEEP_RUN = "upkeep_run";
     UPKEEP_TAKE = "upkeep_take";
+    WAIT_LIST_EVENT = "wait_list_event";
+    WAIT_LIST_TASK = "wait_list_task";
     WORKFLOW_CREATE = "workflow_create";
     WORKFLOW_GET = "workflow_get";
+    WORKFLOW_GET_PART = "workflow_get_part";
     WORKFLOW_LIST = "workflow_list";
     WORKFLOW_UPDATE = "workflow_update";
 }

@@ -9,11 +9,13 @@ use uuid::Uuid;
 use super::run::Slot;
 use super::statement::{
     KEY_RESERVE, QUEUE_GET, RUN_LOCK, Statement, TASK_CANCEL, TASK_CANCELLED, TASK_ENDED, TASK_FIND, TASK_FIND_KEYED,
-    TASK_GET, TASK_LIST, TASK_LIST_CANCELLABLE, TASK_LIST_EDGE, TASK_RESPAWN, TASK_RESULT, TASK_RETRY, TASK_SPAWN,
-    TASK_SPAWN_CLAIMED,
+    TASK_GET, TASK_LIST, TASK_LIST_CANCELLABLE, TASK_LIST_EDGE, TASK_RESPAWN, TASK_RESULT, TASK_RETRY, TASK_SEARCH,
+    TASK_SPAWN, TASK_SPAWN_CLAIMED,
 };
-use super::text::{ANSWER_BYTES_MAX, FIELD_BYTES_MAX, Part};
+use super::suspend::When;
+use super::text::{ANSWER_BYTES_MAX, FIELD_BYTES_MAX, HEADERS_BYTES_MAX, Part, cut};
 use super::{Fault, Store, Tx, Wait};
+use crate::domain::id::IdPart;
 use crate::domain::{Claim, ClaimToken, Error, Instant, JsonText, QueueName, RunId, State, TaskId, TaskName};
 use crate::scope::Scope;
 
@@ -38,6 +40,8 @@ pub struct NewTask {
     pub cancellation: Option<JsonText>,
     /// Business key.
     pub idempotency_key: Option<String>,
+    /// When it can first be claimed; None: at once.
+    pub start: Option<When>,
 }
 
 /// Ids of a spawned task.
@@ -91,6 +95,15 @@ pub struct Cancellable {
     pub run_id: Option<RunId>,
     /// Whether the policy cancels it now, and it is not set aside.
     pub due: bool,
+}
+
+/// What a search in one queue found.
+#[derive(Debug)]
+pub struct TaskSearch {
+    /// Tasks, newest first.
+    pub rows: Vec<Row>,
+    /// Whether older tasks of the queue were not looked at.
+    pub partial: bool,
 }
 
 impl Store {
@@ -202,8 +215,8 @@ impl Store {
         result: Option<Part>,
     ) -> Result<Row, Error> {
         let (params, result) = (Part::params(params), Part::params(result));
-        let values: [&(dyn postgres_types::ToSql + Sync); 6] =
-            [&task_id, &params.0, &params.1, &result.0, &result.1, &FIELD_BYTES_MAX];
+        let values: [&(dyn postgres_types::ToSql + Sync); 7] =
+            [&task_id, &params.0, &params.1, &result.0, &result.1, &FIELD_BYTES_MAX, &HEADERS_BYTES_MAX];
         self.rows(&TASK_GET, Wait::Skip, Some(scope), &values)
             .await
             .map_err(|fault| fault.into_read_error(scope))?
@@ -222,7 +235,7 @@ impl Store {
             .map(|row| TaskEnd {
                 task_id,
                 state: State::from_stored(row.get("state")),
-                text: row.get("text"),
+                text: row.get::<_, Option<String>>("text").map(|text| cut(text, ANSWER_BYTES_MAX)),
                 length: row.get("length"),
             })
             .ok_or(Error::TaskNotFound(task_id))
@@ -262,6 +275,29 @@ impl Store {
             .filter(|row| row.get::<_, i64>("seen") == 10_000)
             .and_then(|row| row.get::<_, Option<String>>("edge").and_then(|edge| Uuid::try_parse(&edge).ok()));
         Ok((rows, next))
+    }
+
+    /// Whether there is such a task.
+    pub async fn task_exists(&self, scope: &Scope, task_id: TaskId) -> Result<(), Error> {
+        let little = Some(Part { offset: 0, limit: 1 });
+        self.task_get(scope, task_id, little, little).await.map(drop)
+    }
+
+    /// Tasks whose ids have a part in common with what somebody has copied; newest first. Waits for a locked queue at most
+    /// `lock_wait`.
+    pub async fn task_search(
+        &self,
+        scope: &Scope,
+        part: &IdPart,
+        limit: i64,
+        lock_wait: Duration,
+    ) -> Result<TaskSearch, Fault> {
+        let (from, to) = part.range();
+        let params: [&(dyn postgres_types::ToSql + Sync); 5] = [&from, &to, &part.whole(), &part.end(), &limit];
+        let rows = self.rows_within(lock_wait, &TASK_SEARCH, Wait::Skip, Some(scope), &params).await?;
+        let partial = rows.first().is_some_and(|row| row.get("partial"));
+        let rows = rows.into_iter().filter(|row| row.get::<_, Option<Uuid>>("task_id").is_some()).collect();
+        Ok(TaskSearch { rows, partial })
     }
 
     /// Cancels a task; says whether this call did it, and the state now.
@@ -476,6 +512,8 @@ struct Columns<'a> {
     max_attempts: Vec<Option<i32>>,
     cancellations: Vec<Option<&'a JsonText>>,
     keys: Vec<Option<&'a str>>,
+    starts: Vec<Option<Instant>>,
+    delays: Vec<Option<i64>>,
     workers: Vec<Option<&'a str>>,
     digests: Vec<Option<String>>,
     leases: Vec<Option<i32>>,
@@ -493,6 +531,8 @@ impl<'a> Columns<'a> {
             max_attempts: Vec::new(),
             cancellations: Vec::new(),
             keys: Vec::new(),
+            starts: Vec::new(),
+            delays: Vec::new(),
             workers: Vec::new(),
             digests: Vec::new(),
             leases: Vec::new(),
@@ -507,6 +547,8 @@ impl<'a> Columns<'a> {
             columns.max_attempts.push(task.max_attempts);
             columns.cancellations.push(task.cancellation.as_ref());
             columns.keys.push(task.idempotency_key.as_deref());
+            columns.starts.push(task.start.and_then(When::at));
+            columns.delays.push(task.start.and_then(When::after_us));
             columns.workers.push(slot.map(|slot| slot.worker_id.as_str()));
             columns.digests.push(slot.map(|slot| slot.secret.digest().as_str().to_owned()));
             columns.leases.push(slot.map(Slot::lease));
@@ -534,6 +576,8 @@ impl<'a> Columns<'a> {
             &self.max_attempts,
             &self.cancellations,
             &self.keys,
+            &self.starts,
+            &self.delays,
         ];
         if self.has_slots() {
             params.extend([&self.workers as &(dyn postgres_types::ToSql + Sync), &self.digests, &self.leases]);

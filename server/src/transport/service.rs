@@ -44,6 +44,8 @@ pub struct Limits {
     pub header_list_bytes_max: u32,
     /// Refuse per-run calls without a token.
     pub require_claim_token: bool,
+    /// Attempts of a task whose spawn says nothing about them.
+    pub default_max_attempts: i32,
 }
 
 impl Limits {
@@ -91,6 +93,7 @@ impl Default for Limits {
             request_bytes_max: 16 * 1024 * 1024,
             header_list_bytes_max: 64 * 1024,
             require_claim_token: false,
+            default_max_attempts: 5,
         }
     }
 }
@@ -520,5 +523,18 @@ impl AbsurdService for Service {
 
     async fn list_tasks(&self, request: Request<pb::ListTasksRequest>) -> Reply<pb::ListTasksResponse> {
         reply(in_time(deadline(&request), self.list_tasks_page(request.into_inner())).await)
+    }
+
+    async fn list_runs(&self, request: Request<pb::ListRunsRequest>) -> Reply<pb::ListRunsResponse> {
+        reply(in_time(deadline(&request), self.list_runs_page(request.into_inner())).await)
+    }
+
+    async fn list_waits(&self, request: Request<pb::ListWaitsRequest>) -> Reply<pb::ListWaitsResponse> {
+        reply(in_time(deadline(&request), self.list_waits_page(request.into_inner())).await)
+    }
+
+    async fn find(&self, request: Request<pb::FindRequest>) -> Reply<pb::FindResponse> {
+        let deadline = deadline(&request);
+        reply(in_time(deadline, self.find_tasks(request.into_inner(), deadline)).await)
     }
 }

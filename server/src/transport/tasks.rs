@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::convert::{self, chosen_id, duration_between, pb_spawned, pb_state, scope, state_filter};
 use super::deadline::DEADLINE;
+use super::page_token;
 use super::service::{AWAIT_MAX, Service};
 use crate::domain::Error;
 use crate::domain::id::parse_uuid;
@@ -89,8 +90,13 @@ impl Service {
         let state = state_filter(request.state)?;
         let (rows, next) =
             self.engine.store.task_list(&scope, before, state, request.task_name.as_deref(), limit).await?;
+        let page = page_token::fit(&rows, |row| row.get::<_, &str>("task_name").len());
+        let next = match page.last().filter(|_| page.len() < rows.len()) {
+            Some(row) => Some(row.get("task_id")),
+            None => next,
+        };
         Ok(pb::ListTasksResponse {
-            tasks: rows.iter().map(convert::pb_task_summary).collect(),
+            tasks: page.iter().map(convert::pb_task_summary).collect(),
             next_page_token: next.map(|id| id.to_string()).unwrap_or_default(),
         })
     }
