@@ -149,8 +149,8 @@ async fn locked_queues_stop_no_other() {
     let began = Instant::now();
     let task_id = lapse(&server, "good").await;
     until_swept(&server, "good", task_id).await;
-    let end = client("other").await_task_result(child.task_id, Some(Duration::from_secs(30)));
-    let end = tokio::spawn(end);
+    let waits = client("other");
+    let end = tokio::spawn(async move { waits.await_task_result(child.task_id, Some(Duration::from_secs(30))).await });
     let run = client("other").claim_task(ClaimOptions::default()).await.unwrap().remove(0);
     run.complete(&j!("done")).await.unwrap();
     assert_eq!(in_time("the waiter wakes", end).await.unwrap().unwrap().state, State::Completed);
@@ -231,7 +231,8 @@ async fn a_queue_that_is_locked_for_writes_is_read() {
 #[tokio::test(flavor = "multi_thread")]
 async fn polling_makes_a_queue_one_that_is_looked_at() {
     let server = Server::start().await;
-    let poll = || server.client().claim_task(ClaimOptions::default().claim_timeout(Duration::from_secs(1)));
+    let client = server.client();
+    let poll = || client.claim_task(ClaimOptions::default().claim_timeout(Duration::from_secs(1)));
     let cancelled = SpawnOptions::default().max_duration(Duration::from_secs(1));
     let cancelled = server.client().spawn_task("n", &j!(1), cancelled).await.unwrap();
     let kept = server.client().spawn_task("n", &j!(2), SpawnOptions::default().max_attempts(2)).await.unwrap();
