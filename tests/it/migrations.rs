@@ -107,7 +107,7 @@ async fn an_outdated_replica_drains_itself() {
         panic!("the stream ended without a word");
     };
     let reason = absurd_tests::in_time("the stream ends", ending).await;
-    assert_eq!(reason, absurd_proto::v1::EndReason::Shutdown);
+    assert_eq!(reason, absurd_proto::v1::EndReason::ServerShutdown);
     server.line("must be upgraded").await;
     assert_eq!(server.exit_code().await, Some(1));
 }
