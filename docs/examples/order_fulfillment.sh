@@ -15,13 +15,19 @@ if [ "${1:-}" = charge ]; then
   exec jq -cn --arg id "pay-$2" --argjson amount "$3" '{$id, $amount}'
 fi
 
-order=$(cat)
-field() { printf %s "$order" | jq -r ".$1"; }
-order_id=$(field order_id)
+field() { printf %s "$1" | jq -er ".$2" || { echo "no $2 in $1" >&2; exit 1; }; }
 
-payment=$(absurd step process-payment -- "$0" charge "$order_id" "$(field amount)")
-absurd step reserve-inventory -- echo "reserved $(field 'items | join(",")')" >&2
+# Each value gets a line of its own: `set -e` does not see a failure inside of another command's arguments.
+order=$(cat)
+order_id=$(field "$order" order_id)
+amount=$(field "$order" amount)
+items=$(field "$order" 'items | join(",")')
+email=$(field "$order" email)
+
+payment=$(absurd step process-payment -- "$0" charge "$order_id" "$amount")
+absurd step reserve-inventory -- echo "reserved $items" >&2
 shipment=$(absurd await-event "shipment.packed:$order_id")
-absurd step send-notification -- echo "to $(field email): $(printf %s "$shipment" | jq -r .tracking_number)" >&2
+tracking_number=$(field "$shipment" tracking_number)
+absurd step send-notification -- echo "to $email: $tracking_number" >&2
 jq -cn --argjson payment "$payment" --argjson shipment "$shipment" \
   '{order_id: $payment.id, tracking_number: $shipment.tracking_number}'

@@ -123,6 +123,10 @@ pub fn resolve(text: Option<&str>, environment: &Environment<'_>) -> Result<Reso
     for name in IGNORED {
         parts.remove(*name);
     }
+    // The address of another host, from the environment, says nothing about a socket.
+    if parts.get("host").is_some_and(|host| host.starts_with('/')) {
+        parts.remove("hostaddr");
+    }
     refuse_tls(&mut parts)?;
     let passfile = parts.remove("passfile");
     let user = parts.entry("user".into()).or_insert_with(|| whoami::username().unwrap_or_else(|_| "postgres".into()));
@@ -416,4 +420,112 @@ fn fields(line: &str) -> Vec<(String, bool)> {
         }
     }
     fields.into_iter().zip(escaped).map(|(field, escaped)| (field.clone(), field == "*" && !escaped)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use tokio_postgres::config::Host;
+
+    use super::*;
+
+    fn resolved(text: Option<&str>, variables: &[(&str, &str)]) -> Result<Resolved, Problem> {
+        let variable =
+            |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned());
+        resolve(text, &Environment { variable: &variable })
+    }
+
+    /// Host, port, database, user, password of what comes out.
+    fn told(config: &Config) -> String {
+        let host = match config.get_hosts().first() {
+            Some(Host::Tcp(name)) => name.clone(),
+            Some(Host::Unix(path)) => path.display().to_string(),
+            None => "-".into(),
+        };
+        let password = config.get_password().map_or("-".into(), String::from_utf8_lossy);
+        let port = config.get_ports().first().map_or("-".into(), u16::to_string);
+        format!("{host} {port} {} {} {password}", config.get_dbname().unwrap_or("-"), config.get_user().unwrap_or("-"))
+    }
+
+    #[test]
+    fn urls_and_pairs_are_read_as_libpq_reads_them() {
+        for (text, expected) in [
+            ("postgresql://me:p%40w@h:6000/d", "h 6000 d me p@w"),
+            ("postgres://me@[::1]:6000/d\n", "::1 6000 d me -"),
+            ("postgresql://me@%2Fvar%2Frun/d", "/var/run - d me -"),
+            ("postgresql://me@h?password=a%26b", "h - me me a&b"),
+            ("postgresql:///d?host=/tmp&user=me", "/tmp - d me -"),
+            ("postgresql://me@one:1,two:2/d", "one 1 d me -"),
+            ("postgresql://me@one,two:2/d", "one 5432 d me -"),
+            ("  host=h  port = 5 dbname='my d' user=me password='it\\'s' ", "h 5 my d me it's"),
+            ("host=h user=me password=a\\ b", "h - me me a b"),
+            ("host=h user=me application_name=x sslrootcert=/x sslmode=prefer", "h - me me -"),
+        ] {
+            assert_eq!(told(&resolved(Some(text), &[]).unwrap().config), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn each_source_fills_what_the_ones_before_it_leave_open() {
+        let home = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str, mode: u32| {
+            let path = home.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            path.display().to_string()
+        };
+        let services =
+            write("services", "# ours\n[other]\nhost=no\n\n[app]\nhost = s\nport=7\nuser=sam\n[app]\nhost=x\n", 0o644);
+        let passes = write("passes", "# h\nh:*:d:me:word\\:one\ns:7:*:sam:two\n*:*:*:*:any\n", 0o600);
+        let open = write("open", "*:*:*:*:any\n", 0o644);
+        let of = |text: Option<&str>, variables: &[(&str, &str)]| {
+            let always = [("PGSERVICEFILE", services.as_str()), ("PGPASSFILE", passes.as_str())];
+            let variables: Vec<_> = variables.iter().copied().chain(always).collect();
+            told(&resolved(text, &variables).unwrap().config)
+        };
+        assert_eq!(of(Some("host=h dbname=d user=me"), &[]), "h - d me word:one");
+        assert_eq!(of(Some("host=h dbname=d user=me"), &[("PGPASSWORD", "env")]), "h - d me env");
+        assert_eq!(of(Some("host=h dbname=d user=me password=own"), &[("PGPASSWORD", "env")]), "h - d me own");
+        assert_eq!(of(Some("service=app"), &[("PGHOST", "e"), ("PGPORT", "9"), ("PGDATABASE", "d")]), "s 7 d sam two");
+        assert_eq!(of(Some("service=app host=h"), &[("PGDATABASE", "d")]), "h 7 d sam any");
+        assert_eq!(of(None, &[("PGSERVICE", "app"), ("PGUSER", "x")]), "s 7 sam sam two");
+        assert_eq!(of(None, &[("PGHOST", "e"), ("PGUSER", "x"), ("PGPASSWORD", "p")]), "e - x x p");
+        assert_eq!(of(Some("host=h dbname=x user=me"), &[("PGHOST", "e")]), "h - x me any");
+        let unread = resolved(Some("host=h user=me"), &[("PGPASSFILE", &open)]).unwrap();
+        assert_eq!(told(&unread.config), "h - me me -");
+        assert!(unread.warnings[0].contains("chmod 600"), "{:?}", unread.warnings);
+        let missing = resolved(Some("service=nope"), &[("PGSERVICEFILE", &services)]).unwrap_err();
+        assert!(missing.to_string().contains("\"nope\" is in no service file"), "{missing}");
+        let broken = write("broken", "[app]\nhost=h\nhots=x\n", 0o644);
+        let broken = resolved(Some("service=app"), &[("PGSERVICEFILE", &broken)]).unwrap_err();
+        assert!(broken.to_string().ends_with("line 3: it names an option that there is not"), "{broken}");
+    }
+
+    #[test]
+    fn what_cannot_be_kept_is_refused_in_a_sentence_without_a_value() {
+        for (text, expected) in [
+            ("postgresql://me:canary@h/d?sslmode=require", "without TLS"),
+            ("host=h password=canary sslmode=verify-full", "without TLS"),
+            ("host=h password=canary channel_binding=require", "channel_binding=require needs TLS"),
+            ("host=h password=canary gssencmode=require", "gssencmode"),
+            ("host=h password=canary sslmode=canary", "sslmode must be"),
+            ("host=h password=canary port=canary", "port has a value"),
+            ("host=h password=canary connect_timeout=canary", "connect_timeout has a value"),
+            ("host=h password=canary target_session_attrs=canary", "target_session_attrs must be"),
+            ("host=h,i password=canary port=1,2,3", "as many as there are hosts"),
+            ("postgresql://me:canary@h:canary/d", "port has a value"),
+            ("postgresql://me:canary%@h/d", "%25"),
+            ("postgresql://me:canary@[h/d", "a [ without a ]"),
+            ("postgresql://me@h/d?canary=x", "an option that there is not"),
+            ("postgresql://me@h/d?canary", "has no value"),
+            ("mysql://me:canary@h/d", "does not begin with postgresql://"),
+            ("host=h password=my canary", "no ="),
+            ("host=h password='canary", "does not end"),
+            ("canary", "no ="),
+        ] {
+            let error = resolved(Some(text), &[]).unwrap_err().to_string();
+            assert!(error.contains(expected) && !error.contains("canary"), "{text}: {error}");
+        }
+    }
 }

@@ -5,5 +5,5 @@ select
   (
     select count(*)::int
     from unnest(array['t', 'r', 'c', 'e', 'w']) as kind
-    where to_regclass(format('absurd.%I', kind || '_' || $1::text)) is not null
+    where to_regclass(format('absurd.%I', kind || '_' || coalesce($1::text, ''))) is not null
   ) as tables

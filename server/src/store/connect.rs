@@ -114,7 +114,9 @@ pub async fn check_for_migration(database: &Config, client: &Client) -> Result<F
 /// Two sessions that are open at the same time have a backend each, unless a pooler hands backends around between transactions.
 async fn refuse_pooler(database: &Config, client: &Client) -> Result<(), Error> {
     // Where there is no room for a second session, nothing can be said.
-    let Ok(other) = connect(database, "absurd probe").await else { return Ok(()) };
+    let limit = super::pool::Role::Work.statement_timeout();
+    let config = super::session_config(database, "absurd probe", limit, super::LOCK_WAIT);
+    let Ok(other) = connect(&config, "absurd probe").await else { return Ok(()) };
     let backend = async |client: &Client| -> Option<i32> {
         let messages = client.simple_query("select pg_backend_pid()").await.ok()?;
         messages.iter().find_map(|message| match message {
@@ -135,6 +137,13 @@ async fn refuse_pooler(database: &Config, client: &Client) -> Result<(), Error> 
                     .into(),
             ));
         }
+    }
+    let writer = other.query_one("select coalesce(current_setting('absurd_server.writer', true), '')", &[]).await;
+    if writer.is_ok_and(|row| row.get::<_, &str>(0) != "on") {
+        tracing::warn!(
+            "a pooler before the database drops the options of sessions (ignore_startup_parameters): time limits of the server \
+             do not hold; give the URL of Postgres itself"
+        );
     }
     Ok(())
 }
