@@ -100,7 +100,7 @@ impl Service {
         } else {
             let scope = scope(&request.queue)?;
             let search = self
-                .search(&scope, &part, limit, left(deadline))
+                .search(&scope, &part, limit, left(deadline).min(LOCK_WAIT_PATIENT))
                 .await
                 .map_err(|fault| fault.into_read_error(&scope))?;
             found.add(&scope, &search);
