@@ -31,9 +31,10 @@ use uuid::Uuid;
 
 use crate::{
     Awaited, CancelOutcome, CancellationRules, Checkpoint, ClaimOptions, ConnectOptions, Emitted, Error, FailOutcome,
-    Json, ListOptions, NewTask, NewWorkflowRun, Page, PolicyChanges, Queue, QueueOptions, QueuePolicy, QueueStats,
-    Reason, Retries, RetryOptions, Revoked, Run, Slept, SpawnOptions, Spawned, StreamOptions, Task, TaskResult,
-    TaskSummary, WaitError, WorkflowChange, WorkflowFilter, WorkflowRun, WorkflowStatus,
+    FindOptions, FoundTasks, Json, ListOptions, NewTask, NewWorkflowRun, Page, PolicyChanges, Queue, QueueOptions,
+    QueuePolicy, QueueStats, Reason, Retries, RetryOptions, Revoked, Run, Slept, SpawnOptions, Spawned, StreamOptions,
+    Task, TaskResult, TaskSummary, Wait, WaitError, WaitsOf, WorkflowChange, WorkflowFilter, WorkflowRun,
+    WorkflowStatus,
 };
 
 /// The runtime of all blocking clients, unless this thread belongs to one already.
@@ -142,6 +143,9 @@ impl AbsurdClient {
         get_run_status[](run_id: Uuid) -> Result<Option<Run>, Error>;
         get_task_result[](task_id: Uuid) -> Result<TaskResult, Error>;
         await_task_result[](task_id: Uuid, timeout: Option<Duration>) -> Result<TaskResult, Error>;
+        list_runs[](task_id: Uuid, page_size: i32, page_token: &str) -> Result<Page<Run>, Error>;
+        list_waits[](of: WaitsOf, page_size: i32, page_token: &str) -> Result<Page<Wait>, Error>;
+        find_tasks[](text: &str, options: FindOptions) -> Result<FoundTasks, Error>;
         list_tasks[](options: ListOptions) -> Result<Page<TaskSummary>, Error>;
         create_workflow_run[](new: NewWorkflowRun) -> Result<Uuid, Error>;
         update_workflow_run_status[](id: Uuid, status: WorkflowStatus, change: WorkflowChange) -> Result<bool, Error>;

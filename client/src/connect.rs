@@ -17,7 +17,8 @@ pub(crate) const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Options of a connection.
 #[derive(Debug, Clone)]
 pub struct ConnectOptions {
-    /// One URL, or several replicas' with commas between; `https` means TLS.
+    /// One URL, or several replicas' with commas between; `https` means TLS. `HOST:PORT` and `:PORT` (on this machine) are
+    /// URLs too, without TLS.
     pub url: String,
     /// TLS; the system's roots are not read: name what to trust.
     pub tls: TlsOptions,
@@ -66,23 +67,29 @@ impl ConnectOptions {
     /// One client per replica, which connects when it is first used, and again whenever it has to.
     pub(crate) fn replicas(&self) -> Result<Replicas, Error> {
         let mut clients = Vec::new();
-        for url in self.url.split(',').map(str::trim).filter(|url| !url.is_empty()) {
-            let client = AbsurdServiceClient::new(self.endpoint(url)?.connect_lazy())
+        for url in self.urls()? {
+            let client = AbsurdServiceClient::new(self.endpoint(&url)?.connect_lazy())
                 .max_decoding_message_size(MESSAGE_BYTES_MAX * 2)
                 .max_encoding_message_size(MESSAGE_BYTES_MAX);
             clients.push(client);
         }
-        if clients.is_empty() {
+        Ok(Replicas::new(clients))
+    }
+
+    /// The URL of each replica, with its scheme; at least one.
+    pub fn urls(&self) -> Result<Vec<String>, Error> {
+        let parts = self.url.split(',').map(str::trim).filter(|url| !url.is_empty());
+        let urls: Vec<String> = parts.map(whole_url).collect::<Result<_, _>>()?;
+        if urls.is_empty() {
             return Err(Error::argument("url", "must not be empty"));
         }
-        Ok(Replicas::new(clients))
+        Ok(urls)
     }
 
     /// A channel to the first replica.
     pub(crate) fn channel(&self) -> Result<Channel, Error> {
-        let url = self.url.split(',').map(str::trim).find(|url| !url.is_empty());
-        let url = url.ok_or_else(|| Error::argument("url", "must not be empty"))?;
-        Ok(self.endpoint(url)?.connect_lazy())
+        let url = self.urls()?.swap_remove(0);
+        Ok(self.endpoint(&url)?.connect_lazy())
     }
 
     fn endpoint(&self, url: &str) -> Result<Endpoint, Error> {
@@ -107,6 +114,19 @@ impl ConnectOptions {
     }
 }
 
+/// Adds what people leave out. The error repeats the scheme alone: a URL of another kind may hold a password.
+fn whole_url(text: &str) -> Result<String, Error> {
+    match text.split_once("://") {
+        Some(("http" | "https", _)) => Ok(text.to_owned()),
+        Some((scheme, _)) => {
+            let problem = format!("the scheme {scheme:?} is not http or https; expected {DEFAULT_URL} or the like");
+            Err(Error::argument("url", problem))
+        }
+        None if text.starts_with(':') => Ok(format!("http://127.0.0.1{text}")),
+        None => Ok(format!("http://{text}")),
+    }
+}
+
 impl TlsOptions {
     fn config(&self) -> Result<ClientTlsConfig, Error> {
         let read = |field: &str, path: &PathBuf| {
@@ -124,5 +144,20 @@ impl TlsOptions {
             config = config.domain_name(domain.clone());
         }
         Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_people_leave_out_of_a_url_is_added() {
+        let urls = ConnectOptions::new("127.0.0.1:50051, :6000,https://db.example,localhost:1").urls().expect("URLs");
+        let expected = ["http://127.0.0.1:50051", "http://127.0.0.1:6000", "https://db.example", "http://localhost:1"];
+        assert_eq!(urls, expected);
+        let error = ConnectOptions::new("postgresql://me:hunter2@db/app").urls().expect_err("a database");
+        assert!(error.message().contains("postgresql") && !error.message().contains("hunter2"), "{error}");
+        assert_eq!(ConnectOptions::new(" ,").urls().expect_err("none").field(), Some("url"));
     }
 }

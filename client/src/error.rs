@@ -85,6 +85,20 @@ reasons! {
     BacklogFull = "BACKLOG_FULL";
     /// Postgres cannot be reached or is busy.
     Unavailable = "UNAVAILABLE";
+    /// Postgres did not get the statement done in time.
+    DatabaseBusy = "DATABASE_BUSY";
+    /// Another session holds a lock on the queue's tables or rows.
+    QueueLocked = "QUEUE_LOCKED";
+    /// A trigger, a constraint or a policy on the queue's tables refuses a row; the message is the database's.
+    DatabaseRefused = "DATABASE_REFUSED";
+    /// The server's role lacks a right in its database.
+    DatabasePermission = "DATABASE_PERMISSION";
+    /// The queue's tables are not as the server knows them, or cannot be read.
+    QueueDamaged = "QUEUE_DAMAGED";
+    /// The server's schemas are missing from its database.
+    SchemaMissing = "SCHEMA_MISSING";
+    /// Postgres' own installation is broken.
+    DatabaseBroken = "DATABASE_BROKEN";
     /// The replica is leaving.
     ShuttingDown = "SHUTTING_DOWN";
     /// The call's deadline passed.
@@ -180,6 +194,8 @@ impl Error {
             self.reason(),
             Reason::Transport
                 | Reason::Unavailable
+                | Reason::DatabaseBusy
+                | Reason::QueueLocked
                 | Reason::ShuttingDown
                 | Reason::TooManyRequests
                 | Reason::StreamLimit
@@ -212,11 +228,28 @@ impl From<Status> for Error {
             (None, Code::OutOfRange) => Reason::PayloadTooLarge,
             (None, _) => Reason::Other,
         };
-        let mut error = Self::new(reason, status.code(), status.message());
+        let mut message = status.message().to_owned();
+        if reason == Reason::Transport {
+            append_causes(&mut message, &status);
+        }
+        let mut error = Self::new(reason, status.code(), message);
         error.0.field =
             details.bad_request().and_then(|bad| bad.field_violations.first()).map(|violation| violation.field.clone());
         error.0.retry_after = details.retry_info().and_then(|info| info.retry_delay);
         error
+    }
+}
+
+/// A transport's error says little; its causes say which: "connection refused", "certificate expired".
+fn append_causes(message: &mut String, status: &Status) {
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !message.contains(&text) {
+            message.push_str(": ");
+            message.push_str(&text);
+        }
+        cause = error.source();
     }
 }
 

@@ -60,10 +60,14 @@ pub use json::Json;
 pub use queues::{CLEANUP_LIMIT, DetachMode, PolicyChanges, Queue, QueueOptions, QueuePolicy, QueueStats, StorageMode};
 pub use registry::Revoked;
 pub use spawn::{
-    CancellationRules, NewTask, Retries, RetryStrategy, SpawnOptions, Spawned, spawn_cancellable_task, spawn_retry_task,
+    CancellationRules, NewTask, Retries, RetryStrategy, SpawnOptions, Spawned, Start, spawn_cancellable_task,
+    spawn_retry_task,
 };
 pub use stream::{ClaimStream, StreamOptions};
-pub use tasks::{Available, CancelOutcome, ListOptions, RetryOptions, Run, Task, TaskResult, TaskSummary};
-pub use waits::{AbsurdSleepError, Awaited, Emitted, Slept, WaitError};
+pub use tasks::{
+    Available, CancelOutcome, FindOptions, FoundTasks, ListOptions, RetryOptions, Run, Task, TaskMatch, TaskResult,
+    TaskSummary,
+};
+pub use waits::{AbsurdSleepError, Awaited, Emitted, Slept, Wait, WaitError, WaitsOf};
 pub use wire::{Page, State};
 pub use workflow::{NewWorkflowRun, WorkflowChange, WorkflowFilter, WorkflowRun, WorkflowStatus};

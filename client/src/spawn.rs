@@ -1,6 +1,6 @@
 //! Spawning tasks: what may be said about one, and what comes back.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use absurd_proto::v1 as pb;
 use serde::Serialize;
@@ -60,6 +60,24 @@ pub struct CancellationRules {
     pub max_duration: Option<Duration>,
 }
 
+/// When a task can first be claimed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// At a time of the database's clock; one in the past is at once.
+    At(SystemTime),
+    /// After this long by the database's clock.
+    After(Duration),
+}
+
+impl Start {
+    fn into_wire(self) -> pb::new_task::Start {
+        match self {
+            Self::At(at) => pb::new_task::Start::StartAt(at.into()),
+            Self::After(delay) => pb::new_task::Start::Delay(wire::duration(delay)),
+        }
+    }
+}
+
 /// How to spawn a task; the default is one attempt and nothing else.
 ///
 /// ```
@@ -74,9 +92,11 @@ pub struct CancellationRules {
 /// ```
 #[derive(Debug, Clone)]
 pub struct SpawnOptions {
-    /// Attempts at most; None: no limit. One, unless said otherwise: no retry unless asked for.
+    /// Attempts at most; None: the server's default, five. One, unless said otherwise: no retry unless asked for.
     pub max_attempts: Option<i32>,
-    /// None: retry at once.
+    /// As many attempts as it takes; `max_attempts` must be None.
+    pub unlimited_attempts: bool,
+    /// None: retry at once where `max_attempts` is set, else after pauses that grow from a second to five minutes.
     pub retry_strategy: Option<RetryStrategy>,
     /// When it is cancelled by itself.
     pub cancellation: CancellationRules,
@@ -88,18 +108,22 @@ pub struct SpawnOptions {
     pub workflow_run_id: Option<Uuid>,
     /// Id of the task, a `UUIDv7`; None: the client chooses, so that a retried call makes one task.
     pub task_id: Option<Uuid>,
+    /// When it can first be claimed; None: at once.
+    pub start: Option<Start>,
 }
 
 impl Default for SpawnOptions {
     fn default() -> Self {
         Self {
             max_attempts: Some(1),
+            unlimited_attempts: false,
             retry_strategy: None,
             cancellation: CancellationRules::default(),
             headers: Map::new(),
             idempotency_key: None,
             workflow_run_id: None,
             task_id: None,
+            start: None,
         }
     }
 }
@@ -109,6 +133,7 @@ impl SpawnOptions {
     #[must_use]
     pub fn max_attempts(mut self, attempts: i32) -> Self {
         self.max_attempts = Some(attempts);
+        self.unlimited_attempts = false;
         self
     }
 
@@ -116,6 +141,7 @@ impl SpawnOptions {
     #[must_use]
     pub fn unlimited_attempts(mut self) -> Self {
         self.max_attempts = None;
+        self.unlimited_attempts = true;
         self
     }
 
@@ -160,6 +186,20 @@ impl SpawnOptions {
         self.workflow_run_id = Some(workflow_run_id);
         self
     }
+
+    /// It can be claimed only from this time on.
+    #[must_use]
+    pub fn start_at(mut self, at: SystemTime) -> Self {
+        self.start = Some(Start::At(at));
+        self
+    }
+
+    /// It can be claimed only after this long.
+    #[must_use]
+    pub fn delay(mut self, delay: Duration) -> Self {
+        self.start = Some(Start::After(delay));
+        self
+    }
 }
 
 /// A task to be spawned with others.
@@ -193,6 +233,8 @@ impl NewTask {
                 idempotency_key: options.idempotency_key,
                 task_id: Some(options.task_id.unwrap_or_else(Uuid::now_v7).to_string()),
                 workflow_run_id: options.workflow_run_id.map(|id| id.to_string()),
+                unlimited_attempts: options.unlimited_attempts,
+                start: options.start.map(Start::into_wire),
             },
         }
     }

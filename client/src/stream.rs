@@ -81,6 +81,8 @@ struct Inside {
     extend_every: watch::Sender<Duration>,
     /// New tasks should show a sign of life soon.
     arrived: Notify,
+    /// Why the stream is not open, once opening it again has failed.
+    trouble: watch::Sender<Option<Error>>,
 }
 
 impl ClaimStream {
@@ -93,6 +95,7 @@ impl ClaimStream {
             closing: watch::Sender::new(false),
             extend_every: watch::Sender::new(extend_every),
             arrived: Notify::new(),
+            trouble: watch::Sender::new(None),
             options,
         });
         let until = client.deadline();
@@ -118,6 +121,12 @@ impl ClaimStream {
     /// The next task; None after [`ClaimStream::close`].
     pub async fn next(&mut self) -> Option<ClaimedTask> {
         self.tasks.recv().await
+    }
+
+    /// Why the stream is not open: None while it is, the error of the last try once opening it again has failed. A stream
+    /// that a replica ends politely and that opens at once elsewhere shows nothing here.
+    pub fn trouble(&self) -> watch::Receiver<Option<Error>> {
+        self.inside.trouble.subscribe()
     }
 
     /// Ends the stream: no more tasks; those that nobody took go back without using up an attempt. Leases of tasks that
@@ -248,12 +257,15 @@ async fn drive(inside: Arc<Inside>, first: Connected, tell: mpsc::UnboundedSende
             None => tokio::select! {
                 result = inside.connect() => match result {
                     Ok(open) => {
+                        inside.trouble.send_replace(None);
                         connected = Some(open);
                         continue;
                     }
                     Err(error) => {
                         tracing::debug!(%error, queue.name = inside.client.queue_name(), "cannot open the claim stream");
-                        backoff.after(&error)
+                        let wait = backoff.after(&error);
+                        inside.trouble.send_replace(Some(error));
+                        wait
                     }
                 },
                 _ = closing.changed() => return,

@@ -48,6 +48,8 @@ pub struct Task {
     pub idempotency_key: Option<String>,
     /// Tenant; None for the default one.
     pub tenant_id: Option<String>,
+    /// Whether headers over 1 MiB, or policies over 64 KiB, are left out; only plain SQL makes them so large.
+    pub details_omitted: bool,
 }
 
 impl Task {
@@ -69,6 +71,7 @@ impl Task {
             cancelled_at: wire::time(task.cancelled_at),
             idempotency_key: task.idempotency_key,
             tenant_id: task.tenant_id,
+            details_omitted: task.details_omitted,
         })
     }
 }
@@ -239,7 +242,73 @@ pub struct CancelOutcome {
     pub state: State,
 }
 
+/// A task that was found by a part of its id.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskMatch {
+    /// Its queue.
+    pub queue: String,
+    /// Id.
+    pub task_id: Uuid,
+    /// Name of the handler.
+    pub task_name: String,
+    /// State.
+    pub state: State,
+    /// When it was spawned.
+    pub enqueue_at: Option<SystemTime>,
+}
+
+/// What a search has found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundTasks {
+    /// Newest first.
+    pub tasks: Vec<TaskMatch>,
+    /// Whether these are all; there may be more where a queue was too long, or could not be read, or the time was over.
+    pub complete: bool,
+}
+
+/// Where to search, and for how many.
+#[derive(Debug, Clone, Default)]
+pub struct FindOptions {
+    /// In this queue; None: in all of them.
+    pub queue: Option<String>,
+    /// At most this many, 1 to 100; 0: 20.
+    pub limit: i32,
+}
+
 impl AbsurdClient {
+    /// A page of a task's runs in the order of their attempts, of 1 to 1,000; 0: 100. Payloads over 1.25 MiB are left out.
+    pub async fn list_runs(&self, task_id: Uuid, page_size: i32, page_token: &str) -> Result<Page<Run>, Error> {
+        let request = pb::ListRunsRequest {
+            queue: self.queue(),
+            task_id: task_id.to_string(),
+            page_size,
+            page_token: page_token.to_owned(),
+        };
+        let response = rpc!(self.list_runs(request))?;
+        Ok(Page {
+            items: response.runs.into_iter().map(Run::from_wire).collect::<Result<_, _>>()?,
+            next_page_token: response.next_page_token,
+        })
+    }
+
+    /// Finds tasks by the beginning or the end of their ids, 6 or more hexadecimal digits, or by a whole id, also of a run.
+    pub async fn find_tasks(&self, text: &str, options: FindOptions) -> Result<FoundTasks, Error> {
+        let request =
+            pb::FindRequest { queue: options.queue.unwrap_or_default(), text: text.to_owned(), limit: options.limit };
+        let response = rpc!(self.find(request))?;
+        let found = |task: pb::TaskMatch| {
+            Ok(TaskMatch {
+                task_id: wire::id(&task.task_id)?,
+                state: State::from_wire(task.state).ok_or_else(wire::unclear)?,
+                queue: task.queue,
+                task_name: task.task_name,
+                enqueue_at: wire::time(task.enqueue_at),
+            })
+        };
+        let tasks = response.tasks.into_iter().map(found).collect::<Result<_, Error>>()?;
+        Ok(FoundTasks { tasks, complete: response.complete })
+    }
+
     /// Cancels the task of a run, only while that run is pending or sleeping.
     pub async fn cancel_task(&self, run_id: Uuid) -> Result<CancelOutcome, Error> {
         self.cancel(pb::cancel_task_request::Target::RunId(run_id.to_string())).await

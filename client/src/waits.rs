@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use crate::client::rpc;
 use crate::durable::{AwaitedTask, Snapshot, TaskWait, Until};
+use crate::wire::Page;
 use crate::{AbsurdClient, Error, Json, wire};
 
 /// How a wait for an event stands.
@@ -83,7 +84,62 @@ pub enum WaitError {
     Call(#[from] Error),
 }
 
+/// Which waits to list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum WaitsOf {
+    /// Those of this task.
+    Task(Uuid),
+    /// Those for this event.
+    Event(String),
+}
+
+/// A run waits for an event, or for the end of a task, which is one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wait {
+    /// Task of the run.
+    pub task_id: Uuid,
+    /// Run.
+    pub run_id: Uuid,
+    /// Name of the step.
+    pub step_name: String,
+    /// Event.
+    pub event_name: String,
+    /// When the wait is over; None: never.
+    pub timeout_at: Option<SystemTime>,
+    /// When it began.
+    pub created_at: Option<SystemTime>,
+}
+
 impl AbsurdClient {
+    /// A page of waits by run, of 1 to 1,000; 0: 100.
+    pub async fn list_waits(&self, of: WaitsOf, page_size: i32, page_token: &str) -> Result<Page<Wait>, Error> {
+        use pb::list_waits_request::Of;
+        let request = pb::ListWaitsRequest {
+            queue: self.queue(),
+            of: Some(match of {
+                WaitsOf::Task(task_id) => Of::TaskId(task_id.to_string()),
+                WaitsOf::Event(name) => Of::EventName(name),
+            }),
+            page_size,
+            page_token: page_token.to_owned(),
+        };
+        let response = rpc!(self.list_waits(request))?;
+        let wait = |wait: pb::Wait| {
+            Ok(Wait {
+                task_id: wire::id(&wait.task_id)?,
+                run_id: wire::id(&wait.run_id)?,
+                step_name: wait.step_name,
+                event_name: wait.event_name,
+                timeout_at: wire::time(wait.timeout_at),
+                created_at: wire::time(wait.created_at),
+            })
+        };
+        Ok(Page {
+            items: response.waits.into_iter().map(wait).collect::<Result<_, Error>>()?,
+            next_page_token: response.next_page_token,
+        })
+    }
+
     /// Waits for an event, as a step with the name `step_name`. When the run is put to sleep its claim is over.
     pub async fn await_event(
         &self,

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use crate::client::rpc;
-use crate::wire::Page;
+use crate::wire::{Page, Parts};
 use crate::{AbsurdClient, Error, Json, wire};
 
 /// Where a workflow run stands.
@@ -147,6 +147,8 @@ pub struct WorkflowRun {
     pub started_at: Option<SystemTime>,
     /// When it ended.
     pub completed_at: Option<SystemTime>,
+    /// Whether payloads are left out, as in a list; [`AbsurdClient::get_workflow_run`] reads them.
+    pub payloads_omitted: bool,
 }
 
 impl WorkflowRun {
@@ -155,6 +157,7 @@ impl WorkflowRun {
             workflow_run_id: wire::id(&record.workflow_run_id)?,
             status: WorkflowStatus::from_wire(record.status).ok_or_else(wire::unclear)?,
             absurd_run_id: wire::maybe_id(record.absurd_run_id)?,
+            payloads_omitted: record.payloads_omitted,
             workflow_name: record.workflow_name,
             workflow_version: record.workflow_version,
             workflow_hash: record.workflow_hash,
@@ -241,11 +244,47 @@ impl AbsurdClient {
 
     /// Reads a record.
     pub async fn get_workflow_run(&self, id: Uuid) -> Result<Option<WorkflowRun>, Error> {
-        let request = pb::GetWorkflowRunRequest { workflow_run_id: id.to_string() };
-        rpc!(self.get_workflow_run(request))?.workflow_run.map(WorkflowRun::from_wire).transpose()
+        let request = pb::GetWorkflowRunRequest { workflow_run_id: id.to_string(), part: None };
+        let Some(mut run) = rpc!(self.get_workflow_run(request))?.workflow_run else { return Ok(None) };
+        if run.payloads_omitted {
+            use pb::get_workflow_run_request::Part;
+            let (tags, inputs) = (run.tags.take(), run.inputs.take());
+            let (result, error) = (run.result.take(), run.error.take());
+            run.payloads_omitted = false;
+            run.tags = self.payload(id, tags, Part::TagsRange, |run| run.tags).await?;
+            run.inputs = self.payload(id, inputs, Part::InputsRange, |run| run.inputs).await?;
+            run.result = self.payload(id, result, Part::ResultRange, |run| run.result).await?;
+            run.error = self.payload(id, error, Part::ErrorRange, |run| run.error).await?;
+        }
+        WorkflowRun::from_wire(run).map(Some)
     }
 
-    /// A page of records, newest first, of all queues.
+    /// A payload that did not fit into an answer, read in parts; or what is known already.
+    async fn payload(
+        &self,
+        id: Uuid,
+        known: Option<pb::Json>,
+        part: impl Fn(pb::TextRange) -> pb::get_workflow_run_request::Part,
+        of: impl Fn(pb::WorkflowRun) -> Option<pb::Json>,
+    ) -> Result<Option<pb::Json>, Error> {
+        if known.is_some() {
+            return Ok(known);
+        }
+        let ask = |range| pb::GetWorkflowRunRequest { workflow_run_id: id.to_string(), part: Some(part(range)) };
+        let request = ask(pb::TextRange { offset: 0, limit: 1 });
+        let length = rpc!(self.get_workflow_run(request))?.length;
+        if length == 0 {
+            return Ok(None);
+        }
+        let mut parts = Parts::of(length);
+        while let Some(range) = parts.wanted() {
+            let request = ask(range);
+            parts.push(rpc!(self.get_workflow_run(request))?.workflow_run.and_then(&of))?;
+        }
+        Ok(Some(parts.whole().into_wire()))
+    }
+
+    /// A page of records, newest first, of all queues. Payloads that would take a record past 3 MiB are left out.
     pub async fn list_workflow_runs(&self, filter: WorkflowFilter) -> Result<Page<WorkflowRun>, Error> {
         let request = pb::ListWorkflowRunsRequest {
             page_size: filter.page_size,

@@ -9,25 +9,32 @@ use std::time::Duration;
 use absurd_proto::v1::absurd_service_server::AbsurdServiceServer;
 use absurd_proto::v1::test_clock_service_server::TestClockServiceServer;
 use anyhow::Context as _;
+use prost::Message as _;
+use prost_types::FileDescriptorSet;
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio_postgres::{Config, NoTls};
+use tokio_postgres::Config;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::codec::CompressionEncoding;
 use tonic::transport::{Identity, Server, ServerTlsConfig};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::awaited;
 use crate::dispatch::DispatchOptions;
+use crate::domain::QueueName;
 use crate::doorbell::{self, Hints};
 use crate::engine::{Engine, EngineOptions};
 use crate::gate::{self, Gate, GateOptions};
 use crate::maintenance;
 use crate::metrics;
+use crate::scope::Caller;
+use crate::store::connect;
 use crate::store::migrate::{self, Origin, Report};
 use crate::store::{Store, StoreOptions};
 use crate::transport::admission::{AdmissionLayer, AdmissionOptions};
+use crate::transport::compression::CompressionLayer;
 use crate::transport::test_clock::TestClock;
 use crate::transport::{Limits, Service, refusal};
 use crate::upkeep;
@@ -50,6 +57,8 @@ pub struct AppOptions {
     pub listen_database: Option<Config>,
     /// Address to serve on; port 0 takes a free one.
     pub listen: SocketAddr,
+    /// A queue that exists before the server is healthy.
+    pub queue: Option<QueueName>,
     /// Migrate before serving.
     pub migrate: Option<migrate::Options>,
     /// Whether to use the doorbell, where the database has one.
@@ -89,6 +98,7 @@ pub struct App {
     migrated: Option<Report>,
     health: Health,
     loops: JoinSet<()>,
+    outdated: Arc<Notify>,
     stop: oneshot::Sender<()>,
     serving: JoinHandle<Result<(), tonic::transport::Error>>,
     grace: Duration,
@@ -118,8 +128,13 @@ impl App {
         store
             .tick(&[], hints.replica_id())
             .await
-            .map_err(|fault| anyhow::anyhow!("cannot use the database: {fault:?}"))?;
+            .map_err(|fault| anyhow::anyhow!("cannot use the database: {fault}"))?;
         let engine = Arc::new(Engine::new(store, hints, options.dispatch, options.engine));
+        if let Some(queue) = options.queue {
+            let scope = Caller::anonymous().scope(queue);
+            engine.store.queue_create(&scope, "unpartitioned", None).await?;
+            engine.hang_doorbells(&[scope.queue().as_str()]).await;
+        }
         let listener =
             TcpListener::bind(options.listen).await.with_context(|| format!("cannot listen on {}", options.listen))?;
         let addr = listener.local_addr()?;
@@ -140,7 +155,10 @@ impl App {
         }
         let (health, health_service) = tonic_health::server::health_reporter();
         let health = Health { reporter: health, ready };
-        start_loops(&mut loops, &engine, options.listen_database.unwrap_or(options.database), health.clone());
+        let outdated = Arc::new(Notify::new());
+        start_loops(&mut loops, &engine, options.listen_database.unwrap_or(options.database));
+        let (store, watched, tell_outdated) = (engine.store.clone(), health.clone(), Arc::clone(&outdated));
+        loops.spawn(async move { watch_database(&store, &watched, &tell_outdated).await });
         if !upkeep.is_zero() {
             let parts = Arc::clone(&engine);
             loops.spawn(keep_up("upkeep", parts, move |parts| async move { upkeep::run(&parts, upkeep).await }));
@@ -150,12 +168,15 @@ impl App {
         let test_clock = options.test_clock.then(|| TestClockServiceServer::new(TestClock::new(Arc::clone(&engine))));
         let router = server(options.tls.as_ref(), options.limits.header_list_bytes_max)?
             .layer(AdmissionLayer::new(options.admission))
+            .layer(CompressionLayer)
             .layer(refusal::RefusalLayer { request_bytes_max: options.limits.request_bytes_max })
             .add_service(health_service)
-            .add_service(reflection().build_v1()?)
-            .add_service(reflection().build_v1alpha()?)
+            .add_service(reflection(options.test_clock)?.build_v1()?)
+            .add_service(reflection(options.test_clock)?.build_v1alpha()?)
             .add_service(
                 AbsurdServiceServer::new(Service::new(Arc::clone(&engine), options.limits))
+                    .accept_compressed(CompressionEncoding::Gzip)
+                    .send_compressed(CompressionEncoding::Gzip)
                     .max_decoding_message_size(options.limits.request_bytes_max)
                     .max_encoding_message_size(usize::MAX),
             )
@@ -164,7 +185,8 @@ impl App {
         let serving = tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
             let _ = stopped.await;
         }));
-        Ok(Self { addr, metrics_addr, engine, migrated, health, loops, stop, serving, grace: options.shutdown_grace })
+        let grace = options.shutdown_grace;
+        Ok(Self { addr, metrics_addr, engine, migrated, health, loops, outdated, stop, serving, grace })
     }
 
     /// The address served on.
@@ -185,6 +207,11 @@ impl App {
     /// What the migration at the start did, if there was one.
     pub fn migrated(&self) -> Option<&Report> {
         self.migrated.as_ref()
+    }
+
+    /// Resolves when a newer server has migrated the database so that this one must not serve it any more.
+    pub async fn outdated(&self) {
+        self.outdated.notified().await;
     }
 
     /// Stops: not healthy, no new claims, streams end politely, claims that no transport took come back, calls end.
@@ -208,32 +235,37 @@ impl App {
     }
 }
 
-/// Refuses a database that is not migrated, or whose clock is set by hand. Says what is known of it.
+/// Refuses a database that is not migrated, whose clock is set by hand, or that cannot be worked with. Says what is known of
+/// it.
 async fn inspect(database: &Config) -> anyhow::Result<migrate::Known> {
-    let (client, connection) = database.connect(NoTls).await.context("cannot connect to the database")?;
-    let connection = tokio::spawn(connection);
+    let client = connect::connect(database, "absurd serve").await?;
+    let facts = connect::check(database, &client).await?;
     let known = migrate::inspect(&client).await?;
     let fake: Option<String> =
         client.query_one("select nullif(btrim(current_setting('absurd.fake_now', true)), '')", &[]).await?.get(0);
-    drop(client);
-    let _ = connection.await;
     anyhow::ensure!(fake.is_none(), "absurd.fake_now is set in this database: its clock does not tell the time");
+    if let Some(problem) = facts.encoding_problem() {
+        tracing::warn!("{problem}; see `absurd doctor`");
+    }
+    if facts.standby {
+        tracing::warn!("database {:?} is a standby: nothing can be written until it is promoted", facts.database);
+    }
     known.context("the database is not set up for this server; run `absurd migrate`, or add --migrate")
 }
 
-fn start_loops(loops: &mut JoinSet<()>, engine: &Arc<Engine>, database: Config, health: Health) {
+fn start_loops(loops: &mut JoinSet<()>, engine: &Arc<Engine>, database: Config) {
     let parts = || Arc::clone(engine);
     loops.spawn(keep_up("hints", parts(), |parts| async move {
-        doorbell::send(&parts.hints, &parts.store, &parts.dispatcher).await;
+        doorbell::send(&parts.hints, &parts.store, &parts.looks).await;
     }));
     loops.spawn(keep_up("listening", (parts(), database), |(parts, database)| async move {
         doorbell::hear(&parts.hints, &parts.store, &database, &parts.dispatcher).await;
     }));
     loops.spawn(keep_up("tick", parts(), |parts| async move { maintenance::tick(&parts).await }));
-    loops.spawn(keep_up("waits", parts(), |parts| async move { parts.waits.run(&parts.store).await }));
+    loops.spawn(keep_up("wide tick", parts(), |parts| async move { maintenance::wide_tick(&parts).await }));
+    loops.spawn(keep_up("chores", parts(), |parts| async move { maintenance::chores(&parts).await }));
+    loops.spawn(keep_up("waits", parts(), |parts| async move { parts.waits.run(&parts.store, &parts.looks).await }));
     loops.spawn(keep_up("awaited tasks", parts(), |parts| async move { awaited::run(&parts).await }));
-    let parts = parts();
-    loops.spawn(async move { watch_database(&parts.store, &health).await });
 }
 
 /// Runs a part of the server for ever: one that ends in a bug begins anew, so that it costs a second and not the replica.
@@ -254,15 +286,25 @@ where
     }
 }
 
-/// Health follows the database: the tick reads its clock, so that no query of its own is needed.
-async fn watch_database(store: &Store, health: &Health) {
+/// Health follows the database: the tick reads its clock, so that no query of its own is needed. It does not follow single
+/// queues: a queue that cannot be read is no reason to restart a replica.
+async fn watch_database(store: &Store, health: &Health, outdated: &Notify) {
     let mut healthy = true;
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        let now = store.clock_age().is_some_and(|age| age < DATABASE_SILENCE);
+        let old = store.min_server() > migrate::SERVER_GENERATION;
+        if old {
+            outdated.notify_one();
+        }
+        let now = !old && store.clock_age().is_some_and(|age| age < DATABASE_SILENCE);
         if now != healthy {
             healthy = now;
-            tracing::warn!(healthy, "the database {}", if healthy { "is back" } else { "does not answer" });
+            let why = match (healthy, old) {
+                (true, _) => "the database is back",
+                (false, true) => "a newer server has migrated the database; this one must be upgraded",
+                (false, false) => "the database does not answer",
+            };
+            tracing::warn!(healthy, "{why}");
             health.set(healthy).await;
         }
     }
@@ -303,10 +345,13 @@ fn server(tls: Option<&(PathBuf, PathBuf)>, header_list_bytes_max: u32) -> anyho
     Ok(server.tls_config(ServerTlsConfig::new().identity(identity).timeout(Duration::from_secs(10)))?)
 }
 
-fn reflection<'a>() -> tonic_reflection::server::Builder<'a> {
-    tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(absurd_proto::FILE_DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+/// Lists what is served, and nothing else: a client that finds a service by reflection calls it.
+fn reflection<'a>(test_clock: bool) -> anyhow::Result<tonic_reflection::server::Builder<'a>> {
+    let mut served = FileDescriptorSet::decode(absurd_proto::FILE_DESCRIPTOR_SET)?;
+    served.file.retain(|file| test_clock || !file.name().ends_with("/test_clock.proto"));
+    Ok(tonic_reflection::server::Builder::configure()
+        .register_file_descriptor_set(served)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET))
 }
 
 /// One per process: where it runs, which process, and something that no other has.

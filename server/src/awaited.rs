@@ -98,13 +98,38 @@ async fn look(engine: &Engine) -> Result<(), Fault> {
             return Err(fault);
         }
     }
+    match settle_all(engine, None).await {
+        Err(fault) if !fault.is_passing() => settle_apart(engine, &fault).await,
+        done => done,
+    }
+}
+
+/// Wakes runs until no more are found, for tasks of one queue or of all.
+async fn settle_all(engine: &Engine, queue: Option<&str>) -> Result<(), Fault> {
     loop {
-        let woken = engine.store.task_settle_awaited(None, None, SETTLED_MAX).await?;
+        let woken = engine.store.task_settle_awaited(queue, None, SETTLED_MAX).await?;
         if woken.is_empty() {
             return Ok(());
         }
         offer(engine, &woken);
     }
+}
+
+/// The look at all queues failed, because one of them takes too long: looks at each by itself, those that are not well last.
+async fn settle_apart(engine: &Engine, fault: &Fault) -> Result<(), Fault> {
+    tracing::warn!(problem = fault.problem(), "could not wake the runs that wait for tasks of many queues");
+    let mut queues = engine.store.task_list_awaited_queues().await?;
+    queues.sort_by_key(|queue| engine.looks.is_troubled(queue));
+    for queue in queues {
+        if let Err(fault) = settle_all(engine, Some(&queue)).await {
+            tracing::warn!(
+                queue.name = queue,
+                problem = fault.problem(),
+                "could not wake the runs that wait for tasks of this queue"
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Looks at tasks that have ended here.
@@ -113,13 +138,17 @@ async fn settle(engine: &Engine, ended: Vec<(QueueName, TaskId)>) -> Result<(), 
     for (queue, task_id) in ended {
         by_queue.entry(queue).or_default().push(task_id);
     }
+    let mut outcome = Ok(());
     for (queue, tasks) in by_queue {
         for tasks in tasks.chunks(SETTLED_MAX.unsigned_abs() as usize) {
-            let woken = engine.store.task_settle_awaited(Some(queue.as_str()), Some(tasks), SETTLED_MAX).await?;
-            offer(engine, &woken);
+            match engine.store.task_settle_awaited(Some(queue.as_str()), Some(tasks), SETTLED_MAX).await {
+                Ok(woken) => offer(engine, &woken),
+                // What is left is found by the next look.
+                Err(fault) => outcome = Err(fault),
+            }
         }
     }
-    Ok(())
+    outcome
 }
 
 fn offer(engine: &Engine, queues: &[String]) {

@@ -20,10 +20,10 @@ use tokio::time::Instant;
 use crate::domain::Error;
 use crate::metrics;
 use crate::scope::Scope;
-use crate::store::Fault;
+use crate::store::{Access, Fault, LOCK_WAIT_PATIENT, Store};
 pub(crate) use batches::{Emits, Settles, Spawns, Suspends};
 use late::Late;
-pub(crate) use late::until;
+pub(crate) use late::{until, until_free};
 pub(crate) use sequence::sequence;
 
 /// A lane that is expected to take longer than this turns new callers away.
@@ -36,8 +36,8 @@ const CROWD: usize = 250;
 const SLOW_MAX: usize = 6;
 /// Longest pause between tries of an item whose rows are held.
 const SLOW_PAUSE_MAX: Duration = Duration::from_millis(200);
-/// Longest wait of an item for locks.
-const LOCK_WAIT_MAX: Duration = Duration::from_secs(30);
+/// While a queue is locked: between looks at who still waits for it.
+const PURGE: Duration = Duration::from_millis(250);
 
 /// What a committer carries out.
 pub(crate) trait Batch: Send + Sync + 'static {
@@ -66,6 +66,8 @@ pub(crate) trait Batch: Send + Sync + 'static {
     fn knows_itself(item: &Self::Item) -> bool;
     /// The scope of a key.
     fn scope(key: &Self::Key) -> &Scope;
+    /// Where it is carried out.
+    fn store(&self) -> &Store;
     /// Carries out a batch; `None` for items whose rows are locked.
     fn execute(
         &self,
@@ -161,23 +163,7 @@ impl<B: Batch> Committer<B> {
         let (answer, answered) = oneshot::channel();
         let late = Arc::new(Late::default());
         let entry = Entry { item, deadline, late: Arc::clone(&late), answer };
-        {
-            let mut lanes = self.shared.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-            let lane =
-                lanes.entry(key.clone()).or_insert_with(|| Lane { waiting: VecDeque::new(), drivers: 0, pace: 0.0 });
-            let wait = lane.wait();
-            if B::SHEDS
-                && lane.waiting.len() >= B::ITEMS_MAX
-                && wait > WAIT_MAX.min(deadline.saturating_duration_since(Instant::now()))
-            {
-                return Err(Error::TooManyRequests { after: wait });
-            }
-            lane.waiting.push_back(entry);
-            if lane.drivers == 0 || lane.drivers < B::DRIVERS_MAX && lane.waiting.len() >= CROWD {
-                lane.drivers += 1;
-                tokio::spawn(drive(Arc::clone(&self.shared), key));
-            }
-        }
+        enqueue(&self.shared, key, entry, B::SHEDS)?;
         match tokio::time::timeout_at(deadline, answered).await {
             Ok(Ok(outcome)) => outcome,
             // It may have ended after the commit.
@@ -187,9 +173,44 @@ impl<B: Batch> Committer<B> {
     }
 }
 
+/// Puts an item into its lane. `Err` turns it away, because it would wait too long.
+fn enqueue<B: Batch>(shared: &Arc<Shared<B>>, key: B::Key, entry: Entry<B>, sheds: bool) -> Result<(), Error> {
+    let mut lanes = shared.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+    let lane = lanes.entry(key.clone()).or_insert_with(|| Lane { waiting: VecDeque::new(), drivers: 0, pace: 0.0 });
+    let wait = lane.wait();
+    let left = entry.deadline.saturating_duration_since(Instant::now());
+    if sheds && lane.waiting.len() >= B::ITEMS_MAX && wait > WAIT_MAX.min(left) {
+        return Err(Error::TooManyRequests { after: wait });
+    }
+    lane.waiting.push_back(entry);
+    if lane.drivers == 0 || lane.drivers < B::DRIVERS_MAX && lane.waiting.len() >= CROWD {
+        lane.drivers += 1;
+        tokio::spawn(drive(Arc::clone(shared), key));
+    }
+    Ok(())
+}
+
+/// Waits while the queue of a lane is locked. Items whose callers have left do not stay meanwhile.
+async fn wait_until_free<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key) {
+    let (store, scope) = (shared.batch.store(), B::scope(key));
+    while store.is_locked(scope.queue().as_str()) {
+        {
+            let mut lanes = shared.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(lane) = lanes.get_mut(key) else { return };
+            lane.waiting.retain(|entry| !entry.answer.is_closed());
+            if lane.waiting.is_empty() {
+                return;
+            }
+            lane.waiting.iter().for_each(|entry| entry.late.note(&Fault::Locked, scope));
+        }
+        let _ = tokio::time::timeout(PURGE, store.wait_for(scope.queue().as_str(), Access::Free)).await;
+    }
+}
+
 /// Runs the batches of one lane until nothing waits.
 async fn drive<B: Batch>(shared: Arc<Shared<B>>, key: B::Key) {
     loop {
+        wait_until_free(&shared, &key).await;
         let entries = {
             let mut lanes = shared.lanes.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(lane) = lanes.get_mut(&key) else { return };
@@ -316,6 +337,12 @@ fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B
     tokio::spawn(async move {
         let mut pause = Duration::from_millis(10);
         loop {
+            if shared.batch.store().is_locked(B::scope(&key).queue().as_str()) {
+                // It is not about this item: it waits with all others of its lane.
+                entry.late.note(&Fault::Locked, B::scope(&key));
+                let _ = enqueue(&shared, key, entry, false);
+                return;
+            }
             let permit = tokio::select! {
                 permit = shared.slow.acquire() => permit,
                 () = entry.answer.closed() => return,
@@ -324,7 +351,7 @@ fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B
                     return;
                 }
             };
-            let left = entry.deadline.saturating_duration_since(Instant::now()).min(LOCK_WAIT_MAX);
+            let left = entry.deadline.saturating_duration_since(Instant::now()).min(LOCK_WAIT_PATIENT);
             let outcome = match shared.batch.execute(&key, &[&entry.item], Some(left)).await {
                 Ok(mut outcomes) => outcomes.pop().flatten(),
                 Err(Fault::Locked) => None,
@@ -351,13 +378,14 @@ mod tests {
     use super::*;
     use crate::domain::QueueName;
     use crate::scope::Caller;
+    use crate::store::tests::nowhere;
 
     const BUG: u32 = 0;
     /// Takes a while to find that Postgres is away.
     const AWAY: u32 = 1;
 
     /// Its items say what becomes of a batch.
-    struct Scripted;
+    struct Scripted(Store);
 
     impl Batch for Scripted {
         type Key = Scope;
@@ -380,6 +408,10 @@ mod tests {
             key
         }
 
+        fn store(&self) -> &Store {
+            &self.0
+        }
+
         async fn execute(&self, _: &Scope, items: &[&u32], _: Option<Duration>) -> Result<Outcomes<Self>, Fault> {
             assert!(!items.contains(&&BUG), "a bug");
             if items.contains(&&AWAY) {
@@ -395,15 +427,15 @@ mod tests {
         let scope = Caller::anonymous().scope(QueueName::parse("queue", "q").unwrap());
         for ms in 10..300 {
             let deadline = Instant::now() + Duration::from_millis(ms);
-            let told = Committer::new(Scripted, 10).submit(scope.clone(), AWAY, deadline).await;
-            assert_eq!(told, Err(Error::Unavailable("away".into())), "{ms} ms");
+            let told = Committer::new(Scripted(nowhere()), 10).submit(scope.clone(), AWAY, deadline).await;
+            assert_eq!(told, Err(Error::DatabaseUnreachable("away".into())), "{ms} ms");
         }
     }
 
     #[tokio::test]
     async fn a_batch_that_panics_ends_only_itself() {
         let scope = Caller::anonymous().scope(QueueName::parse("queue", "q").unwrap());
-        let committer = Committer::new(Scripted, 10);
+        let committer = Committer::new(Scripted(nowhere()), 10);
         let deadline = || Instant::now() + Duration::from_secs(30);
         let failed = committer.submit(scope.clone(), BUG, deadline()).await;
         assert_eq!(failed, Err(Error::OutcomeUnknown));

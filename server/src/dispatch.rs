@@ -285,7 +285,7 @@ impl Dispatcher {
                 Ok(claims)
             }
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(Error::Unavailable("the dispatcher stopped".into())),
+            Err(_) => Err(Error::ShuttingDown),
         }
     }
 
@@ -551,13 +551,7 @@ impl Dispatcher {
                 return;
             }
             Err(fault) => {
-                tracing::warn!(queue.name = %scope.queue(), ?fault, "could not claim; will try again");
-                if matches!(fault, Fault::Unknown(_) | Fault::Timeout) {
-                    self.find_lost_claims(queue, plan.slots.clone(), since);
-                }
-                let mut state = queue.lock();
-                state.note_available(Instant::now() + Duration::from_millis(500));
-                state.fail_pulls(&plan, &fault.into_read_error(scope));
+                self.claim_failed(queue, plan, since, fault);
                 return;
             }
         };
@@ -573,12 +567,29 @@ impl Dispatcher {
             self.give_back(queue, returns.collect());
         }
         metrics::claimed(claims.len());
+        queue.lock().claims_work();
         let returns = queue.lock().deliver(plan, claims, cursor, more, Instant::now(), put_off);
         self.give_back(queue, returns);
     }
 }
 
 impl Dispatcher {
+    /// A claim statement failed: it is tried again, less and less often where the fault does not pass.
+    fn claim_failed(&self, queue: &Arc<Queue>, plan: Plan, since: Option<DbTime>, fault: Fault) {
+        let scope = &queue.scope;
+        // A lock is told of where it is found.
+        if !matches!(fault, Fault::Locked) {
+            tracing::warn!(queue.name = %scope.queue(), problem = fault.problem(), "could not claim; will try again");
+        }
+        if matches!(fault, Fault::Unknown(_) | Fault::Timeout) {
+            self.find_lost_claims(queue, plan.slots.clone(), since);
+        }
+        let passes = fault.is_passing() || matches!(fault, Fault::Locked);
+        let mut state = queue.lock();
+        state.claims_fail(passes, Instant::now());
+        state.fail_pulls(&plan, &fault.into_read_error(scope));
+    }
+
     /// Claims for a plan. Where Postgres refuses that because of some run, the others are taken all the same, and that run is
     /// found and passed over from then on: smaller and smaller parts are claimed until one run alone is refused, and then
     /// each of the next ones is tried.

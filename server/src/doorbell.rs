@@ -14,6 +14,7 @@ use uuid::Uuid;
 use self::note::Note;
 use crate::dispatch::{Dispatcher, random};
 use crate::domain::{QueueName, RunId, SessionId};
+use crate::looks::Looks;
 use crate::metrics;
 use crate::store::listen::{Heard, listen};
 use crate::store::{Fault, Store};
@@ -138,7 +139,7 @@ impl Hints {
 }
 
 /// Sends hints: arms at once, rings and returns credit in small statements of their own.
-pub async fn send(hints: &Hints, store: &Store, dispatcher: &Dispatcher) {
+pub async fn send(hints: &Hints, store: &Store, looks: &Looks) {
     let mut probes: Vec<(Instant, Vec<QueueName>)> = Vec::new();
     let mut send_at: Option<Instant> = None;
     loop {
@@ -162,7 +163,7 @@ pub async fn send(hints: &Hints, store: &Store, dispatcher: &Dispatcher) {
             let now = Instant::now();
             probes.extend(PROBES.map(|ms| (now + Duration::from_millis(ms), arm.clone())));
         }
-        probe(hints, store, dispatcher, &mut probes).await;
+        probe(looks, &mut probes).await;
         let waiting = {
             let inside = hints.lock();
             !inside.dirty.is_empty()
@@ -182,7 +183,7 @@ pub async fn send(hints: &Hints, store: &Store, dispatcher: &Dispatcher) {
     }
 }
 
-async fn probe(hints: &Hints, store: &Store, dispatcher: &Dispatcher, probes: &mut Vec<(Instant, Vec<QueueName>)>) {
+async fn probe(looks: &Looks, probes: &mut Vec<(Instant, Vec<QueueName>)>) {
     let now = Instant::now();
     let mut due: HashSet<QueueName> = HashSet::new();
     probes.retain(|(at, queues)| {
@@ -193,28 +194,8 @@ async fn probe(hints: &Hints, store: &Store, dispatcher: &Dispatcher, probes: &m
     });
     if !due.is_empty() {
         let names: Vec<&str> = due.iter().map(QueueName::as_str).collect();
-        look(hints, store, dispatcher, &names).await;
-    }
-}
-
-/// One look at queues; the dispatcher hears what was found.
-pub(crate) async fn look(
-    hints: &Hints,
-    store: &Store,
-    dispatcher: &Dispatcher,
-    queues: &[&str],
-) -> Vec<crate::store::tick::QueueTick> {
-    match store.tick(queues, &hints.replica_id).await {
-        Ok((ticks, others)) => {
-            hints.note_others(others);
-            for tick in &ticks {
-                dispatcher.observe(tick);
-            }
-            ticks
-        }
-        Err(fault) => {
+        if let Err(fault) = looks.at(&names).await {
             tracing::debug!(?fault, "could not look at the queues");
-            Vec::new()
         }
     }
 }

@@ -14,6 +14,9 @@ use crate::counts::Counts;
 use crate::dispatch::{DispatchOptions, Dispatcher};
 use crate::domain::{Digest, Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};
 use crate::doorbell::Hints;
+use crate::hot_retries::HotRetries;
+use crate::looks::Looks;
+use crate::maintenance::{Emissions, InUse};
 use crate::planted::{self, Bug};
 use crate::scope::{Caller, Scope};
 use crate::store::batch::{Kind, RunRef, Write};
@@ -22,7 +25,8 @@ use crate::store::pool::{Role, connections};
 use crate::store::suspend::{Awaited, Suspend};
 use crate::store::task::{NewTask, Slotted, Spawned};
 use crate::store::turns::Turns;
-use crate::store::{Fault, Store};
+use crate::store::{Fault, LOCK_WAIT_PATIENT, Store};
+use crate::sweeps::Sweeps;
 use crate::wait::Waits;
 
 /// Everything that a request can reach.
@@ -33,11 +37,19 @@ pub struct Engine {
     /// Streams.
     pub dispatcher: Dispatcher,
     /// Waiters for results.
-    pub waits: Waits,
+    pub waits: Arc<Waits>,
     /// Runs that wait for tasks.
     pub awaited: AwaitedTasks,
     /// Other replicas.
     pub hints: Arc<Hints>,
+    /// Looks at queues.
+    pub looks: Arc<Looks>,
+    /// Sweeps of queues.
+    pub sweeps: Sweeps,
+    /// Queues that are looked at though they have no stream here.
+    pub in_use: InUse,
+    /// Emissions that are gone on with.
+    pub emissions: Emissions,
     /// Counts of queues.
     pub counts: Counts,
     /// The live lines of `dev`.
@@ -50,6 +62,7 @@ pub struct Engine {
     suspends: Committer<Suspends>,
     emits: Committer<Emits>,
     backlog: Backlog,
+    hot_retries: HotRetries,
 }
 
 /// Bounds of what waits.
@@ -74,11 +87,16 @@ impl Engine {
         let settles = Committer::new(Settles { store: store.clone() }, most);
         let feed = Feed::default();
         let dispatcher = Dispatcher::new(store.clone(), settles.clone(), Arc::clone(&hints), feed.clone(), options);
+        let looks = Arc::new(Looks::new(store.clone(), Arc::clone(&hints), dispatcher.clone()));
         let spawns = Spawns { store: store.clone(), dispatcher: dispatcher.clone() };
         Self {
             dispatcher,
-            waits: Waits::default(),
+            waits: Arc::default(),
             awaited: AwaitedTasks::default(),
+            looks,
+            sweeps: Sweeps::default(),
+            in_use: InUse::default(),
+            emissions: Emissions::default(),
             counts: Counts::default(),
             spawner: Committer::new(spawns.clone(), most),
             bulk: Turns::new(connections(Role::Work, store.options().connections_max) / 2),
@@ -87,6 +105,7 @@ impl Engine {
             suspends: Committer::new(Suspends { store: store.clone() }, most),
             emits: Committer::new(Emits { store: store.clone() }, most),
             backlog: Backlog::new(bounds.backlog_max),
+            hot_retries: HotRetries::default(),
             hints,
             feed,
             store,
@@ -107,8 +126,8 @@ impl Engine {
             tracing::debug!(?fault, "could not see which queues have a doorbell");
             Vec::new()
         });
-        for queue in missing {
-            let Ok(name) = QueueName::parse("queue", &queue) else { continue };
+        for queue in missing.iter().filter(|queue| !self.store.is_locked(queue)) {
+            let Ok(name) = QueueName::parse("queue", queue) else { continue };
             if let Err(fault) = self.store.queue_doorbell(&Caller::anonymous().scope(name)).await {
                 tracing::debug!(queue.name = queue, ?fault, "could not hang the doorbell; will try again");
             }
@@ -119,7 +138,7 @@ impl Engine {
     pub async fn spawn(&self, scope: &Scope, task: NewTask, deadline: Deadline) -> Result<Spawned, Error> {
         let name = task.name.as_str().to_owned();
         let keyed = task.idempotency_key.is_some();
-        self.backlog.admit(&self.store, scope, 1).await?;
+        self.backlog.admit(&self.store, scope, usize::from(task.start.is_none())).await?;
         let spawned = self.spawner.submit((scope.clone(), keyed), task, deadline).await?;
         self.spawned(scope, &spawned, name);
         Ok(spawned)
@@ -133,14 +152,16 @@ impl Engine {
         deadline: Deadline,
     ) -> Result<Vec<Spawned>, Error> {
         let tasks: Arc<[NewTask]> = tasks.into();
-        self.backlog.admit(&self.store, scope, tasks.len()).await?;
+        // A task for later is no backlog yet.
+        let at_once = tasks.iter().filter(|task| task.start.is_none()).count();
+        self.backlog.admit(&self.store, scope, at_once).await?;
         let left = deadline.saturating_duration_since(Deadline::now());
         let turn = self.bulk.take(tasks.len(), left).await.map_err(|after| match deadline > Deadline::now() {
             true => Error::TooManyRequests { after },
             false => Error::DeadlineExceeded,
         })?;
         let attempt = |left| self.spawn_once(scope, &tasks, left);
-        let outcomes = match commit::until(deadline, scope, attempt).await? {
+        let outcomes = match commit::until(&self.store, deadline, scope, attempt).await? {
             Ok(outcomes) => outcomes,
             Err(Fault::Data(_)) => return Err(self.find_bad_task(scope, &tasks).await),
             Err(fault) => return Err(fault.into_error(scope)),
@@ -267,7 +288,12 @@ impl Engine {
                 self.dispatcher.left(queue, run_id);
                 let Some(failed) = settled.failed else { return };
                 match failed.task_state {
-                    State::Pending => self.dispatcher.new_work(scope.queue()),
+                    State::Pending => {
+                        self.dispatcher.new_work(scope.queue());
+                        if let Some((_, attempt, _)) = failed.next.filter(|_| !settled.replayed) {
+                            self.hot_retries.note(&self.store, scope, settled.task_id, attempt);
+                        }
+                    }
                     State::Sleeping => {
                         let ms = failed.next_in_ms.max(0).unsigned_abs();
                         self.dispatcher.note_available(queue, Duration::from_millis(ms));
@@ -324,10 +350,12 @@ impl Engine {
         scope: &Scope,
         wait: &StepWait<'_>,
         awaited: (&QueueName, TaskId),
-        lock_wait: Duration,
+        deadline: Deadline,
     ) -> Result<Awaited, Error> {
         self.dispatcher.alive(scope.queue(), wait.run.run_id, None);
-        let outcome = self.store.task_await(scope, wait, awaited, lock_wait).await;
+        let attempt = |lock_wait| self.store.task_await(scope, wait, awaited, lock_wait);
+        let outcome = commit::until_free(&self.store, deadline, scope, attempt).await;
+        let outcome = outcome.and_then(|done| done.unwrap_or_else(|fault| Err(fault.into_error(scope))));
         if matches!(outcome, Ok(Awaited::Suspended(_))) {
             self.awaited.begun();
             // It may have ended between the look at it and now.
@@ -384,7 +412,7 @@ impl Engine {
     pub async fn emit_more(&self, scope: &Scope, event: &EventName, until: Deadline) -> i64 {
         let mut woken = 0;
         while let Some(left) = until.checked_duration_since(Deadline::now()).filter(|left| !left.is_zero()) {
-            match self.store.event_emit_more(scope, event, left).await {
+            match self.store.event_emit_more(scope, event, left.min(LOCK_WAIT_PATIENT)).await {
                 Ok(batch) => {
                     woken += batch.woken;
                     if batch.woken > 0 {
@@ -409,9 +437,11 @@ impl Engine {
         &self,
         scope: &Scope,
         task_id: TaskId,
-        lock_wait: Duration,
+        deadline: Deadline,
     ) -> Result<(bool, State), Error> {
-        let (done, state) = self.store.task_cancel(scope, task_id, lock_wait).await?;
+        let attempt = |lock_wait| self.store.task_cancel(scope, task_id, lock_wait);
+        let done = commit::until_free(&self.store, deadline, scope, attempt).await?;
+        let (done, state) = done.map_err(|fault| fault.into_error(scope))??;
         if done {
             self.ended(scope, task_id, state);
         }
@@ -423,9 +453,11 @@ impl Engine {
         &self,
         scope: &Scope,
         run_id: Uuid,
-        lock_wait: Duration,
+        deadline: Deadline,
     ) -> Result<(bool, State, TaskId), Error> {
-        let (done, state, task_id) = self.store.task_cancel_by_run(scope, run_id, lock_wait).await?;
+        let attempt = |lock_wait| self.store.task_cancel_by_run(scope, run_id, lock_wait);
+        let done = commit::until_free(&self.store, deadline, scope, attempt).await?;
+        let (done, state, task_id) = done.map_err(|fault| fault.into_error(scope))??;
         if done {
             self.ended(scope, task_id, state);
         }

@@ -4,6 +4,7 @@
 //! types, only `store` knows SQL, and `app` is the one place that knows everybody.
 
 pub mod activity;
+pub mod address;
 pub mod app;
 pub mod awaited;
 pub mod backlog;
@@ -15,6 +16,9 @@ pub mod domain;
 pub mod doorbell;
 pub mod engine;
 pub mod gate;
+mod hot_retries;
+pub mod libpq;
+pub mod looks;
 pub mod maintenance;
 pub mod metrics;
 pub mod per_queue;
@@ -23,6 +27,7 @@ pub mod postgres;
 pub mod scope;
 pub mod settings;
 pub mod store;
+pub mod sweeps;
 pub mod transport;
 pub mod upkeep;
 pub mod wait;

@@ -1,9 +1,11 @@
 //! Metrics: every name in one place, and the plain HTTP address where they are read.
 //!
-//! Names follow Prometheus: base units, `_total` for counters. No label holds an id or a name that a caller chose.
+//! Names follow Prometheus: base units, `_total` for counters. No label holds an id or a name that a caller chose, but for the
+//! queue where the metric is about faults of one queue; those are bounded.
 
+use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
@@ -19,6 +21,11 @@ use crate::store::Fault;
 
 /// Bounds of the buckets of times, in seconds.
 const SECONDS: [f64; 12] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
+
+/// Queues that are ever named as not well, with the kind of their trouble: each is a series.
+const TROUBLES_MAX: usize = 1000;
+/// Those that were, and whether they are at the last look.
+static TROUBLES: Mutex<BTreeMap<(String, &'static str), bool>> = Mutex::new(BTreeMap::new());
 
 static HANDLE: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
 
@@ -71,6 +78,11 @@ pub fn released(why: &'static str) {
     counter!("absurd_released_claims_total", "why" => why).increment(1);
 }
 
+/// A task failed beyond its fifth attempt and is tried again without a pause.
+pub fn hot_retry(queue: &str) {
+    counter!("absurd_hot_retries_total", "queue" => queue.to_owned()).increment(1);
+}
+
 /// Tasks that are set aside, in the whole database.
 pub fn quarantined(reason: &'static str, count: i64) {
     gauge!("absurd_quarantined_tasks", "reason" => reason).set(count as f64);
@@ -97,6 +109,11 @@ pub fn fault(fault: &Fault) {
     counter!("absurd_database_faults_total", "kind" => fault.kind()).increment(1);
 }
 
+/// The tables of a queue were found locked by another session.
+pub fn queue_locked() {
+    counter!("absurd_queue_locks_total").increment(1);
+}
+
 /// A part of the server ended in a bug, and begins anew.
 pub fn part_ended(name: &'static str) {
     counter!("absurd_parts_ended_total", "part" => name).increment(1);
@@ -105,6 +122,23 @@ pub fn part_ended(name: &'static str) {
 /// The listening session was lost.
 pub fn listener_lost() {
     counter!("absurd_listen_reconnects_total").increment(1);
+}
+
+/// Queues that are not well, by name and kind, so that an alert can name them: 1 while it lasts, then 0.
+fn observe_queues(engine: &Engine) {
+    let mut named = TROUBLES.lock().unwrap_or_else(PoisonError::into_inner);
+    named.values_mut().for_each(|lasts| *lasts = false);
+    let locked = engine.store.locked_queues().into_iter().map(|queue| (queue, "locked"));
+    let troubled = engine.looks.troubles().into_iter().map(|(queue, kind)| (queue, kind.as_str()));
+    for trouble in locked.chain(troubled) {
+        if named.len() < TROUBLES_MAX || named.contains_key(&trouble) {
+            named.insert(trouble, true);
+        }
+    }
+    for ((queue, kind), lasts) in named.iter() {
+        let gauge = gauge!("absurd_queue_trouble", "queue" => queue.clone(), "kind" => *kind);
+        gauge.set(f64::from(u8::from(*lasts)));
+    }
 }
 
 /// What is read rather than counted.
@@ -117,6 +151,7 @@ fn observe(engine: &Engine, gate: &Gate) {
     gauge!("absurd_connections").set(gate.connections() as f64);
     gauge!("absurd_streams").set(engine.dispatcher.streams() as f64);
     gauge!("absurd_writes_waiting").set(engine.waiting() as f64);
+    observe_queues(engine);
     gauge!("absurd_listening").set(f64::from(u8::from(engine.hints.listening())));
     let age = engine.store.clock_age().map_or(f64::INFINITY, |age| age.as_secs_f64());
     gauge!("absurd_database_silence_seconds").set(age);

@@ -1,7 +1,7 @@
 //! What is remembered of each queue, each under a guard of its own: who asks for one waits for no other. Bounded: beyond
 //! `QUEUES_MAX` all of it is forgotten, which costs those who ask next a look at the database.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::domain::QueueName;
@@ -21,5 +21,30 @@ impl<T: Default> PerQueue<T> {
             queues.clear();
         }
         Arc::clone(queues.entry(queue.clone()).or_default())
+    }
+}
+
+/// Work of which each queue has at most one piece under way. Bounded by the number of queues that have any.
+#[derive(Debug, Default)]
+pub struct OneEach(Arc<Mutex<HashSet<QueueName>>>);
+
+/// A piece of work that is under way; dropped, it is over.
+#[derive(Debug)]
+pub struct Begun {
+    all: Arc<Mutex<HashSet<QueueName>>>,
+    queue: QueueName,
+}
+
+impl OneEach {
+    /// Begins work for a queue, unless some is under way.
+    pub fn begin(&self, queue: &QueueName) -> Option<Begun> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.insert(queue.clone()).then(|| Begun { all: Arc::clone(&self.0), queue: queue.clone() })
+    }
+}
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.queue);
     }
 }

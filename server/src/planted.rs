@@ -14,6 +14,8 @@ pub(crate) enum Bug {
     ReleaseAfterDelivery,
     /// A sweep of expired leases stops at its first error.
     FaintSweep,
+    /// A look at many queues fails as a whole where one of them cannot be looked at.
+    OneForAll,
 }
 
 /// Whether a bug is on.
@@ -21,7 +23,7 @@ pub(crate) enum Bug {
 pub(crate) fn is(bug: Bug) -> bool {
     static CHOSEN: std::sync::LazyLock<Option<Bug>> = std::sync::LazyLock::new(|| {
         let name = std::env::var("ABSURD_PLANTED_BUG").ok()?;
-        let bugs = [Bug::NoTokenCheck, Bug::EarlyAck, Bug::ReleaseAfterDelivery, Bug::FaintSweep];
+        let bugs = [Bug::NoTokenCheck, Bug::EarlyAck, Bug::ReleaseAfterDelivery, Bug::FaintSweep, Bug::OneForAll];
         bugs.into_iter().find(|bug| format!("{bug:?}") == name)
     });
     *CHOSEN == Some(bug)

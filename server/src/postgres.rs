@@ -127,9 +127,9 @@ impl Cluster {
         self.pid.as_raw_nonzero().get()
     }
 
-    /// A URL for a database of this cluster; any Postgres client takes it.
+    /// A URL for a database of this cluster; any Postgres client takes it, whatever its environment names.
     pub fn url(&self, database: &str) -> String {
-        format!("postgresql://{DATABASE}@/{database}?host={}", self.socket.display())
+        format!("postgresql://{DATABASE}@/{database}?host={}&port=5432", self.socket.display())
     }
 
     /// Whether the server has ended by itself.

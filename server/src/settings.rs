@@ -1,5 +1,6 @@
 //! What `absurd serve` can be told: by flag, by environment, by file; in that order. An unknown key is an error.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -8,10 +9,12 @@ use std::time::Duration;
 use anyhow::Context as _;
 use serde::Deserialize;
 
+use crate::address::{deserialize_listen, parse_listen};
 use crate::app::AppOptions;
 use crate::dispatch::DispatchOptions;
 use crate::engine::EngineOptions;
 use crate::gate::GateOptions;
+use crate::libpq;
 use crate::store::migrate;
 use crate::transport::Limits;
 use crate::transport::admission::AdmissionOptions;
@@ -70,6 +73,9 @@ macro_rules! settings {
         }
 
         impl Settings {
+            /// The names of all settings.
+            const KEYS: &[&str] = &[$(stringify!($name),)*];
+
             /// These settings, and for what they leave open the other ones.
             #[must_use]
             pub fn or(self, other: Self) -> Self {
@@ -80,14 +86,15 @@ macro_rules! settings {
 }
 
 settings! {
-    /// Database to serve, as a URL or in key=value form
+    /// Database to serve, as a URL or in key=value form [default: libpq's variables, such as PGHOST]
     #[arg(long, env = "ABSURD_DATABASE_URL", hide_env_values = true, value_name = "URL")]
     database_url: Secret,
-    /// Database to LISTEN on, where the other URL goes through a pooler in transaction mode
+    /// Database to LISTEN on [default: the same]; name Postgres itself, where the other URL goes through a pooler
     #[arg(long, env = "ABSURD_LISTEN_DATABASE_URL", hide_env_values = true, value_name = "URL")]
     listen_database_url: Secret,
-    /// Address to serve on [default: 127.0.0.1:50051]
-    #[arg(long, env = "ABSURD_LISTEN", value_name = "ADDR:PORT")]
+    /// Address to serve on, as HOST:PORT, or :PORT for this machine alone [default: 127.0.0.1:50051]
+    #[arg(long, env = "ABSURD_LISTEN", value_name = "ADDR:PORT", value_parser = parse_listen)]
+    #[serde(deserialize_with = "deserialize_listen")]
     listen: SocketAddr,
     /// Install or upgrade the schemas before serving
     #[arg(long, env = "ABSURD_MIGRATE", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
@@ -120,6 +127,9 @@ settings! {
     /// Refuse calls about a run that show no claim token
     #[arg(long, env = "ABSURD_REQUIRE_CLAIM_TOKEN", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     require_claim_token: bool,
+    /// Attempts of a task whose spawn over gRPC names neither max_attempts nor unlimited_attempts [default: 5]
+    #[arg(long, env = "ABSURD_DEFAULT_MAX_ATTEMPTS", value_name = "N")]
+    default_max_attempts: i32,
     /// Claim streams on one connection at most [default: 10000]
     #[arg(long, env = "ABSURD_MAX_STREAMS_PER_CONNECTION", value_name = "N")]
     max_streams_per_connection: usize,
@@ -160,7 +170,8 @@ settings! {
     #[arg(long, env = "ABSURD_MAX_STALL", value_name = "SPAN")]
     max_stall: Span,
     /// Address for /metrics, /livez and /readyz over plain HTTP [default: none]
-    #[arg(long, env = "ABSURD_METRICS_LISTEN", value_name = "ADDR:PORT")]
+    #[arg(long, env = "ABSURD_METRICS_LISTEN", value_name = "ADDR:PORT", value_parser = parse_listen)]
+    #[serde(deserialize_with = "deserialize_listen")]
     metrics_listen: SocketAddr,
     /// Longest graceful shutdown [default: 20s]
     #[arg(long, env = "ABSURD_SHUTDOWN_GRACE", value_name = "SPAN")]
@@ -186,14 +197,48 @@ impl Settings {
     /// Reads a TOML file whose keys are the flags' names.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        toml::from_str(&text).with_context(|| format!("{} is not valid", path.display()))
+        Self::from_toml(&text).map_err(|problem| anyhow::anyhow!("{}{problem}", path.display()))
+    }
+
+    /// Reads a TOML text. An error names key and line, and repeats neither line nor value: either may hold a password.
+    fn from_toml(text: &str) -> Result<Self, String> {
+        let table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
+            let at = error.span().map_or(0, |span| span.start);
+            let line = text.get(..at).unwrap_or_default().matches('\n').count() + 1;
+            format!(", line {line}: this is not TOML: write each setting as key = value, and texts in double quotes")
+        })?;
+        let mut settings = Self::default();
+        let mut seen = HashSet::new();
+        for (key, value) in table {
+            let place = place(text, &key);
+            let name = key.replace('_', "-");
+            if !Self::KEYS.iter().any(|known| known.replace('_', "-") == name) {
+                return Err(format!("{place}: there is no setting {key:?}{}", suggestion(&name)));
+            }
+            if !seen.insert(name.clone()) {
+                return Err(format!("{place}: {name:?} is set twice"));
+            }
+            let kind = value.type_str();
+            let one = toml::Table::from_iter([(name.clone(), value)]);
+            let one: Self = Self::deserialize(one).map_err(|error| {
+                let why = error.message().to_owned();
+                match why.rsplit_once("expected ") {
+                    _ if name.ends_with("database-url") => {
+                        format!("{place}: {name} must be a text, not of type {kind}")
+                    }
+                    Some((_, expected)) if why.starts_with("invalid") => {
+                        format!("{place}: {name} must be {}, not of type {kind}", expected.trim())
+                    }
+                    _ => format!("{place}: {name}: {}", masked(&why)),
+                }
+            })?;
+            settings = settings.or(one);
+        }
+        Ok(settings)
     }
 
     /// The options of a server, all defaults filled in.
     pub fn into_app_options(self) -> anyhow::Result<AppOptions> {
-        let database = self.database_url.context(
-            "no database was named: set ABSURD_DATABASE_URL or --database-url (or run `absurd dev`, which brings its own)",
-        )?;
         let dispatch = DispatchOptions::default();
         let limits = Limits::default();
         let (admission, gate, engine) = (AdmissionOptions::default(), GateOptions::default(), EngineOptions::default());
@@ -203,9 +248,10 @@ impl Settings {
             _ => anyhow::bail!("tls-cert and tls-key go together"),
         };
         Ok(AppOptions {
-            database: parse_database(&database)?,
+            database: resolve_database(self.database_url.as_ref())?,
             listen_database: self.listen_database_url.as_ref().map(parse_database).transpose()?,
             listen: self.listen.unwrap_or(DEFAULT_LISTEN),
+            queue: None,
             migrate: self
                 .migrate
                 .unwrap_or(false)
@@ -228,6 +274,7 @@ impl Settings {
                 request_bytes_max: self.max_request_bytes.unwrap_or(limits.request_bytes_max),
                 header_list_bytes_max: self.max_header_list_bytes.unwrap_or(limits.header_list_bytes_max),
                 require_claim_token: self.require_claim_token.unwrap_or(false),
+                default_max_attempts: attempts(self.default_max_attempts, limits.default_max_attempts)?,
             },
             admission: AdmissionOptions {
                 requests_max: within("max-requests", self.max_requests, admission.requests_max, COUNT_MAX)?,
@@ -256,6 +303,23 @@ impl Settings {
     }
 }
 
+/// Where a key stands in a file.
+fn place(text: &str, key: &str) -> String {
+    let starts = |line: &str| {
+        let line = line.trim_start().trim_start_matches(['[', '"', '\'']);
+        line.strip_prefix(key)
+            .is_some_and(|rest| !rest.starts_with(|next: char| next.is_alphanumeric() || "-_".contains(next)))
+    };
+    text.lines().position(starts).map_or_else(String::new, |index| format!(", line {}", index + 1))
+}
+
+/// The setting that a wrong name was meant to be.
+fn suggestion(name: &str) -> String {
+    let near = |known: &&str| strsim::jaro_winkler(&known.replace('_', "-"), name);
+    let best = Settings::KEYS.iter().max_by(|a, b| near(a).total_cmp(&near(b))).filter(|known| near(known) > 0.8);
+    best.map_or_else(String::new, |known| format!("; did you mean {:?}?", known.replace('_', "-")))
+}
+
 /// More of anything that is counted is a mistake.
 const COUNT_MAX: usize = 100_000_000;
 
@@ -271,6 +335,14 @@ fn bounded<T: PartialOrd + From<u8> + std::fmt::Display + Copy>(
     Ok(asked)
 }
 
+/// Attempts of a task.
+fn attempts(asked: Option<i32>, usual: i32) -> anyhow::Result<i32> {
+    match asked.unwrap_or(usual) {
+        attempts @ 1.. => Ok(attempts),
+        attempts => anyhow::bail!("default-max-attempts must be at least 1, not {attempts}"),
+    }
+}
+
 /// The same, where there is a usual one.
 fn within<T: PartialOrd + From<u8> + std::fmt::Display + Copy>(
     name: &str,
@@ -284,18 +356,64 @@ fn within<T: PartialOrd + From<u8> + std::fmt::Display + Copy>(
 /// Where a server listens unless told otherwise.
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 50051);
 
-/// Parses a database URL; the error repeats no part of it, as it may hold a password, and a part that was not quoted well
-/// reads like an option.
+/// Parses a database's URL or `key=value` text, and completes it as libpq does, from the environment, a service file and a
+/// passfile. The error repeats no part of it, as it may hold a password.
 pub fn parse_database(url: &Secret) -> anyhow::Result<tokio_postgres::Config> {
-    url.expose().parse().map_err(|error: tokio_postgres::Error| {
-        use std::error::Error as _;
-        let cause = match error.source().map(ToString::to_string) {
-            Some(text) if text.starts_with("unknown option") => ": it names an option that there is not".to_owned(),
-            Some(text) => format!(": {text}"),
-            None => String::new(),
-        };
-        anyhow::anyhow!("the database URL is not valid{cause}; expected postgresql://user:password@host:5432/database")
-    })
+    resolve_database(Some(url))
+}
+
+/// The database that a command speaks of: by its URL, else by libpq's own variables.
+pub fn resolve_database(url: Option<&Secret>) -> anyhow::Result<tokio_postgres::Config> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let environment = libpq::Environment { variable: &variable };
+    anyhow::ensure!(
+        url.is_some() || environment.names_a_database(),
+        "no database was named: set ABSURD_DATABASE_URL or --database-url, or PGHOST, PGDATABASE or PGSERVICE (or run \
+         `absurd dev`, which brings its own)"
+    );
+    let resolved = libpq::resolve(url.map(Secret::expose), &environment).map_err(|problem| match url {
+        Some(_) => anyhow::anyhow!(
+            "the database URL is not valid: {problem}; expected postgresql://user:password@host:5432/database"
+        ),
+        None => anyhow::anyhow!("libpq's variables name no database: {problem}"),
+    })?;
+    for warning in resolved.warnings {
+        if tracing::dispatcher::has_been_set() {
+            tracing::warn!("{warning}");
+        } else {
+            eprintln!("warning: {warning}");
+        }
+    }
+    Ok(resolved.config)
+}
+
+/// Replaces passwords of URLs and `password=` parts in a text that somebody else has made, such as a message about the
+/// command line.
+pub fn masked(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    loop {
+        let url = rest.find("://").map(|at| at + 3);
+        let word = rest.find("password=").map(|at| at + 9);
+        let Some(at) = url.into_iter().chain(word).min() else { break };
+        let (before, after) = rest.split_at(at);
+        out.push_str(before);
+        let is_url = Some(at) == url;
+        let end = after.find(|next: char| next.is_whitespace() || next == '"').unwrap_or(after.len());
+        let (part, left) = after.split_at(end);
+        match part.rsplit_once('@').filter(|_| is_url) {
+            Some((login, place)) => {
+                let user = login.split_once(':').map_or(login, |(user, _)| user);
+                out.push_str(user);
+                out.push_str(if user.len() < login.len() { ":***@" } else { "@" });
+                out.push_str(place.split_once('?').map_or(place, |(place, _)| place));
+            }
+            None if is_url => out.push_str(part.split_once('?').map_or(part, |(place, _)| place)),
+            None => out.push_str("***"),
+        }
+        rest = left;
+    }
+    out + rest
 }
 
 #[cfg(test)]
@@ -304,10 +422,10 @@ mod tests {
 
     #[test]
     fn an_unknown_key_in_a_file_is_an_error() {
-        let known: Settings = toml::from_str("listen = \"127.0.0.1:1\"\nheartbeat = \"5s\"").unwrap();
+        let known = Settings::from_toml("listen = \"127.0.0.1:1\"\nheartbeat = \"5s\"").unwrap();
         assert_eq!(known.heartbeat.map(|span| span.0), Some(Duration::from_secs(5)));
-        let error = toml::from_str::<Settings>("lisen = \"127.0.0.1:1\"").unwrap_err().to_string();
-        assert!(error.contains("lisen"), "{error}");
+        let error = Settings::from_toml("lisen = \"127.0.0.1:1\"").unwrap_err();
+        assert_eq!(error, ", line 1: there is no setting \"lisen\"; did you mean \"listen\"?");
     }
 
     #[test]

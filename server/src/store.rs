@@ -3,16 +3,19 @@
 pub mod batch;
 pub mod checkpoint;
 pub mod clock;
+pub mod connect;
 pub mod event;
 pub mod failing;
 pub mod fault;
 pub mod listen;
+mod locked;
 pub mod migrate;
 pub mod policy;
 pub mod pool;
 pub mod quarantine;
 pub mod queue;
 pub mod run;
+mod sqlstate;
 pub mod statement;
 pub mod suspend;
 pub mod task;
@@ -23,12 +26,13 @@ pub mod upkeep;
 pub mod workflow;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant as Monotonic};
 
 use deadpool_postgres::Object;
 use postgres_types::ToSql;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_postgres::Row;
 use uuid::Uuid;
 
@@ -37,16 +41,30 @@ use crate::metrics;
 use crate::scope::Scope;
 use failing::{Failing, Fate};
 pub use fault::Fault;
+pub(crate) use locked::Access;
+use locked::LockedQueues;
 use pool::{Pools, Role};
+use statement::SCHEMA_GET;
 pub use statement::{Statement, Wait};
 use turns::Turns;
 
-/// Longest wait for a row that somebody else holds, where a transaction says nothing else.
-const LOCK_WAIT_MAX: Duration = Duration::from_secs(5);
+/// Longest wait for a lock where a transaction says nothing else. Statements pass over rows that somebody holds, so this is the
+/// time that a connection is lost to a locked table before that is known.
+pub(crate) const LOCK_WAIT: Duration = Duration::from_millis(200);
+/// The same for upkeep: a queue is dropped, a partition made.
+const LOCK_WAIT_UPKEEP: Duration = Duration::from_secs(5);
+/// Longest wait of one try of a transaction that waits for held rows.
+pub(crate) const LOCK_WAIT_PATIENT: Duration = Duration::from_secs(1);
 /// Prepared statements kept per connection; beyond it the connection's cache starts anew.
 const STATEMENTS_MAX: usize = 256;
+/// Between two tries of a read that meets locks.
+const LOCKED_PAUSE: Duration = Duration::from_millis(20);
 /// Ids may run ahead of the time by this much, in 1/4096 ms; beyond it the clock was set back.
 const IDS_AHEAD_MAX: u64 = 1000 << 12;
+/// Longest time for a look at which tables exist.
+const LOOK_MAX: Duration = Duration::from_secs(2);
+/// A queue that is refused for a lasting reason is named in the log this often.
+const LASTING_EVERY: Duration = Duration::from_secs(60);
 /// Rendered texts kept per replica.
 const TEXTS_MAX: usize = 8192;
 
@@ -83,9 +101,16 @@ struct Inner {
     clock: Mutex<Option<(Monotonic, i64)>>,
     /// Time and place of the newest minted id.
     last_id: AtomicU64,
+    /// The oldest generation of servers that may run on this database.
+    min_server: AtomicI32,
     /// Only with `--test-clock`.
     test_clock: Option<clock::TestClock>,
     failing: Failing,
+    /// When the log last named a queue, or the database, for a fault of a kind that lasts.
+    lasting: Mutex<HashMap<(&'static str, String), Monotonic>>,
+    locked: LockedQueues,
+    /// At the connections for transactions that wait for held rows: the others never do.
+    patient: Arc<Semaphore>,
 }
 
 /// Settings of our sessions: the doorbell's trigger stays silent for them, plans are made once per statement, and walk an
@@ -94,6 +119,7 @@ pub(crate) fn session_config(
     database: &tokio_postgres::Config,
     name: &str,
     statement_timeout: Duration,
+    lock_wait: Duration,
 ) -> tokio_postgres::Config {
     let mut config = database.clone();
     let options = config.get_options().unwrap_or_default().to_owned();
@@ -101,9 +127,9 @@ pub(crate) fn session_config(
         "{options} -c absurd_server.writer=on -c absurd.fake_now= -c jit=off -c plan_cache_mode=force_generic_plan \
          -c enable_seqscan=off -c enable_bitmapscan=off \
          -c statement_timeout={}ms -c lock_timeout={}ms -c idle_in_transaction_session_timeout=5s -c TimeZone=UTC \
-         -c default_transaction_isolation=read\\ committed",
+         -c default_transaction_isolation=read\\ committed -c standard_conforming_strings=on",
         statement_timeout.as_millis(),
-        LOCK_WAIT_MAX.as_millis()
+        lock_wait.as_millis()
     ));
     config.application_name(name);
     if config.get_connect_timeout().is_none() {
@@ -121,6 +147,9 @@ impl Store {
         Ok(Self {
             inner: Arc::new(Inner {
                 failing: Failing::default(),
+                lasting: Mutex::new(HashMap::new()),
+                locked: LockedQueues::default(),
+                patient: Arc::new(Semaphore::new((pool::connections(Role::Work, options.connections_max) / 2).max(1))),
                 pools: Pools::new(&options)?,
                 reads: Turns::new(pool::connections(Role::Read, options.connections_max)),
                 test_clock: options.test_clock.then(clock::TestClock::default),
@@ -128,6 +157,7 @@ impl Store {
                 texts: Mutex::new(HashMap::new()),
                 clock: Mutex::new(None),
                 last_id: AtomicU64::new(0),
+                min_server: AtomicI32::new(0),
             }),
         })
     }
@@ -164,7 +194,7 @@ impl Store {
     }
 
     fn text(&self, statement: &Statement, wait: Wait, scope: Option<&Scope>) -> Arc<str> {
-        let queue = scope.map_or("", |scope| scope.queue().as_str());
+        let queue = scope.filter(|_| statement.per_queue).map_or("", |scope| scope.queue().as_str());
         let key = (statement.name, wait, queue.to_owned());
         let mut texts = self.inner.texts.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(text) = texts.get(&key) {
@@ -178,8 +208,46 @@ impl Store {
         text
     }
 
-    /// Runs a statement on a connection of its own, in a transaction of its own.
+    /// Runs a statement on a connection of its own, in a transaction of its own. Where the queue's tables are locked, a read
+    /// waits until they are not, as long as its caller does; any other statement fails at once.
     pub(crate) async fn rows(
+        &self,
+        statement: &Statement,
+        wait: Wait,
+        scope: Option<&Scope>,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, Fault> {
+        let Some(queue) = scope.map(|scope| scope.queue().as_str()) else {
+            return self.rows_now(statement, wait, scope, params).await;
+        };
+        match statement.role() {
+            Role::Read => loop {
+                self.wait_for(queue, Access::Reads).await;
+                match self.rows_now(statement, wait, scope, params).await {
+                    Err(Fault::Locked) => {
+                        self.suspect(queue).await;
+                        tokio::time::sleep(LOCKED_PAUSE).await;
+                    }
+                    done => return done,
+                }
+            },
+            Role::Upkeep => self.rows_now(statement, wait, scope, params).await,
+            Role::Work | Role::Lease => {
+                self.admit(queue)?;
+                let done = self.rows_now(statement, wait, scope, params).await;
+                if matches!(done, Err(Fault::Locked)) {
+                    self.suspect(queue).await;
+                }
+                done
+            }
+        }
+    }
+
+    fn admit(&self, queue: &str) -> Result<(), Fault> {
+        if self.is_locked(queue) { Err(Fault::Locked) } else { Ok(()) }
+    }
+
+    async fn rows_now(
         &self,
         statement: &Statement,
         wait: Wait,
@@ -206,11 +274,15 @@ impl Store {
             client.statement_cache.clear();
             done = query(&client, &text, params, limit).await;
         }
+        if let Err(fault) = done {
+            done = Err(named(&client, scope, fault).await);
+        }
         if fate == Fate::FailsAfter {
             done = Err(on_purpose(fate));
         }
         if let Err(fault) = &done {
             metrics::fault(fault);
+            self.note_lasting(statement, scope, fault);
             if fault.is_of_connection() {
                 drop(Object::take(client));
             }
@@ -240,11 +312,16 @@ impl Store {
         }
     }
 
-    /// Begins a transaction whose statements wait for locks at most this long.
+    /// Begins a transaction whose statements wait for locks at most this long. Transactions that wait longer than [`LOCK_WAIT`]
+    /// take half of the connections at most, so that held rows never keep others from theirs.
     pub(crate) async fn begin(&self, lock_wait: Duration) -> Result<Tx, Fault> {
         if self.inner.failing.fate("begin") != Fate::Lives {
             return Err(on_purpose(Fate::FailsBefore));
         }
+        let patience = match lock_wait > LOCK_WAIT {
+            true => Arc::clone(&self.inner.patient).acquire_owned().await.ok(),
+            false => None,
+        };
         let client = self.client(Role::Work).await?;
         let lock_ms = lock_wait.as_millis().clamp(1, 60_000);
         let limit = lock_wait + Role::Work.statement_timeout();
@@ -253,9 +330,51 @@ impl Store {
             limit.as_millis().min(90_000)
         );
         let lost = AtomicBool::new(false);
-        let tx = Tx { client: Some(client), store: self.clone(), limit: limit + pool::SILENCE, lost };
+        let tx = Tx {
+            client: Some(client),
+            store: self.clone(),
+            limit: limit + pool::SILENCE,
+            lost,
+            over: AtomicBool::new(false),
+            _patience: patience,
+        };
         tx.say(&begin).await.map_err(|fault| tx.undone(fault))?;
         Ok(tx)
+    }
+
+    /// Remembers which server may run on this database.
+    pub(crate) fn note_min_server(&self, generation: i32) {
+        self.inner.min_server.store(generation, Ordering::Relaxed);
+    }
+
+    /// The oldest generation of servers that may run on this database, as of the last look.
+    pub fn min_server(&self) -> i32 {
+        self.inner.min_server.load(Ordering::Relaxed)
+    }
+
+    /// Names in the log, now and then, a queue that an operator has to mend.
+    fn note_lasting(&self, statement: &Statement, scope: Option<&Scope>, fault: &Fault) {
+        if !fault.is_lasting() {
+            return;
+        }
+        let queue = scope.map_or("", |scope| scope.queue().as_str());
+        let now = Monotonic::now();
+        let mut told = self.inner.lasting.lock().unwrap_or_else(PoisonError::into_inner);
+        told.retain(|_, at| now.duration_since(*at) < LASTING_EVERY);
+        let mut is_new = false;
+        told.entry((fault.kind(), queue.to_owned())).or_insert_with(|| {
+            is_new = true;
+            now
+        });
+        drop(told);
+        if is_new {
+            tracing::warn!(
+                queue.name = queue,
+                statement = statement.name,
+                kind = fault.kind(),
+                "{fault}; see `absurd doctor`"
+            );
+        }
     }
 
     /// Remembers a reading of the database's clock.
@@ -303,6 +422,23 @@ fn on_purpose(fate: Fate) -> Fault {
     }
 }
 
+/// A fault that may come from a table, a function or a schema that is not there, by what is: the queue does not exist, or
+/// is damaged, or the schemas are gone.
+async fn named(client: &Object, scope: Option<&Scope>, fault: Fault) -> Fault {
+    let (Fault::NoTable(text) | Fault::Damaged(text)) = &fault else { return fault };
+    let queue = scope.map(|scope| scope.queue().as_str());
+    let looked = query(client, &SCHEMA_GET.render("", Wait::Skip), &[&queue], LOOK_MAX).await;
+    let Some(row) = looked.ok().and_then(|rows| rows.into_iter().next()) else { return fault };
+    let tables: i32 = row.get("tables");
+    match (row.get("contract"), row.get("side")) {
+        (false, _) => Fault::Schema("schema absurd is gone from the database".into()),
+        (_, false) => Fault::Schema("schema absurd_server is gone from the database".into()),
+        _ if matches!(fault, Fault::Damaged(_)) => fault,
+        _ if tables == 0 => Fault::Missing,
+        _ => Fault::Damaged(text.clone()),
+    }
+}
+
 /// Runs a statement; one that is not answered in time leaves its outcome unknown, and its connection is of no more use.
 async fn query(
     client: &Object,
@@ -336,6 +472,9 @@ pub(crate) struct Tx {
     limit: Duration,
     /// Whether the connection is, and the transaction with it.
     lost: AtomicBool,
+    /// Whether it was rolled back to find out what a fault meant.
+    over: AtomicBool,
+    _patience: Option<OwnedSemaphorePermit>,
 }
 
 impl Tx {
@@ -347,12 +486,31 @@ impl Tx {
         scope: Option<&Scope>,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Fault> {
-        let Some(client) = &self.client else { return Err(Fault::Gone("transaction ended".into())) };
-        let text = self.store.text(statement, wait, scope);
-        match self.store.inner.failing.fate(statement.name) {
-            Fate::Lives => query(client, &text, params, self.limit).await.map_err(|fault| self.undone(fault)),
-            fate => Err(self.undone(on_purpose(fate))),
+        let ended = || Fault::Gone("transaction ended".into());
+        let client = self.client.as_ref().filter(|_| !self.over.load(Ordering::Relaxed)).ok_or_else(ended)?;
+        if let Some(scope) = scope {
+            self.store.admit(scope.queue().as_str())?;
         }
+        let text = self.store.text(statement, wait, scope);
+        let done = match self.store.inner.failing.fate(statement.name) {
+            Fate::Lives => match query(client, &text, params, self.limit).await {
+                Err(fault @ (Fault::NoTable(_) | Fault::Damaged(_))) => {
+                    // The transaction is void, and says nothing more; outside of it the database does.
+                    self.over.store(true, Ordering::Relaxed);
+                    self.say("rollback").await.map_err(|fault| self.undone(fault))?;
+                    Err(named(client, scope, fault).await)
+                }
+                done => done.map_err(|fault| self.undone(fault)),
+            },
+            fate => Err(self.undone(on_purpose(fate))),
+        };
+        if let (Err(Fault::Locked), Some(scope)) = (&done, scope) {
+            self.store.suspect(scope.queue().as_str()).await;
+        }
+        if let Err(fault) = &done {
+            self.store.note_lasting(statement, scope, fault);
+        }
+        done
     }
 
     /// A fault before the commit: whatever was done goes with the transaction, so nothing is in doubt.
@@ -379,6 +537,9 @@ impl Tx {
         if fate == Fate::FailsBefore {
             return Err(on_purpose(Fate::FailsAfter));
         }
+        if self.over.load(Ordering::Relaxed) {
+            return Err(Fault::Gone("transaction ended".into()));
+        }
         self.say("commit").await?;
         if fate == Fate::FailsAfter {
             return Err(on_purpose(fate));
@@ -389,7 +550,10 @@ impl Tx {
 
     /// Rolls back; the connection goes back to the pool, unless it is lost.
     pub(crate) async fn rollback(mut self) {
-        if !self.lost.load(Ordering::Relaxed) && self.say("rollback").await.is_ok() {
+        let lost = self.lost.load(Ordering::Relaxed);
+        if self.over.load(Ordering::Relaxed) && !lost {
+            drop(self.client.take());
+        } else if !lost && self.say("rollback").await.is_ok() {
             drop(self.client.take());
         }
     }
@@ -400,5 +564,17 @@ impl Drop for Tx {
         if let Some(client) = self.client.take() {
             drop(Object::take(client));
         }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A store that has nobody to connect to.
+    pub(crate) fn nowhere() -> Store {
+        let database = "postgresql://nobody@127.0.0.1:1/none".parse().unwrap();
+        let wait_max = Duration::from_secs(1);
+        Store::new(StoreOptions { database, connections_max: 2, wait_max, test_clock: false }).unwrap()
     }
 }

@@ -46,7 +46,10 @@ async fn round(engine: &Arc<Engine>, queue: &str) {
     let scope = Caller::anonymous().scope(name);
     let until = Instant::now() + QUEUE_MAX;
     let mut round = Round::default();
-    loop {
+    // A locked queue would take a connection for as long as each of its parts waits.
+    let locked = engine.store.suspect(queue).await;
+    round.problem = locked.then(|| "another session has locked the queue's tables".to_owned());
+    while !locked {
         match engine.store.upkeep_run(&scope, &mut round).await {
             Ok(true) if Instant::now() < until => {}
             Ok(_) => break,

@@ -1,13 +1,15 @@
 //! Waiting for tasks to end: on hints, and on one batched read per second for all waiters of this replica.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, Semaphore, oneshot};
 use tokio::time::Instant;
 
 use crate::domain::{Error, QueueName, TaskId};
+use crate::looks::Looks;
+use crate::per_queue::OneEach;
 use crate::store::Store;
 use crate::store::task::TaskEnd;
 
@@ -15,6 +17,8 @@ use crate::store::task::TaskEnd;
 const PERIOD: Duration = Duration::from_secs(1);
 /// Waiters of one replica at most.
 const WAITERS_MAX: usize = 50_000;
+/// Queues that are read apart from the others, at the same time.
+const APART_MAX: usize = 1;
 /// Tasks asked about in one statement.
 const READ_MAX: usize = 5_000;
 
@@ -29,10 +33,24 @@ struct Inside {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Waits {
     inside: Mutex<Inside>,
     bell: Notify,
+    /// Queues that are read apart from the others.
+    reading: OneEach,
+    apart: Semaphore,
+}
+
+impl Default for Waits {
+    fn default() -> Self {
+        Self {
+            inside: Mutex::default(),
+            bell: Notify::default(),
+            reading: OneEach::default(),
+            apart: Semaphore::new(APART_MAX),
+        }
+    }
 }
 
 impl Waits {
@@ -53,7 +71,7 @@ impl Waits {
         inside.count = inside.count.saturating_sub(1);
         match told {
             Ok(Ok(end)) => Ok(Some(end)),
-            Ok(Err(_)) => Err(Error::Unavailable("the server is stopping".into())),
+            Ok(Err(_)) => Err(Error::ShuttingDown),
             Err(_) => {
                 let key = (queue.clone(), task_id);
                 if let Some(waiters) = inside.waiters.get_mut(&key) {
@@ -83,8 +101,8 @@ impl Waits {
         self.inside.lock().unwrap_or_else(PoisonError::into_inner).waiters.clear();
     }
 
-    /// Reads for ever.
-    pub async fn run(&self, store: &Store) {
+    /// Reads for ever. Queues that are not well are read apart from the others.
+    pub async fn run(self: &Arc<Self>, store: &Store, looks: &Looks) {
         let mut read_at = Instant::now();
         loop {
             let waiting = !self.inside.lock().unwrap_or_else(PoisonError::into_inner).waiters.is_empty();
@@ -106,12 +124,43 @@ impl Waits {
                     std::mem::take(&mut inside.ended)
                 }
             };
-            for keys in keys.chunks(READ_MAX) {
+            let (apart, together): (Vec<Key>, Vec<Key>) =
+                keys.into_iter().partition(|(queue, _)| looks.is_troubled(queue.as_str()));
+            for keys in together.chunks(READ_MAX) {
                 match store.task_ended(keys).await {
                     Ok(ends) => self.tell(ends),
-                    Err(fault) => tracing::debug!(?fault, "could not read the ends of awaited tasks"),
+                    Err(fault) if fault.is_passing() => {
+                        tracing::debug!(?fault, "could not read the ends of awaited tasks");
+                    }
+                    // Some queue takes too long: each by itself.
+                    Err(fault) => {
+                        tracing::warn!(problem = fault.problem(), "could not read the ends of tasks of many queues");
+                        self.read_apart(store, keys);
+                    }
                 }
             }
+            self.read_apart(store, &apart);
+        }
+    }
+
+    /// Reads the ends of tasks in the background, each queue by itself.
+    fn read_apart(self: &Arc<Self>, store: &Store, keys: &[Key]) {
+        let mut by_queue: HashMap<&QueueName, Vec<Key>> = HashMap::new();
+        for key in keys {
+            by_queue.entry(&key.0).or_default().push(key.clone());
+        }
+        for (queue, mut keys) in by_queue {
+            let Some(reading) = self.reading.begin(queue) else { continue };
+            keys.truncate(READ_MAX);
+            let (waits, store) = (Arc::clone(self), store.clone());
+            tokio::spawn(async move {
+                let _reading = reading;
+                let Ok(_place) = waits.apart.acquire().await else { return };
+                match store.task_ended(&keys).await {
+                    Ok(ends) => waits.tell(ends),
+                    Err(fault) => tracing::debug!(?fault, "could not read the ends of awaited tasks"),
+                }
+            });
         }
     }
 

@@ -38,6 +38,16 @@ impl OwnCluster {
         Database::on(self.running.as_ref().unwrap()).await
     }
 
+    /// Another database on it, as it is.
+    pub fn database_named(&self, name: &str) -> Database {
+        Database::as_it_is(self.running.as_ref().unwrap(), name)
+    }
+
+    /// The URL of a database on it.
+    pub fn url(&self, name: &str) -> String {
+        self.running.as_ref().unwrap().url(name)
+    }
+
     /// Its release.
     pub fn version(&self) -> String {
         self.running.as_ref().unwrap().version().to_owned()

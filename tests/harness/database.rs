@@ -165,6 +165,11 @@ impl Database {
         Self { name: "own".into(), url, _use: Arc::default() }
     }
 
+    /// A database of another cluster, as it is.
+    pub(crate) fn as_it_is(cluster: &Cluster, name: &str) -> Self {
+        Self { name: name.into(), url: cluster.url(name), _use: Arc::default() }
+    }
+
     async fn create(how: &str) -> Self {
         let name = format!("t{}", NEXT.fetch_add(1, Ordering::Relaxed));
         let admin = connect(&url("postgres")).await;

@@ -185,6 +185,7 @@ async fn a_plan_that_is_stale_within_a_transaction_is_made_again() {
         max_attempts: None,
         cancellation: None,
         idempotency_key: None,
+        start: None,
     };
     while let Err(fault) = store.task_spawn_all(&scope, &[(&task, None)], Duration::from_secs(1), true).await {
         assert!(matches!(fault, store::Fault::StalePlan), "{fault:?}");

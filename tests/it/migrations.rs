@@ -1,5 +1,7 @@
 //! Installing: twice at once, again, and what a server refuses.
 
+use absurd_server::app::App;
+use absurd_server::settings::{Secret, Settings};
 use absurd_server::store::migrate::{self, Options, Origin};
 use absurd_tests::{Database, ServerOptions};
 
@@ -28,6 +30,110 @@ async fn a_database_that_needs_a_newer_server_is_refused() {
     sql.execute("update absurd_server.migration set min_server = 99", &[]).await.unwrap();
     let refused = migrate::migrate(&database.url().parse().unwrap(), Options::default()).await.unwrap_err();
     assert!(format!("{refused:?}").contains("generation 99"), "{refused:?}");
+}
+
+/// A newer server has been here and lets older ones run: this one changes nothing, whatever the checksums say.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_server_never_puts_its_text_over_a_newer_one() {
+    let database = Database::new().await;
+    let sql = database.connect().await;
+    sql.batch_execute(
+        "insert into absurd_server.migration (version, name, checksum, min_server)
+         select max(version) + 1, '99.0.0', 'another', max(min_server) from absurd_server.migration;
+         update absurd_server.setting set value = '99' where name = 'contract_version';
+         update absurd_server.setting set value = 'another' where name = 'contract_checksum';
+         create or replace function absurd_server.is_empty(p_table text) returns boolean language sql as 'select null::boolean';
+         create or replace function absurd.get_schema_version() returns text language sql as 'select ''99''::text'",
+    )
+    .await
+    .unwrap();
+    let config: tokio_postgres::Config = database.url().parse().unwrap();
+    for report in [
+        migrate::check(&config, Options::default()).await.unwrap(),
+        migrate::migrate(&config, Options::default()).await.unwrap(),
+    ] {
+        assert!(report.applied.is_empty(), "{report:?}");
+    }
+    let server = absurd_tests::Server::start_on(&database).await;
+    let kept = "select absurd_server.is_empty('t_q') is null and absurd.get_schema_version() = '99'
+                   and (select value from absurd_server.setting where name = 'contract_checksum') = 'another'";
+    assert!(sql.query_one(kept, &[]).await.unwrap().get::<_, bool>(0));
+    server.stop().await;
+}
+
+/// A server on schemas that are older than its own says what to do, and changes nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_does_not_start_on_an_older_schema() {
+    let database = Database::new().await;
+    let sql = database.connect().await;
+    for (older, named) in [
+        (
+            "update absurd_server.setting set value = '1' where name = 'contract_version'",
+            "storage contract (version 1 to",
+        ),
+        ("update absurd_server.migration set version = 3", "side schema (version 3 to"),
+    ] {
+        sql.batch_execute(older).await.unwrap();
+        let settings = Settings { database_url: Some(Secret::from(database.url())), ..Settings::default() };
+        let refused = App::start(settings.into_app_options().unwrap()).await.unwrap_err();
+        let refused = format!("{refused:#}");
+        assert!(refused.contains(named) && refused.contains("absurd migrate"), "{refused}");
+    }
+    let report = migrate::migrate(&database.url().parse().unwrap(), Options::default()).await.unwrap();
+    assert_eq!(report.applied.len(), 2, "{report:?}");
+    absurd_tests::Server::start_on(&database).await.stop().await;
+}
+
+/// A newer server migrates while this one runs, and does not let it run on: it drains itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outdated_replica_drains_itself() {
+    let server = absurd_tests::Server::start().await;
+    let mut stream = server.client().claim_stream(absurd_client::StreamOptions::default()).await.unwrap();
+    let sql = server.database().connect().await;
+    sql.execute("update absurd_server.migration set min_server = 99", &[]).await.unwrap();
+    absurd_tests::in_time("the replica learns that it is outdated", server.app().outdated()).await;
+    let streaming = tokio::spawn(async move { stream.next().await.is_some() });
+    absurd_tests::in_time("it stops as on SIGTERM", server.stop()).await;
+    streaming.abort();
+
+    let database = Database::new().await;
+    let mut outdated = absurd_tests::absurd(&["serve", "--listen", "127.0.0.1:0"]);
+    let process = outdated.env("ABSURD_DATABASE_URL", database.url()).spawn().unwrap();
+    let sql = database.connect().await;
+    absurd_tests::eventually("it serves", || async {
+        let seen = sql.query_one("select count(*) from absurd_server.replica", &[]).await.unwrap();
+        (seen.get::<_, i64>(0) > 0).then_some(())
+    })
+    .await;
+    sql.execute("update absurd_server.migration set min_server = 99", &[]).await.unwrap();
+    let ended = absurd_tests::in_time("the process ends", process.wait_with_output()).await.unwrap();
+    let told = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert!(!ended.status.success() && told.contains("must be upgraded"), "{told}");
+}
+
+/// Each release's schemas, as they are kept in the tree, become this version's.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_release_is_upgraded() {
+    let releases = absurd_tests::root().join("server/sql/releases");
+    let mut known = 0;
+    for release in std::fs::read_dir(releases).unwrap().map(|entry| entry.unwrap().path()) {
+        let read = |name: &str| std::fs::read_to_string(release.join(name)).unwrap();
+        let database = Database::empty().await;
+        let sql = database.connect().await;
+        sql.batch_execute(&format!("set client_min_messages = warning; {}{}", read("contract.sql"), read("side.sql")))
+            .await
+            .unwrap_or_else(|error| panic!("{}: {error:?}", release.display()));
+        sql.batch_execute(&read("versions.sql")).await.unwrap();
+        sql.execute("select absurd.create_queue('q')", &[]).await.unwrap();
+        sql.execute("select absurd.spawn_task('q', 'n', '1')", &[]).await.unwrap();
+        migrate::migrate(&database.url().parse().unwrap(), Options::default()).await.unwrap();
+        let server = absurd_tests::Server::start_on(&database).await;
+        let claimed = server.client().claim_task(absurd_client::ClaimOptions::default()).await.unwrap();
+        assert_eq!(claimed.len(), 1, "{}", release.display());
+        server.stop().await;
+        known += 1;
+    }
+    assert!(known > 0, "releases are kept in the tree");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,6 +4,7 @@
 mod cases;
 mod circumstances;
 mod nth;
+mod refusals;
 mod walk;
 mod world;
 

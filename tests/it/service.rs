@@ -2,8 +2,10 @@
 
 use absurd_client::{AbsurdClient, ConnectOptions, TlsOptions};
 use absurd_proto::v1 as pb;
+use absurd_proto::v1::test_clock_service_client::TestClockServiceClient;
 use absurd_server::settings::Settings;
 use absurd_tests::{Database, Server, ServerOptions, in_time};
+use tonic::codec::CompressionEncoding;
 use tonic::transport::Endpoint;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
@@ -30,8 +32,61 @@ async fn health_is_told_overall_and_per_service() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn reflection_lists_the_services() {
+async fn reflection_lists_what_is_served() {
+    let settings = Settings { test_clock: Some(true), ..Settings::default() };
+    let with_clock = Server::start_with(Database::new().await, ServerOptions { settings, ..Default::default() }).await;
+    for (server, clock) in [(Server::start().await, false), (with_clock, true)] {
+        let names = services(&server).await;
+        assert!(names.contains(&"absurd.v1.AbsurdService".to_owned()), "{names:?}");
+        assert!(names.contains(&"grpc.health.v1.Health".to_owned()), "{names:?}");
+        assert_eq!(names.contains(&"absurd.v1.TestClockService".to_owned()), clock, "{names:?}");
+    }
     let server = Server::start().await;
+    let mut clock = TestClockServiceClient::connect(server.url()).await.unwrap();
+    let unknown = clock.set_time(pb::SetTimeRequest::default()).await.unwrap_err();
+    assert_eq!(unknown.code(), tonic::Code::Unimplemented);
+    assert!(unknown.message().contains("/absurd.v1.TestClockService/SetTime"), "{unknown}");
+}
+
+/// Who compresses is answered so; nobody else pays for it. What a small message unpacks to is held to the limit of requests.
+#[tokio::test(flavor = "multi_thread")]
+async fn gzip_is_for_those_who_use_it() {
+    let server = Server::start().await;
+    let mut plain = server.raw().await.accept_compressed(CompressionEncoding::Gzip);
+    let mut packed =
+        server.raw().await.accept_compressed(CompressionEncoding::Gzip).send_compressed(CompressionEncoding::Gzip);
+    let spawn = |bytes: usize| pb::SpawnTaskRequest {
+        queue: "q".into(),
+        task: Some(pb::NewTask {
+            task_name: "n".into(),
+            params: absurd_tests::json(format!("\"{}\"", "x".repeat(bytes))),
+            ..Default::default()
+        }),
+    };
+    for (grpc, encoding) in [(&mut plain, None), (&mut packed, Some("gzip"))] {
+        let spawned = grpc.spawn_task(spawn(100_000)).await.unwrap();
+        let said = |response: &tonic::metadata::MetadataMap| {
+            response.get("grpc-encoding").map(|encoding| encoding.to_str().unwrap().to_owned())
+        };
+        assert_eq!(said(spawned.metadata()).as_deref(), encoding);
+        let task_id = spawned.into_inner().task.unwrap().task_id;
+        let read = pb::GetTaskStatusRequest { queue: "q".into(), task_id, ..Default::default() };
+        let task = grpc.get_task_status(read).await.unwrap();
+        assert_eq!(said(task.metadata()).as_deref(), encoding);
+        assert_eq!(task.into_inner().task.unwrap().params.unwrap().text.len(), 100_002);
+        let request = pb::ClaimStreamRequest { queue: "q".into(), worker_id: "w".into(), ..Default::default() };
+        let stream = grpc.claim_stream(request).await.unwrap();
+        assert_eq!(said(stream.metadata()).as_deref(), encoding, "a stream");
+        assert!(in_time("it opens", stream.into_inner().message()).await.unwrap().is_some());
+    }
+    for bytes in [2_000_000, 17_000_000, 40_000_000] {
+        let bomb = packed.spawn_task(spawn(bytes)).await.unwrap_err();
+        assert_eq!(bomb.get_error_details().error_info().unwrap().reason, "PAYLOAD_TOO_LARGE", "{bytes}: {bomb}");
+    }
+    assert!(packed.spawn_task(spawn(10)).await.is_ok(), "the server is well");
+}
+
+async fn services(server: &Server) -> Vec<String> {
     let channel = Endpoint::from_shared(server.url()).unwrap().connect().await.unwrap();
     let ask = ServerReflectionRequest {
         host: String::new(),
@@ -46,8 +101,7 @@ async fn reflection_lists_the_services() {
     else {
         panic!("no list of services")
     };
-    let names: Vec<String> = list.service.into_iter().map(|ServiceResponse { name }| name).collect();
-    assert!(names.contains(&"absurd.v1.AbsurdService".to_owned()), "{names:?}");
+    list.service.into_iter().map(|ServiceResponse { name }| name).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]

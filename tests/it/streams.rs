@@ -448,3 +448,32 @@ async fn a_row_that_cannot_be_read_holds_up_nobody() {
     sql.batch_execute("update absurd.t_q set params = '3' where params is null").await.unwrap();
     assert_eq!(next_task(&mut messages).await.params.unwrap().text, "3");
 }
+
+/// A generated client extends leases only every ten seconds: until then it gets what it asked for, however large.
+#[tokio::test(flavor = "multi_thread")]
+async fn max_in_flight_is_the_only_window() {
+    let settings = Settings { heartbeat: Some(Span(Duration::from_millis(300))), ..Settings::default() };
+    let server = Server::start_with(Database::new().await, ServerOptions { settings, ..Default::default() }).await;
+    let mut grpc = server.raw().await;
+    // Ten that fit into an outbox together, and thirty that do not.
+    for (count, bytes) in [(10, 400_000), (30, 1_000_000)] {
+        let (_, mut messages) = open(&mut grpc, request(count + 2)).await;
+        for index in 0..count {
+            let params = j!({"index": index, "x": "y".repeat(bytes)});
+            server.client().spawn_task("big", &params, SpawnOptions::default()).await.unwrap();
+        }
+        for _ in 0..count {
+            next_task(&mut messages).await;
+        }
+        let told = async {
+            loop {
+                if let Message::Heartbeat(heartbeat) = next(&mut messages).await
+                    && heartbeat.in_flight == count
+                {
+                    return heartbeat;
+                }
+            }
+        };
+        assert_eq!(in_time("a heartbeat comes", told).await.credit, 2, "max_in_flight less what is in flight");
+    }
+}

@@ -6,6 +6,7 @@ use absurd_client::{
     CancelOutcome, ClaimOptions, ListOptions, NewTask, Reason, RetryOptions, SpawnOptions, State, StreamOptions,
 };
 use absurd_proto::v1 as pb;
+use absurd_server::settings::Settings;
 use absurd_tests::{Server, eventually, in_time, json};
 use serde_json::json as j;
 use uuid::Uuid;
@@ -440,4 +441,72 @@ async fn two_claims_of_one_run_in_one_request_are_two_claims() {
         assert_eq!(row.get::<_, &str>(0), "1");
     }
     assert_eq!(client.get_task_result(task_id).await.unwrap().result.unwrap().as_str(), "1");
+}
+
+/// What a spawn leaves open is decided and stored so that no failing task can run hot for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_spawn_that_says_nothing_of_attempts_gets_five_with_pauses() {
+    let settings = Settings { default_max_attempts: Some(4), ..Settings::default() };
+    for (server, usual) in [(Server::start().await, 5), (crate::limits::server(settings).await, 4)] {
+        let mut grpc = server.raw().await;
+        let sql = server.database().connect().await;
+        let fixed = pb::RetryStrategy { kind: pb::RetryKind::Fixed.into(), ..Default::default() };
+        let pauses = j!({"kind": "exponential", "base_seconds": 1, "factor": 2, "max_seconds": 300});
+        let nothing = || pb::NewTask { task_name: "n".into(), ..Default::default() };
+        for (task, attempts, strategy) in [
+            (nothing(), Some(usual), Some(pauses.clone())),
+            (pb::NewTask { max_attempts: Some(9), ..nothing() }, Some(9), None),
+            (pb::NewTask { retry_strategy: Some(fixed), ..nothing() }, Some(usual), Some(j!({"kind": "fixed"}))),
+            (pb::NewTask { unlimited_attempts: true, ..nothing() }, None, Some(pauses)),
+            (
+                pb::NewTask { unlimited_attempts: true, retry_strategy: Some(fixed), ..nothing() },
+                None,
+                Some(j!({"kind": "fixed"})),
+            ),
+        ] {
+            let request = pb::SpawnTaskRequest { queue: "q".into(), task: Some(task.clone()) };
+            let task_id = grpc.spawn_task(request).await.unwrap().into_inner().task.unwrap().task_id;
+            let read = "select max_attempts, retry_strategy::text from absurd.t_q where task_id = $1";
+            let row = sql.query_one(read, &[&Uuid::parse_str(&task_id).unwrap()]).await.unwrap();
+            assert_eq!(row.get::<_, Option<i32>>(0), attempts, "{task:?}");
+            let stored: Option<serde_json::Value> =
+                row.get::<_, Option<&str>>(1).map(|text| serde_json::from_str(text).unwrap());
+            assert_eq!(stored, strategy, "{task:?}");
+        }
+        let both = pb::NewTask { max_attempts: Some(2), unlimited_attempts: true, ..nothing() };
+        let request = pb::SpawnTaskRequest { queue: "q".into(), task: Some(both) };
+        let status = grpc.spawn_task(request).await.unwrap_err();
+        let details = tonic_types::StatusExt::get_details_bad_request(&status).unwrap();
+        assert_eq!(details.field_violations[0].field, "task.unlimited_attempts", "{status}");
+
+        // The mirrored client keeps the original's one attempt; with neither it asks for the server's default.
+        let client = server.client();
+        let stored = async |options| {
+            let spawned = client.spawn_task("n", &j!(null), options).await.unwrap();
+            let task = client.get_task_status(spawned.task_id).await.unwrap().unwrap();
+            (task.max_attempts, task.retry_strategy.is_some())
+        };
+        assert_eq!(stored(SpawnOptions::default()).await, (Some(1), false));
+        assert_eq!(stored(SpawnOptions { max_attempts: None, ..SpawnOptions::default() }).await, (Some(usual), true));
+        assert_eq!(stored(SpawnOptions::default().unlimited_attempts()).await, (None, true));
+        assert_eq!(stored(SpawnOptions::default().unlimited_attempts().max_attempts(3)).await, (Some(3), false));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tasks_that_fail_hot_are_counted() {
+    let server = crate::limits::server(Settings::default()).await;
+    let client = server.client().with_queue("hot".to_owned());
+    client.create_queue().await.unwrap();
+    let hot = async || crate::limits::metric(&server, "absurd_hot_retries_total{queue=\"hot\"}").await;
+    let fail = async |times: usize| {
+        for _ in 0..times {
+            client.claim_task(ClaimOptions::default()).await.unwrap()[0].fail(&j!("x")).await.unwrap();
+        }
+    };
+    client.spawn_task("n", &j!(null), SpawnOptions::default().max_attempts(8)).await.unwrap();
+    fail(5).await;
+    assert_eq!(hot().await, 0.0, "five attempts are nothing out of the ordinary");
+    fail(3).await;
+    assert_eq!(hot().await, 2.0, "the sixth and the seventh were tried again at once, the eighth was the last");
 }

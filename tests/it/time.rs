@@ -149,3 +149,75 @@ async fn wrong_times_are_refused() {
     };
     assert!(grpc.wait_for_event(request).await.unwrap_err().message().contains("timeout"), "there is no default");
 }
+
+/// "Never" as .NET and Java say it, and a time whose microseconds a double does not hold.
+#[tokio::test(flavor = "multi_thread")]
+async fn times_far_away_are_kept_to_the_microsecond() {
+    let server = Server::start().await;
+    let mut grpc = server.raw().await;
+    let sql = server.database().connect().await;
+    let queue = || "q".to_owned();
+    for (seconds, nanos, micros, text) in [
+        (253_402_300_799, 999_999_900, 999_999, "9999-12-31T23:59:59.999999+00:00"),
+        (95_617_584_000, 123_457_000, 123_457, "5000-01-01T00:00:00.123457+00:00"),
+    ] {
+        let asked = prost_types::Timestamp { seconds, nanos };
+        let kept = prost_types::Timestamp { seconds, nanos: micros * 1000 };
+        let start = pb::new_task::Start::StartAt(asked);
+        let task = pb::NewTask { task_name: "later".into(), start: Some(start), ..Default::default() };
+        let request = pb::SpawnTaskRequest { queue: queue(), task: Some(task) };
+        let spawned = grpc.spawn_task(request).await.unwrap().into_inner().task.unwrap();
+        let available = async |grpc: &mut absurd_tests::Grpc, run_id: &str| {
+            let request = pb::GetRunStatusRequest { queue: queue(), run_id: run_id.to_owned() };
+            grpc.get_run_status(request).await.unwrap().into_inner().run.unwrap().available_at
+        };
+        assert_eq!(available(&mut grpc, &spawned.run_id).await, Some(kept), "a start");
+
+        spawn(&server).await;
+        let claim = server.client().claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+        let run_id = claim.run_id.to_string();
+        let sleep = pb::SleepRequest {
+            queue: queue(),
+            claim_token: Some(claim.claim_token().to_owned()),
+            step_name: "s".into(),
+            until: Some(pb::sleep_request::Until::WakeAt(asked)),
+            ..Default::default()
+        };
+        for _ in 0..2 {
+            let outcome = grpc.sleep(sleep.clone()).await.unwrap().into_inner().outcome.unwrap();
+            assert!(
+                matches!(&outcome, pb::sleep_response::Outcome::Suspended(at) if at.wake_at == Some(kept)),
+                "{outcome:?}"
+            );
+        }
+        assert_eq!(available(&mut grpc, &run_id).await, Some(kept), "a sleep");
+        let read = "select state #>> '{}' from absurd.c_q where owner_run_id = $1";
+        let stored = sql.query_one(read, &[&claim.run_id]).await.unwrap();
+        assert_eq!(stored.get::<_, &str>(0), text, "as the SDKs read it");
+
+        let when = Some(pb::schedule_task_request::When::WakeAt(asked));
+        let schedule = pb::ScheduleTaskRequest { queue: queue(), run_id: run_id.clone(), when, ..Default::default() };
+        assert_eq!(grpc.schedule_task(schedule).await.unwrap().into_inner().wake_at, Some(kept));
+        assert_eq!(available(&mut grpc, &run_id).await, Some(kept), "a schedule");
+    }
+    // A delay keeps its microseconds, too.
+    spawn(&server).await;
+    let claim = server.client().claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+    let sleep = pb::SleepRequest {
+        queue: queue(),
+        claim_token: Some(claim.claim_token().to_owned()),
+        step_name: "s".into(),
+        until: Some(pb::sleep_request::Until::Duration(prost_types::Duration { seconds: 300_000_000, nanos: 1000 })),
+        ..Default::default()
+    };
+    grpc.sleep(sleep).await.unwrap();
+    let read = "select extract(microseconds from (state #>> '{}')::timestamptz - updated_at)::bigint % 1000000
+                  from absurd.c_q where owner_run_id = $1";
+    assert_eq!(sql.query_one(read, &[&claim.run_id]).await.unwrap().get::<_, i64>(0), 1);
+    // What SQL has written beyond the years that a timestamp may have.
+    sql.execute("update absurd.r_q set available_at = '20000-01-01', created_at = '4000-01-01 BC'", &[]).await.unwrap();
+    let request = pb::GetRunStatusRequest { queue: queue(), run_id: claim.run_id.to_string() };
+    let run = grpc.get_run_status(request).await.unwrap().into_inner().run.unwrap();
+    assert_eq!(run.available_at, Some(prost_types::Timestamp { seconds: 253_402_300_799, nanos: 999_999_000 }));
+    assert_eq!(run.created_at, Some(prost_types::Timestamp { seconds: -62_135_596_800, nanos: 0 }));
+}

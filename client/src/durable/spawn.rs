@@ -82,7 +82,7 @@ impl SpawnDraft {
     /// At most so many attempts.
     #[must_use]
     pub fn max_attempts(mut self, attempts: i32) -> Self {
-        self.options.max_attempts = Some(attempts);
+        self.options = self.options.max_attempts(attempts);
         self.attempts_given = true;
         self
     }
@@ -90,12 +90,12 @@ impl SpawnDraft {
     /// As many attempts as it takes.
     #[must_use]
     pub fn unlimited_attempts(mut self) -> Self {
-        self.options.max_attempts = None;
+        self.options = self.options.unlimited_attempts();
         self.attempts_given = true;
         self
     }
 
-    /// How long to wait before a retry; without one, not at all.
+    /// How long to wait before a retry. Without one, not at all; a task of unlimited attempts, from a second to five minutes.
     #[must_use]
     pub fn retry(mut self, strategy: RetryStrategy) -> Self {
         self.options.retry_strategy = Some(strategy);
@@ -159,7 +159,8 @@ impl<P> Spawn<'_, P> {
         max_attempts(attempts: i32);
         /// As many attempts as it takes.
         unlimited_attempts();
-        /// How long to wait before a retry; without one, not at all.
+        /// How long to wait before a retry. Without one, not at all; a task of unlimited attempts, from a second to five
+        /// minutes.
         retry(strategy: RetryStrategy);
         /// When it is cancelled by itself; empty rules take the registration's away.
         cancellation(rules: CancellationRules);

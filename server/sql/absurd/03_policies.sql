@@ -74,7 +74,7 @@ $$;
 -- the claims of its queue.
 create or replace function absurd.cancellation_seconds(p_policy jsonb, p_key text) returns bigint
 language sql immutable as $$
-  select case when jsonb_typeof(p_policy) = 'object' and p_policy ->> p_key ~ '^\s*[+-]?[0-9]{1,18}\s*$'
+  select case when jsonb_typeof(p_policy) = 'object' and p_policy ->> p_key ~ '^[[:space:]]*[+-]?[0-9]{1,18}[[:space:]]*$'
               then (p_policy ->> p_key)::bigint
          end
 $$;

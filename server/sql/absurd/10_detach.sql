@@ -4,7 +4,7 @@
 create or replace function absurd.partition_upper_bound(p_partition regclass) returns timestamptz
 language sql stable as $$
   select absurd.uuidv7_timestamp(
-           (regexp_match(pg_catalog.pg_get_expr(c.relpartbound, c.oid), 'TO \(''([0-9a-f-]{36})''\)'))[1]::uuid)
+           (regexp_match(pg_catalog.pg_get_expr(c.relpartbound, c.oid), 'TO [(]''([0-9a-f-]{36})''[)]'))[1]::uuid)
     from pg_catalog.pg_class c
    where c.oid = p_partition
 $$;

@@ -1,5 +1,5 @@
 -- One checkpoint of a task, or a part of it. What is longer than $6 bytes is left out unless a part is asked for.
-select c.checkpoint_name, c.status, c.owner_run_id, c.updated_at,
+select c.checkpoint_name, left(c.status, 2048) as status, c.owner_run_id, c.updated_at,
        case when $4::integer is not null then substr(x.state, $4::integer + 1, $5::integer)
             when octet_length(x.state) <= $6::integer then x.state end as state,
        coalesce(octet_length(x.state) > $6::integer and $4::integer is null, false) as omitted,

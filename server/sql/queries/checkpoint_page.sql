@@ -7,10 +7,10 @@ select q.checkpoint_name, q.status, q.owner_run_id, q.updated_at, q.length, q.om
        end as state
   from (select p.checkpoint_name, p.status, p.owner_run_id, p.updated_at, p.length, p.omitted,
                sum(p.bytes) over places as upto, sum(p.bytes) over places - p.bytes as before
-          from (select c.checkpoint_name, c.status, c.owner_run_id, c.updated_at,
+          from (select c.checkpoint_name, left(c.status, 2048) as status, c.owner_run_id, c.updated_at,
                        coalesce(length(c.state::text), 0)::bigint as length,
                        coalesce(octet_length(c.state::text) > $7::integer, false) as omitted,
-                       octet_length(c.checkpoint_name) + 128
+                       octet_length(c.checkpoint_name) + octet_length(left(c.status, 2048)) + 128
                        + case when octet_length(c.state::text) <= $7::integer then octet_length(c.state::text) else 0 end
                        as bytes
                   from {c} c

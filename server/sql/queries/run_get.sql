@@ -1,6 +1,7 @@
--- A run. What is longer than $2 bytes is left out.
-select r.run_id, r.task_id, r.attempt, r.state, regexp_replace(r.claimed_by, '#[A-Za-z0-9_-]{22}$', '') as claimed_by,
-       r.claim_expires_at, r.available_at, r.wake_event, r.started_at, r.completed_at, r.failed_at, r.created_at,
+-- A run. What is longer than $2 bytes is left out; of a name, which only SQL makes long, the beginning is kept.
+select r.run_id, r.task_id, r.attempt, r.state,
+       left(regexp_replace(r.claimed_by, '#[A-Za-z0-9_-]{22}$', ''), 2048) as claimed_by,
+       r.claim_expires_at, r.available_at, left(r.wake_event, 2048) as wake_event, r.started_at, r.completed_at, r.failed_at, r.created_at,
        case when octet_length(x.payload) <= $2::integer then x.payload end as event_payload,
        case when octet_length(x.result) <= $2::integer then x.result end as result,
        case when octet_length(x.reason) <= $2::integer then x.reason end as failure_reason,

@@ -2,7 +2,7 @@
 -- One row per run that could be had; for the others somebody holds the run, its task or its event.
 with item as materialized (
        select * from unnest($2::uuid[], $3::text[], $4::timestamptz[], $5::bigint[])
-                with ordinality as i (run_id, digest, wake_at, delay_ms, place)),
+                with ordinality as i (run_id, digest, wake_at, delay_us, place)),
      runs as materialized (
        select r.run_id, r.task_id from (select run_id from item order by run_id) i
         cross join lateral (select r.run_id, r.task_id from {r} r where r.run_id = i.run_id offset 0 for update skip locked) r),
@@ -11,5 +11,7 @@ with item as materialized (
         cross join lateral (select from {t} t where t.task_id = runs.task_id offset 0 for update skip locked) t)
 select i.place, s.known, s.owned, s.state, s.expired, case when s.done then 'suspended' end as outcome, null::jsonb as payload, s.wake_at
   from item i
- cross join lateral absurd_server.schedule_run($1::text, i.run_id, i.digest, i.wake_at, i.delay_ms) s
+ cross join lateral absurd_server.schedule_run(
+         $1::text, i.run_id, i.digest,
+         coalesce(i.wake_at, absurd.current_time() + i.delay_us * interval '1 microsecond'), null) s
  where i.run_id in (select run_id from held) or not exists (select from {r} r where r.run_id = i.run_id)

@@ -1,4 +1,5 @@
--- Spawns a copy of a failed task (contract section 7.16, spawn_new), with ids chosen before.
+-- Spawns a copy of a failed task (contract section 7.16, spawn_new), with ids chosen before. A copy that was made before is
+-- found even when its source is gone; without either there is no row.
 with clock as materialized (select absurd.current_time() as now),
      source as materialized (
        select t.* from {t} t where t.task_id = $1::uuid for update),
@@ -16,6 +17,8 @@ with clock as materialized (select absurd.current_time() as now),
        insert into {r} (run_id, task_id, attempt, state, available_at, created_at)
        select $3::uuid, tasks.task_id, 1, 'pending', clock.now, clock.now from tasks cross join clock
        returning run_id)
-select s.state, (select run_id from run) as made,
-       (select r.run_id from {r} r where r.task_id = $2::uuid and r.attempt = 1) as before
-  from source s
+select (select s.state from source s) as state, (select run_id from run) as made, before.run_id as before
+  from (select) one
+  left join lateral (
+       select r.run_id from {r} r where r.task_id = $2::uuid and r.attempt = 1 limit 1) before on true
+ where before.run_id is not null or exists (select from source)

@@ -45,7 +45,7 @@ create table if not exists absurd_server.released (
 -- Seconds of a cancellation policy; what is no whole number counts as absent.
 create or replace function absurd_server.cancellation_seconds(p_policy jsonb, p_key text) returns bigint
 language sql immutable as $$
-  select case when jsonb_typeof(p_policy) = 'object' and p_policy ->> p_key ~ '^\s*[+-]?[0-9]{1,18}\s*$'
+  select case when jsonb_typeof(p_policy) = 'object' and p_policy ->> p_key ~ '^[[:space:]]*[+-]?[0-9]{1,18}[[:space:]]*$'
               then (p_policy ->> p_key)::bigint
          end
 $$;
@@ -108,37 +108,89 @@ exception when invalid_text_representation or numeric_value_out_of_range then
 end
 $$;
 
--- One look at many queues, in one statement per replica: what can be claimed, what has expired, what comes next.
--- The first row has no queue; it carries the clock and the number of other replicas.
-create or replace function absurd_server.tick(p_queues text[], p_replica text)
-returns table (queue_name text, missing boolean, claimable boolean, expired boolean, cancellable boolean,
-               next_available_ms bigint, next_expiry_ms bigint, now_us bigint, others integer)
+-- Takes the locks that a read of some tables of a queue needs, without waiting. A queue that somebody has locked (VACUUM FULL,
+-- ALTER TABLE) raises lock_not_available here at once, so that a statement over many queues never waits for one of them.
+create or replace function absurd_server.lock_for_read(variadic p_tables text[]) returns void
+language plpgsql as $$
+begin
+  execute (select 'lock table ' || string_agg(format('absurd.%I', name), ', ') || ' in access share mode nowait'
+             from unnest(p_tables) as name);
+end
+$$;
+
+-- How far the tables of a queue can be used now: 'free', 'reads' (another session keeps writers out: CREATE INDEX), 'locked',
+-- 'missing', or 'unusable' (the role has no rights on them, for one). Waits for nothing, and keeps no lock.
+create or replace function absurd_server.queue_access(p_queue text) returns text
 language plpgsql as $$
 declare
+  v_mode text;
+  v_tables text;
+begin
+  select string_agg(format('absurd.%I', kind || '_' || p_queue), ', ') into v_tables
+    from unnest(array['e', 'r', 't', 'w', 'c']) as kind;
+  foreach v_mode in array array['row exclusive', 'access share'] loop
+    begin
+      execute 'lock table ' || v_tables || ' in ' || v_mode || ' mode nowait';
+      -- Left by an error, the block gives its locks back.
+      raise exception using errcode = 'AS000';
+    exception
+      when sqlstate 'AS000' then
+        return case v_mode when 'row exclusive' then 'free' else 'reads' end;
+      when undefined_table then
+        return 'missing';
+      when lock_not_available then
+        null;
+      when others then
+        return 'unusable';
+    end;
+  end loop;
+  return 'locked';
+end
+$$;
+
+-- One look at many queues, in one statement per replica: what can be claimed, what has expired, what comes next.
+-- The first row has no queue; it carries the clock, the number of other replicas, and the oldest server that may run here.
+-- A queue that cannot be looked at says so in its own row, and holds up none of the others. Each row says how long its look took.
+drop function if exists absurd_server.tick(text[], text);
+create function absurd_server.tick(p_queues text[], p_replica text)
+returns table (queue_name text, missing boolean, locked boolean, problem text, claimable boolean, expired boolean,
+               cancellable boolean, next_available_ms bigint, next_expiry_ms bigint, took_us bigint, now_us bigint,
+               others integer, min_server integer)
+language plpgsql set lock_timeout = '20ms' as $$
+declare
   v_now timestamptz := absurd.current_time();
+  v_began timestamptz;
   v_pending timestamptz;
   v_sleeping timestamptz;
   v_expiry timestamptz;
 begin
-  update absurd_server.replica r set seen_at = clock_timestamp()
-   where r.replica_id = p_replica and r.seen_at < clock_timestamp() - interval '5 seconds';
-  if not found then
-    insert into absurd_server.replica (replica_id, seen_at) values (p_replica, clock_timestamp())
-        on conflict (replica_id) do nothing;
-  end if;
+  begin
+    if not exists (select from absurd_server.replica r
+                    where r.replica_id = p_replica and r.seen_at > clock_timestamp() - interval '5 seconds') then
+      insert into absurd_server.replica as r (replica_id, seen_at) values (p_replica, clock_timestamp())
+          on conflict (replica_id) do update set seen_at = excluded.seen_at;
+    end if;
+  exception when lock_not_available then
+    null;
+  end;
   now_us := (extract(epoch from v_now) * 1000000)::bigint;
   select count(*) into others from absurd_server.replica r
    where r.replica_id <> p_replica and r.seen_at > clock_timestamp() - interval '20 seconds';
+  select coalesce(max(m.min_server), 0) into min_server from absurd_server.migration m;
   return next;
 
   foreach queue_name in array p_queues loop
     missing := false;
+    locked := false;
+    problem := null;
     claimable := false;
     expired := false;
     cancellable := false;
     next_available_ms := null;
     next_expiry_ms := null;
+    v_began := clock_timestamp();
     begin
+      perform absurd_server.lock_for_read('r_' || queue_name, 't_' || queue_name);
       execute format(
         'select (select r.available_at from absurd.%1$I r where r.state = ''pending''
                   order by r.available_at limit 1),
@@ -155,23 +207,31 @@ begin
         least(case when v_pending > v_now then v_pending end, case when v_sleeping > v_now then v_sleeping end)
         - v_now) * 1000)::bigint;
       next_expiry_ms := ceil(extract(epoch from v_expiry - v_now) * 1000)::bigint;
-    exception when undefined_table then
-      missing := true;
+    exception
+      when undefined_table then
+        missing := true;
+      when lock_not_available then
+        locked := true;
+      when others then
+        problem := sqlstate || ' ' || sqlerrm;
     end;
+    took_us := (extract(epoch from clock_timestamp() - v_began) * 1000000)::bigint;
     return next;
   end loop;
 end
 $$;
 
--- Ends of tasks, for all waiters of a replica in one statement. Only tasks that have ended (or do not exist) come back.
+-- Ends of tasks, for all waiters of a replica in one statement. Only tasks that have ended (or do not exist) come back. A queue
+-- that cannot be read now is left out: its waiters wait on, and nobody else's do.
 create or replace function absurd_server.ended(p_queues text[], p_task_ids uuid[])
 returns table (queue_name text, task_id uuid, state text, result jsonb, failure_reason jsonb)
-language plpgsql as $$
+language plpgsql set lock_timeout = '20ms' as $$
 declare
   v_queue text;
 begin
   for v_queue in select distinct q from unnest(p_queues) as q loop
     begin
+      perform absurd_server.lock_for_read('r_' || v_queue, 't_' || v_queue);
       return query execute format(
         'select $1, i.task_id, coalesce(t.state, ''missing''),
                 case when t.state = ''completed'' then t.completed_payload end,
@@ -181,9 +241,12 @@ begin
            left join absurd.%I t on t.task_id = i.task_id
           where i.queue_name = $1 and coalesce(t.state, ''missing'') not in (''pending'', ''running'', ''sleeping'')',
         'r_' || v_queue, 't_' || v_queue) using v_queue, p_queues, p_task_ids;
-    exception when undefined_table then
-      return query select v_queue, i.task_id, 'missing', null::jsonb, null::jsonb
-                     from unnest(p_queues, p_task_ids) as i (queue_name, task_id) where i.queue_name = v_queue;
+    exception
+      when undefined_table then
+        return query select v_queue, i.task_id, 'missing', null::jsonb, null::jsonb
+                       from unnest(p_queues, p_task_ids) as i (queue_name, task_id) where i.queue_name = v_queue;
+      when others then
+        null;
     end;
   end loop;
 end

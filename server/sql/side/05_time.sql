@@ -66,8 +66,9 @@ begin
 end
 $$;
 
+drop function if exists absurd_server.sleep_run(text, uuid, text, text, bigint);
 create or replace function absurd_server.sleep_run(p_queue text, p_run_id uuid, p_digest text, p_step text,
-                                                   p_duration_ms bigint)
+                                                   p_wake_at timestamptz, p_duration_us bigint)
 returns table (known boolean, owned boolean, state text, expired boolean, done boolean, wake_at timestamptz)
 language plpgsql as $$
 declare
@@ -95,7 +96,8 @@ begin
   end;
   if v_held.state = 'running' and v_held.owned then
     if v_wake_at is null then
-      v_wake_at := v_now + p_duration_ms * interval '1 millisecond';
+      -- Ten years of microseconds are far below 2^53, so the product is exact.
+      v_wake_at := coalesce(p_wake_at, v_now + p_duration_us * interval '1 microsecond');
       execute format(
         'insert into absurd.%I (task_id, checkpoint_name, state, status, owner_run_id, updated_at)
          values ($1, $2, $3, ''committed'', $4, $5)

@@ -41,17 +41,46 @@ returns table (found_task boolean, known boolean, owned boolean, state text, exp
 language plpgsql as $$
 #variable_conflict use_column
 declare
+  v_run record;
+  v_mark record;
+  v_held record;
   v_end record;
   v_event text;
-  v_own uuid;
 begin
-  execute format('select r.task_id from absurd.%I r where r.run_id = $1', 'r_' || p_queue) into v_own using p_run_id;
-  if p_awaited_queue = p_queue and p_task_id = v_own then
+  execute format('select r.task_id, r.state = ''running''
+                         and coalesce($2 is null or right(r.claimed_by, 23) = ''#'' || $2, false) as live
+                    from absurd.%I r where r.run_id = $1', 'r_' || p_queue) into v_run using p_run_id, p_digest;
+  if p_awaited_queue = p_queue and p_task_id = v_run.task_id then
     raise exception 'a task cannot wait for its own end';
   end if;
-  select * into v_end from absurd_server.task_end(p_awaited_queue, p_task_id);
-  if not v_end.known then
+  execute format('select c.state, c.status from absurd.%I c where c.task_id = $1 and c.checkpoint_name = $2', 'c_' || p_queue)
+    into v_mark using v_run.task_id, p_step;
+  if to_regclass(format('absurd.%I', 't_' || p_awaited_queue)) is not null then
+    select * into v_end from absurd_server.task_end(p_awaited_queue, p_task_id);
+    found_task := v_end.known;
+  else
     found_task := false;
+  end if;
+  -- The step's own result comes first: the task that it waited for may be gone since. A run that is not live goes the usual
+  -- way, which knows a call that was said twice, as long as there is a task to name the event by. Only the run and its task are
+  -- locked here, no event.
+  if (v_mark.state is not null or v_mark.status = 'timed_out') and (v_run.live or not found_task) then
+    select * into v_held from absurd_server.hold_run(p_queue, p_run_id, p_digest);
+    found_task := true;
+    known := v_held.known;
+    owned := v_held.owned;
+    state := v_held.state;
+    expired := v_held.expired;
+    if v_held.state = 'running' and v_held.owned then
+      execute format('update absurd.%I r set event_payload = null where r.run_id = $1 and r.event_payload is not null',
+                     'r_' || p_queue) using p_run_id;
+      outcome := case when v_mark.state is not null then 'payload' else 'timed_out' end;
+      payload := v_mark.state;
+    end if;
+    return next;
+    return;
+  end if;
+  if not found_task then
     return next;
     return;
   end if;
@@ -69,8 +98,8 @@ end
 $$;
 
 -- Wakes the runs whose tasks have ended, or are gone: those of `p_tasks`, or all. Each on its own, so that one that fails
--- holds up no other, nor does one whose rows are held by somebody's open transaction: its turn comes again. Says which
--- queues have woken runs.
+-- holds up no other, nor does one whose rows are held by somebody's open transaction: its turn comes again. A queue that
+-- cannot be looked at, or written to, is left out, and costs the others no waiting. Says which queues have woken runs.
 create or replace function absurd_server.settle_awaited(p_queue text, p_tasks uuid[], p_limit integer)
 returns table (waiting_queue text)
 language plpgsql set lock_timeout = '100ms' as $$
@@ -80,42 +109,62 @@ declare
   v_ended text;
   v_row record;
   v_snapshot jsonb;
+  v_closed text[] := '{}';
+  v_open text[] := '{}';
+  v_refusals integer := 0;
 begin
   for v_queue in
     select distinct a.queue_name from absurd_server.awaited_task a where p_queue is null or a.queue_name = p_queue
   loop
-    -- Of a queue that was dropped, all tasks are gone.
-    v_ended := case
-      when to_regclass(format('absurd.%I', 't_' || v_queue)) is null then 'true'
-      else format('not exists (select from absurd.%I t where t.task_id = a.task_id
-                                  and t.state not in (''completed'', ''failed'', ''cancelled''))', 't_' || v_queue)
-      end;
-    for v_row in
-      execute format(
-        'select a.task_id, a.waiting_queue, a.event_name from absurd_server.awaited_task a
-          where a.queue_name = $1 and ($2 is null or a.task_id = any ($2)) and %s
-          limit $3 for update skip locked', v_ended)
-      using v_queue, p_tasks, p_limit
-    loop
-      begin
-        v_snapshot := null;
-        if v_ended <> 'true' then
-          select e.snapshot into v_snapshot from absurd_server.task_end(v_queue, v_row.task_id) e;
+    begin
+      -- Of a queue that was dropped, all tasks are gone.
+      if to_regclass(format('absurd.%I', 't_' || v_queue)) is null then
+        v_ended := 'true';
+      else
+        perform absurd_server.lock_for_read('r_' || v_queue, 't_' || v_queue);
+        v_ended := format('not exists (select from absurd.%I t where t.task_id = a.task_id
+                                          and t.state not in (''completed'', ''failed'', ''cancelled''))', 't_' || v_queue);
+      end if;
+      for v_row in
+        execute format(
+          'select a.task_id, a.waiting_queue, a.event_name from absurd_server.awaited_task a
+            where a.queue_name = $1 and ($2 is null or a.task_id = any ($2)) and a.waiting_queue <> all ($4) and %s
+            limit $3 for update skip locked', v_ended)
+        using v_queue, p_tasks, p_limit, v_closed
+      loop
+        continue when v_row.waiting_queue = any (v_closed);
+        if v_row.waiting_queue <> all (v_open) then
+          if absurd_server.queue_access(v_row.waiting_queue) in ('reads', 'locked', 'unusable') then
+            v_closed := v_closed || v_row.waiting_queue;
+            continue;
+          end if;
+          v_open := v_open || v_row.waiting_queue;
         end if;
-        if to_regclass(format('absurd.%I', 'e_' || v_row.waiting_queue)) is not null then
-          perform absurd_server.emit_event(
-            v_row.waiting_queue, v_row.event_name,
-            coalesce(v_snapshot, '{"state": "failed", "failure": {"name": "TaskNotFound", "message": "the task is gone"}}'));
-        end if;
-        delete from absurd_server.awaited_task a
-         where a.queue_name = v_queue and a.task_id = v_row.task_id and a.waiting_queue = v_row.waiting_queue
-           and a.event_name = v_row.event_name;
-        waiting_queue := v_row.waiting_queue;
-        return next;
-      exception when others then
-        raise warning 'the runs that wait for task % could not be woken: %', v_row.task_id, sqlerrm;
-      end;
-    end loop;
+        begin
+          v_snapshot := null;
+          if v_ended <> 'true' then
+            select e.snapshot into v_snapshot from absurd_server.task_end(v_queue, v_row.task_id) e;
+          end if;
+          if to_regclass(format('absurd.%I', 'e_' || v_row.waiting_queue)) is not null then
+            perform absurd_server.emit_event(
+              v_row.waiting_queue, v_row.event_name,
+              coalesce(v_snapshot, '{"state": "failed", "failure": {"name": "TaskNotFound", "message": "the task is gone"}}'));
+          end if;
+          delete from absurd_server.awaited_task a
+           where a.queue_name = v_queue and a.task_id = v_row.task_id and a.waiting_queue = v_row.waiting_queue
+             and a.event_name = v_row.event_name;
+          waiting_queue := v_row.waiting_queue;
+          return next;
+        exception when others then
+          raise warning 'the runs that wait for task % could not be woken: %', v_row.task_id, sqlerrm;
+          -- Many held rows must not use up the statement's time: each wait is shorter than the one before.
+          v_refusals := v_refusals + 1;
+          perform set_config('lock_timeout', greatest(1, 100 / v_refusals) || 'ms', true);
+        end;
+      end loop;
+    exception when others then
+      raise warning 'the awaited tasks of queue % could not be looked at: %', v_queue, sqlerrm;
+    end;
   end loop;
 end
 $$;

@@ -18,27 +18,32 @@ alter table absurd_server.quarantine drop constraint if exists quarantine_reason
 alter table absurd_server.quarantine
   add constraint quarantine_reason_check check (reason in ('claim', 'lease', 'policy', 'size'));
 
--- Forgets what has moved on, or whose queue is gone.
+-- Forgets what has moved on, or whose queue is gone. A queue that cannot be read now keeps its entries.
 create or replace function absurd_server.quarantine_forget() returns void
-language plpgsql as $$
+language plpgsql set lock_timeout = '20ms' as $$
 declare
   v_queue text;
 begin
   for v_queue in select distinct q.queue_name from absurd_server.quarantine q order by q.queue_name loop
-    if to_regclass(format('absurd.%I', 'r_' || v_queue)) is null then
-      delete from absurd_server.quarantine q where q.queue_name = v_queue;
-    else
-      execute format(
-        'delete from absurd_server.quarantine q
-          where q.queue_name = $1
-            and not exists (select from absurd.%I r
-                             where r.run_id = q.run_id
-                               and case q.reason when ''lease'' then r.state = ''running''
-                                                 when ''size'' then r.state = ''pending''
-                                                 when ''claim'' then r.state in (''pending'', ''sleeping'')
-                                                 else r.state in (''pending'', ''sleeping'', ''running'') end)',
-        'r_' || v_queue) using v_queue;
-    end if;
+    begin
+      if to_regclass(format('absurd.%I', 'r_' || v_queue)) is null then
+        delete from absurd_server.quarantine q where q.queue_name = v_queue;
+      else
+        perform absurd_server.lock_for_read('r_' || v_queue);
+        execute format(
+          'delete from absurd_server.quarantine q
+            where q.queue_name = $1
+              and not exists (select from absurd.%I r
+                               where r.run_id = q.run_id
+                                 and case q.reason when ''lease'' then r.state = ''running''
+                                                   when ''size'' then r.state = ''pending''
+                                                   when ''claim'' then r.state in (''pending'', ''sleeping'')
+                                                   else r.state in (''pending'', ''sleeping'', ''running'') end)',
+          'r_' || v_queue) using v_queue;
+      end if;
+    exception when others then
+      raise warning 'the set aside tasks of queue % could not be looked at: %', v_queue, sqlerrm;
+    end;
   end loop;
 end
 $$;

@@ -19,7 +19,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
 use super::dev::create_database;
-use super::output::{self, Output};
+use super::output::{self, Output, note};
 use super::runtime;
 use crate::postgres::{Cluster, ClusterOptions, DATABASE};
 use crate::settings::{Secret, parse_database};
@@ -174,7 +174,7 @@ impl OwnServer {
             if let Some(listen) = entry["fields"]["listen"].as_str() {
                 let url = format!("http://{listen}");
                 // The server must never wait for a reader of its log; its warnings belong to the measurement.
-                std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("server: {line}")));
+                std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| note!("server: {line}")));
                 return Ok((server, url));
             }
             said.push(line);

@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::output::{note, out};
 use super::{dev, runtime};
 use crate::postgres::{Cluster, ClusterOptions};
 
@@ -72,7 +73,7 @@ fn with_own_server(home: &Path, bin: Option<PathBuf>) -> anyhow::Result<()> {
 
 async fn show(url: &str, home: &Path) -> anyhow::Result<()> {
     let started = Instant::now();
-    let say = |text: &str| println!("{:>6} ms  {text}", started.elapsed().as_millis());
+    let say = |text: &str| out!("{:>6} ms  {text}", started.elapsed().as_millis());
     let client = AbsurdClient::connect(&ConnectOptions::new(url))?.with_queue(QUEUE);
     client.create_queue().await?;
     let ledger = home.join("ledger");
@@ -100,7 +101,7 @@ async fn show(url: &str, home: &Path) -> anyhow::Result<()> {
             let (client, event) = (client.clone(), format!("shipment.packed:{order}"));
             tokio::spawn(async move {
                 if let Err(error) = client.emit_event(&event, &json!({"tracking_number": "TRACK-1"})).await {
-                    eprintln!("the warehouse could not be heard: {error}");
+                    note!("the warehouse could not be heard: {error}");
                 }
             });
         }
@@ -112,8 +113,8 @@ async fn show(url: &str, home: &Path) -> anyhow::Result<()> {
 
     let charges = fs::read_to_string(&ledger)?.lines().filter(|line| line.contains(&order)).count();
     let resumed = resumed.context("no second worker took the task")?;
-    println!("\ncharges: {charges}");
-    println!("from the death of worker 1 to worker 2 having the task: {:.2} s", resumed.as_secs_f64());
+    out!("\ncharges: {charges}");
+    out!("from the death of worker 1 to worker 2 having the task: {:.2} s", resumed.as_secs_f64());
     anyhow::ensure!(charges == 1, "the customer was charged {charges} times");
     Ok(())
 }
@@ -163,7 +164,7 @@ pub(super) async fn work(args: DemoWorkerArgs) -> anyhow::Result<()> {
     let options = StreamOptions { reconnect_grace: Some(GRACE), ..StreamOptions::default() };
     let mut tasks = client.claim_stream(options).await?;
     while let Some(task) = tasks.next().await {
-        println!("has the task, attempt {}, {} steps done before", task.attempt, task.checkpoints.len());
+        out!("has the task, attempt {}, {} steps done before", task.attempt, task.checkpoints.len());
         if fulfil(&task, &args).await? {
             break;
         }
@@ -176,7 +177,7 @@ pub(super) async fn work(args: DemoWorkerArgs) -> anyhow::Result<()> {
 async fn fulfil(task: &ClaimedTask, args: &DemoWorkerArgs) -> anyhow::Result<bool> {
     let order: Value = task.params()?;
     let payment = step(task, "process-payment", || charge(&args.ledger, &order)).await?;
-    println!("payment stored: {}", payment["id"]);
+    out!("payment stored: {}", payment["id"]);
     if args.linger {
         std::future::pending::<()>().await;
     }
@@ -185,26 +186,26 @@ async fn fulfil(task: &ClaimedTask, args: &DemoWorkerArgs) -> anyhow::Result<boo
     let shipment: Value = match task.await_event("await-shipment", &event, Some(Duration::from_secs(60))).await? {
         Awaited::Payload(payload) => payload.to()?,
         Awaited::Suspended { .. } => {
-            println!("{WAITS}");
+            out!("{WAITS}");
             return Ok(false);
         }
         Awaited::TimedOut => anyhow::bail!("the shipment was not packed in time"),
     };
     step(task, "send-notification", || Ok(json!({"sent_to": order["email"]}))).await?;
     task.complete(&json!({"order_id": payment["id"], "tracking_number": shipment["tracking_number"]})).await?;
-    println!("completed the task");
+    out!("completed the task");
     Ok(true)
 }
 
 /// A step runs once: its result is stored, and found again by whoever takes the task next.
 async fn step(task: &ClaimedTask, name: &str, run: impl FnOnce() -> anyhow::Result<Value>) -> anyhow::Result<Value> {
     if let Some(stored) = task.checkpoint(name) {
-        println!("{name}: done before");
+        out!("{name}: done before");
         return Ok(stored.map_or(Ok(Value::Null), absurd_client::Json::to)?);
     }
     let value = run()?;
     task.set_checkpoint(name, &value).await?;
-    println!("{name}: done");
+    out!("{name}: done");
     Ok(value)
 }
 

@@ -11,10 +11,12 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tokio::sync::broadcast::error::RecvError;
 use uuid::Uuid;
 
-use super::{asked_to_stop, log, runtime};
+use super::output::out;
+use super::{asked_to_stop, default_queue, log, runtime};
 use crate::activity::{Activity, What};
-use crate::app::App;
-use crate::domain::State;
+use crate::address::parse_listen;
+use crate::app::{App, AppOptions};
+use crate::domain::{QueueName, State};
 use crate::postgres::{Cluster, ClusterOptions, DATABASE, default_home};
 use crate::settings::{DEFAULT_LISTEN, Secret, Settings};
 
@@ -24,18 +26,27 @@ const LINES_MAX: usize = 12;
 /// Flags of `absurd dev`.
 #[derive(Debug, Args)]
 pub(super) struct DevArgs {
-    /// Address to serve on; port 0 takes a free one
-    #[arg(long, env = "ABSURD_LISTEN", default_value_t = DEFAULT_LISTEN, value_name = "ADDR:PORT")]
+    /// Address to serve on, as HOST:PORT, or :PORT for this machine alone; port 0 takes a free one
+    #[arg(
+        long,
+        env = "ABSURD_LISTEN",
+        default_value_t = DEFAULT_LISTEN,
+        value_name = "ADDR:PORT",
+        value_parser = parse_listen
+    )]
     listen: SocketAddr,
+    /// Another port at that address
+    #[arg(long, value_name = "PORT")]
+    port: Option<u16>,
     /// Directory of the private Postgres [default: /var/lib/absurd as root, else ~/.local/share/absurd]
     #[arg(long, env = "ABSURD_DATA_DIR", value_name = "DIR")]
     data_dir: Option<PathBuf>,
     /// Directory of initdb and postgres, where they are not found by themselves
     #[arg(long, env = "ABSURD_PG_BIN", value_name = "DIR")]
     pg_bin: Option<PathBuf>,
-    /// Queue to create
-    #[arg(long, short, env = "ABSURD_DEFAULT_QUEUE", default_value = absurd_client::DEFAULT_QUEUE)]
-    queue: String,
+    /// Queue to create [env: ABSURD_DEFAULT_QUEUE, else ABSURD_QUEUE] [default: default]
+    #[arg(long, short)]
+    queue: Option<String>,
     /// For tests only: let the `TestClockService` set the time of this server
     #[arg(long, env = "ABSURD_TEST_CLOCK")]
     test_clock: bool,
@@ -51,7 +62,9 @@ pub(super) fn run(args: DevArgs) -> anyhow::Result<()> {
     let home = args.data_dir.unwrap_or_else(default_home);
     // Before the runtime: Postgres must belong to a thread that stays.
     let mut cluster = Cluster::start(&ClusterOptions { home, bin: args.pg_bin, durable: true, settings: Vec::new() })?;
-    let outcome = runtime()?.block_on(serve(&mut cluster, args.listen, &args.queue, args.test_clock, started));
+    let listen = args.port.map_or(args.listen, |port| SocketAddr::new(args.listen.ip(), port));
+    let queue = args.queue.unwrap_or_else(default_queue);
+    let outcome = runtime()?.block_on(serve(&mut cluster, listen, &queue, args.test_clock, started));
     cluster.stop();
     outcome
 }
@@ -71,10 +84,8 @@ pub(super) async fn start_on(
         test_clock: Some(test_clock),
         ..Settings::default()
     };
-    let app = App::start(settings.into_app_options()?).await?;
-    let client = absurd_client::AbsurdClient::connect(&absurd_client::ConnectOptions::new(url(app.addr())))?;
-    client.with_queue(queue).create_queue().await?;
-    Ok(app)
+    let options = AppOptions { queue: Some(QueueName::parse("--queue", queue)?), ..settings.into_app_options()? };
+    App::start(options).await
 }
 
 fn url(addr: SocketAddr) -> String {
@@ -133,7 +144,7 @@ fn greet(cluster: &Cluster, app: &App, queue: &str, took: Duration) {
     let database = cluster.url(DATABASE);
     let custom =
         if url == absurd_client::DEFAULT_URL { String::new() } else { format!("    export ABSURD_URL='{url}'\n") };
-    println!(
+    out!(
         "\nabsurd {version} is ready, {seconds:.1} s after its start\n\n  \
          gRPC      {url}  (in the clear, for this machine)\n  \
          Postgres  {postgres} in {home}  (kept between starts)\n  \
@@ -172,7 +183,7 @@ impl Lines {
 
     fn note(&self, text: &str) {
         if !self.terminal || self.screen.println(text).is_err() {
-            println!("{text}");
+            out!("{text}");
         }
     }
 
@@ -205,7 +216,7 @@ impl Lines {
         }
         if !self.terminal {
             // Remembered for its name and its age; bounded as on a terminal.
-            println!("{line}");
+            out!("{line}");
         }
         if let Some((bar, _, _)) = self.live.get(&id) {
             bar.set_message(line);

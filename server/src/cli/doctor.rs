@@ -7,10 +7,11 @@ use indicatif::ProgressBar;
 use serde_json::json;
 use tokio_postgres::Row;
 
-use super::output::{self, Output};
+use super::output::{self, Output, out};
 use crate::domain::QueueName;
 use crate::scope::Caller;
-use crate::settings::{Secret, parse_database};
+use crate::settings::{Secret, resolve_database};
+use crate::store::connect::{self, Facts};
 use crate::store::migrate::{self, Origin, Report};
 use crate::store::quarantine::Quarantined;
 use crate::store::{Fault, Store, StoreOptions};
@@ -27,7 +28,7 @@ const SNAPSHOT_WRONG: Duration = Duration::from_secs(600);
 pub(super) struct DoctorArgs {
     /// Database to look at
     #[arg(long, env = "ABSURD_DATABASE_URL", hide_env_values = true, value_name = "URL")]
-    database_url: Secret,
+    database_url: Option<Secret>,
     /// How to print
     #[arg(long, short, value_enum, default_value = "table")]
     output: Output,
@@ -53,12 +54,14 @@ impl Finding {
 
 /// Looks, prints, and fails when something is wrong.
 pub(super) async fn run(args: DoctorArgs) -> anyhow::Result<()> {
-    let database = parse_database(&args.database_url)?;
+    let database = resolve_database(args.database_url.as_ref())?;
+    let known = connect::check(&database, &connect::connect(&database, "absurd doctor").await?).await?;
     let report = migrate::check(&database, migrate::Options::default()).await?;
     let options = StoreOptions { database, connections_max: 2, wait_max: Duration::from_secs(10), test_clock: false };
     let store = Store::new(options)?;
     let mut findings = contract(&report);
-    let told = |fault: Fault| anyhow::anyhow!("cannot look at the database: {fault:?}");
+    findings.extend(encoding(&known));
+    let told = |fault: Fault| anyhow::anyhow!("cannot look at the database: {fault}");
     let facts = store.doctor_database().await.map_err(told)?;
     let version = facts.first().map_or_else(String::new, |row| row.get("version"));
     findings.extend(facts.iter().flat_map(settings));
@@ -76,6 +79,7 @@ pub(super) async fn run(args: DoctorArgs) -> anyhow::Result<()> {
                 ));
             }
         }
+        findings.extend(store.doctor_access().await.map_err(told)?.iter().flat_map(|row| access(row, &known.role)));
         findings.extend(queues(&store, &names).await?);
         findings.extend(upkeep.iter().filter_map(problem));
         findings.extend(store.quarantine_list(BOUND).await.map_err(told)?.iter().map(set_aside));
@@ -122,6 +126,46 @@ fn settings(row: &Row) -> Vec<Finding> {
     }
     if row.get("standby") {
         findings.push(Finding::wrong("this is a standby: nothing can be written", "name the primary"));
+    }
+    findings
+}
+
+fn encoding(known: &Facts) -> Option<Finding> {
+    let mend = "make a database with encoding 'UTF8' template template0, and move the queues there";
+    known.encoding_problem().map(|problem| Finding::wrong(problem, mend))
+}
+
+/// What keeps the server from a table of a queue, or may refuse single rows.
+fn access(row: &Row, role: &str) -> Vec<Finding> {
+    let queue: &str = row.get("queue_name");
+    let kind: &str = row.get("kind");
+    let table = format!("absurd.\"{kind}_{}\"", queue.replace('"', "\"\""));
+    let mut findings = Vec::new();
+    if row.get("missing") && kind != "t" {
+        findings.push(Finding::wrong(
+            format!("queue {queue:?} has no table {table}"),
+            format!("select absurd.create_queue('{}')", queue.replace('\'', "''")),
+        ));
+    }
+    let lacks: Vec<String> = row.get("lacks");
+    if !lacks.is_empty() {
+        findings.push(Finding::wrong(
+            format!("queue {queue:?}: role {role:?} may not {} {table}: the queue stands still", lacks.join(", ")),
+            format!("grant {} on {table} to \"{role}\"", lacks.join(", ")),
+        ));
+    }
+    if row.get("row_security") {
+        findings.push(Finding::wrong(
+            format!("queue {queue:?}: row security hides or refuses rows of {table} from role {role:?}"),
+            format!("alter table {table} disable row level security  -- or: alter role \"{role}\" bypassrls"),
+        ));
+    }
+    let triggers: Vec<String> = row.get("triggers");
+    if !triggers.is_empty() {
+        findings.push(Finding::note(
+            format!("queue {queue:?}: {table} has triggers of others, which may refuse rows: {}", triggers.join(", ")),
+            format!("drop trigger {} on {table}  -- if it refuses what it should not", triggers[0]),
+        ));
     }
     findings
 }
@@ -203,7 +247,9 @@ async fn queues(store: &Store, names: &[&str]) -> anyhow::Result<Vec<Finding>> {
             match store.doctor_queue(&Caller::anonymous().scope(name), BOUND).await {
                 Ok(rows) => findings.extend(rows.iter().flat_map(|row| contents(queue, row))),
                 Err(Fault::Missing) => {}
-                Err(fault) => findings.push(Finding::wrong(format!("cannot look at queue {queue:?}: {fault:?}"), "")),
+                Err(fault) => {
+                    findings.push(Finding::wrong(format!("cannot look at queue {queue:?}: {fault}"), "see the text"))
+                }
             }
         }
         bar.inc(1);
@@ -320,7 +366,7 @@ fn print(how: Output, version: &str, report: &Report, upkeep: &[Row], findings: 
         ("doorbell", if report.doorbell { "on".into() } else { "off".into() }),
     ]);
     if !upkeep.is_empty() {
-        println!();
+        out!("");
         let rows: Vec<Vec<String>> = upkeep
             .iter()
             .map(|row| {
@@ -335,10 +381,10 @@ fn print(how: Output, version: &str, report: &Report, upkeep: &[Row], findings: 
         output::table(&["queue", "last upkeep", "tasks deleted", "events deleted", "partitions dropped"], &rows);
     }
     for finding in findings {
-        println!("\n{}: {}\n  {}", if finding.wrong { "wrong" } else { "note" }, finding.what, finding.mend);
+        out!("\n{}: {}\n  {}", if finding.wrong { "wrong" } else { "note" }, finding.what, finding.mend);
     }
     if !findings.iter().any(|finding| finding.wrong) {
-        println!("\nnothing to mend");
+        out!("\nnothing to mend");
     }
 }
 

@@ -1,8 +1,13 @@
 //! `absurd serve` and `absurd migrate`.
 
+use std::process::ExitCode;
+
+use tokio_postgres::config::Host;
+
 use crate::app::App;
+use crate::cli::output::out;
 use crate::cli::{MigrateArgs, ServeArgs, asked_to_stop, block_on, log};
-use crate::settings::{Settings, parse_database};
+use crate::settings::{Settings, resolve_database};
 use crate::store::migrate::{self, Origin, Report};
 
 /// Serves until asked to stop.
@@ -11,6 +16,7 @@ pub(super) fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let settings = args.settings.or(file);
     log(settings.log.as_deref().unwrap_or("info"), settings.log_json.unwrap_or(false))?;
     let options = settings.into_app_options()?;
+    let database = named(&options.database);
     block_on(async move {
         let mut stop = std::pin::pin!(asked_to_stop());
         let app = tokio::select! {
@@ -20,29 +26,62 @@ pub(super) fn serve(args: ServeArgs) -> anyhow::Result<()> {
         if let Some(report) = app.migrated() {
             tracing::info!(applied = ?report.applied, doorbell = report.doorbell, "the database is up to date");
         }
-        tracing::info!(listen = %app.addr(), "serving");
-        stop.await;
+        tracing::info!(
+            listen = %app.addr(),
+            metrics = app.metrics_addr().map(tracing::field::display),
+            database,
+            version = env!("CARGO_PKG_VERSION"),
+            "serving"
+        );
+        let outdated = tokio::select! {
+            () = &mut stop => false,
+            () = app.outdated() => true,
+        };
         tracing::info!("stopping: streams end, claims that reached nobody go back");
         app.shut_down().await?;
         tracing::info!("stopped");
+        anyhow::ensure!(!outdated, "a newer server has migrated the database; this one must be upgraded");
         Ok(())
     })
 }
 
+/// Host, port and name of a database: enough to know it by, and nothing that must stay secret.
+fn named(database: &tokio_postgres::Config) -> String {
+    let ports = database.get_ports();
+    let hosts: Vec<String> = database
+        .get_hosts()
+        .iter()
+        .enumerate()
+        .map(|(index, host)| {
+            let port = ports.get(index).or(ports.first()).copied().unwrap_or(5432);
+            match host {
+                Host::Tcp(name) => format!("{name}:{port}"),
+                Host::Unix(folder) => folder.display().to_string(),
+            }
+        })
+        .collect();
+    format!("{}/{}", hosts.join(","), database.get_dbname().or(database.get_user()).unwrap_or_default())
+}
+
+/// Exit code of `migrate --check` when a migration would change something.
+const WORK_TO_DO: u8 = 2;
+
 /// Migrates, or says what that would do, or takes everything of ours away.
-pub(super) fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
-    let database = parse_database(&args.database_url)?;
+pub(super) fn migrate(args: &MigrateArgs) -> anyhow::Result<ExitCode> {
+    let database = resolve_database(args.database_url.as_ref())?;
     let options = migrate::Options { doorbell: args.doorbell, no_doorbell: args.no_doorbell };
     let runtime = super::runtime()?;
     if args.remove {
         runtime.block_on(migrate::remove(&database, args.force))?;
-        println!("the side schema and its triggers are gone; schema absurd stays");
+        out!("the side schema and its triggers are gone; schema absurd stays");
     } else if args.check {
-        println!("{}", describe(&runtime.block_on(migrate::check(&database, options))?, "to apply"));
+        let report = runtime.block_on(migrate::check(&database, options))?;
+        out!("{}", describe(&report, "to apply"));
+        return Ok(if report.applied.is_empty() { ExitCode::SUCCESS } else { WORK_TO_DO.into() });
     } else {
-        println!("{}", describe(&runtime.block_on(migrate::migrate(&database, options))?, "applied"));
+        out!("{}", describe(&runtime.block_on(migrate::migrate(&database, options))?, "applied"));
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 fn describe(report: &Report, verb: &str) -> String {
@@ -57,4 +96,20 @@ fn describe(report: &Report, verb: &str) -> String {
     };
     let doorbell = if report.doorbell { "on" } else { "off (tasks from SQL are found within two seconds)" };
     format!("{applied}\norigin:   {origin}\ndoorbell: {doorbell}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_database_is_named_without_its_password() {
+        for (url, name) in [
+            ("postgresql://me:hunter2@db.example:6000/app", "db.example:6000/app"),
+            ("host=/run/postgresql user=me password=hunter2", "/run/postgresql/me"),
+            ("postgresql://me@a,b:6001/app", "a:5432,b:6001/app"),
+        ] {
+            assert_eq!(named(&url.parse().unwrap()), name);
+        }
+    }
 }

@@ -12,11 +12,13 @@ use std::time::SystemTime;
 use absurd_client::Json;
 use anyhow::Context as _;
 use clap::Args;
-use tokio::io::{AsyncReadExt as _, BufReader};
+use tokio::io::BufReader;
 use tokio::net::UnixStream;
 use tokio::process::Command;
 
-use super::worker::{OUTPUT_BYTES_MAX, result};
+use super::input;
+use super::output::out;
+use super::worker::{Captured, OUTPUT_BYTES_MAX, result, until_exit};
 use crate::settings::Span;
 use talk::{Answer, Ask, exchange};
 
@@ -38,6 +40,7 @@ pub(super) const SLEEP_EXAMPLES: &str = "\
 Examples (inside of `absurd worker --exec`):
   absurd sleep 1h
   absurd sleep --until 2027-01-01T00:00:00Z
+  absurd sleep --until \"$(date -Iseconds -d tomorrow)\"
 
 The program ends here and starts again from its beginning when the time has come, on whichever worker is free; nothing waits
 meanwhile. The time is counted from the first call.";
@@ -66,8 +69,8 @@ pub(super) struct SleepArgs {
     /// How long
     #[arg(required_unless_present = "until", conflicts_with = "until", value_name = "SPAN")]
     span: Option<Span>,
-    /// Until when, as 2027-01-01T00:00:00Z
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_rfc3339)]
+    /// Until when, as 2027-01-01T00:00:00Z or 2027-01-01T01:00:00+01:00
+    #[arg(long, value_name = "TIME", value_parser = input::time)]
     until: Option<SystemTime>,
     /// Name of the step
     #[arg(long, default_value = "sleep", value_name = "NAME")]
@@ -92,7 +95,7 @@ pub(super) struct AwaitArgs {
 pub(super) struct EmitArgs {
     /// Name of the event
     event: String,
-    /// JSON, or any other text as a JSON string
+    /// JSON, or any other text as a JSON string; @FILE reads a file, - standard input
     #[arg(default_value = "null")]
     payload: String,
 }
@@ -109,9 +112,9 @@ async fn connect() -> anyhow::Result<BufReader<UnixStream>> {
 /// Prints a value as the next execution will print it too.
 fn show(value: &Json) {
     match value.to::<String>() {
-        Ok(text) => println!("{text}"),
+        Ok(text) => out!("{text}"),
         Err(_) if value.as_str() == "null" => {}
-        Err(_) => println!("{value}"),
+        Err(_) => out!("{value}"),
     }
 }
 
@@ -139,19 +142,17 @@ pub(super) async fn step(args: StepArgs) -> anyhow::Result<ExitCode> {
         .stdout(Stdio::piped())
         .spawn()
         .with_context(|| format!("cannot run {program:?}"))?;
-    let mut output = Vec::new();
-    if let Some(stdout) = child.stdout.take() {
-        stdout.take(OUTPUT_BYTES_MAX + 1).read_to_end(&mut output).await?;
-    }
-    anyhow::ensure!(output.len() as u64 <= OUTPUT_BYTES_MAX, "the command printed more than {OUTPUT_BYTES_MAX} bytes");
-    let status = child.wait().await?;
+    let mut output = Captured::default();
+    let stdout = child.stdout.take();
+    let status = until_exit(&mut child, output.read(stdout)).await?;
+    anyhow::ensure!(!output.is_over, "the command printed more than {OUTPUT_BYTES_MAX} bytes");
     if !status.success() {
         // As a shell tells it: the signal's number after 128.
         let killed = std::os::unix::process::ExitStatusExt::signal(&status).map(|signal| 128 + signal);
         let code = status.code().or(killed).and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
         return Ok(code.into());
     }
-    let value = result(&output);
+    let value = result(&output.bytes);
     let raw = serde_json::value::RawValue::from_string(value.to_string())?;
     match exchange(&mut worker, &Ask::Complete { value: raw }).await? {
         Answer::Value { .. } => {
@@ -191,7 +192,8 @@ pub(super) async fn await_event(args: AwaitArgs) -> anyhow::Result<ExitCode> {
 
 /// Emits an event.
 pub(super) async fn emit(args: EmitArgs) -> anyhow::Result<ExitCode> {
-    let payload = serde_json::value::RawValue::from_string(result(args.payload.as_bytes()).to_string())?;
+    let payload = input::text("payload", &args.payload)?;
+    let payload = serde_json::value::RawValue::from_string(result(payload.as_bytes()).to_string())?;
     match exchange(&mut connect().await?, &Ask::Emit { event: args.event, payload }).await? {
         Answer::Done => Ok(ExitCode::SUCCESS),
         other => Err(wrong(other)),

@@ -1,11 +1,12 @@
-//! `absurd worker --exec`: any program is a worker. Params on standard input, result on standard output.
+//! `absurd worker`: any program is a worker. Params on standard input, result on standard output.
 
-use std::process::Stdio;
+use std::pin::pin;
+use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
 use absurd_client::durable::{Absurd, Context, Signal};
-use absurd_client::{AbsurdClient, ClaimedTask, Json, StreamOptions};
+use absurd_client::{AbsurdClient, ClaimStream, ClaimedTask, Error, Json, Reason, StreamOptions};
 use clap::Args;
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
@@ -13,26 +14,41 @@ use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::output::{self, note};
 use super::shell::SOCKET;
 use super::shell::talk::Socket;
-use super::{ClientArgs, asked_to_stop, log};
+use super::{ClientArgs, Stop, log};
 use crate::settings::Span;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
   absurd worker --exec ./job.sh
   absurd worker --exec 'python3 job.py' --concurrency 8 --task-name resize --task-name crop
+  absurd worker cat                                  one word is a command of the shell too
+  absurd worker --queue orders -- jq -c .items       several are a program and its arguments, without a shell
 
 The program gets the params on its standard input and these variables: ABSURD_TASK_ID ABSURD_RUN_ID ABSURD_TASK_NAME
 ABSURD_ATTEMPT ABSURD_QUEUE ABSURD_HEADERS. What it prints is the result: JSON as it is, other text as a JSON string,
-nothing as null. An exit code other than 0 fails the run, with the end of its standard error as the reason. The lease is
-kept as long as it runs; when the task is cancelled or the claim is lost, it is killed.
+nothing as null. An exit code other than 0 fails the run, with the end of its standard error as the reason, and so does a result
+that the server refuses. The lease is kept as long as it runs; when the task is cancelled or the claim is lost, it is killed.
+The task ends when its program does: what it has left in the background is killed.
+
+Ctrl-C or SIGTERM lets programs finish (--drain); the second one ends them at once. Tasks that do not finish go back to the queue
+without using up an attempt.
 
 A program may be durable: `absurd step NAME -- COMMAND`, `absurd sleep`, `absurd await-event` and `absurd emit` are for its use.
 It starts from its beginning each time; steps that are stored are not done again. While it sleeps or waits it does not run.";
 
 /// Largest output that becomes a result.
-pub(super) const OUTPUT_BYTES_MAX: u64 = 8 * 1024 * 1024;
+pub(super) const OUTPUT_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// After the end of a program its output is read on for this long: a process that it left behind may hold it open.
+const READ_ON: Duration = Duration::from_secs(1);
+/// Longest time for giving tasks back once programs were ended.
+const GIVE_BACK_MAX: Duration = Duration::from_secs(5);
+/// Between tries of reporting an outcome, beside the pauses of the client's own.
+const REPORT_AGAIN: Duration = Duration::from_secs(1);
+/// Tasks are finished for as long as they take when nobody asked to stop.
+const AGES: Duration = Duration::from_secs(365 * 24 * 3600);
 /// How long a task waits whose checkpoints could not be read: at once it would come back to the same trouble.
 const READ_AGAIN: Duration = Duration::from_secs(1);
 /// Bytes of standard error that are recorded.
@@ -42,8 +58,11 @@ const ERRORS_BYTES_MAX: usize = 8 * 1024;
 #[derive(Debug, Args)]
 pub(super) struct WorkerArgs {
     /// Program to run for each task, by the shell
-    #[arg(long, value_name = "COMMAND")]
-    exec: String,
+    #[arg(long, value_name = "COMMAND", required_unless_present = "program", conflicts_with = "program")]
+    exec: Option<String>,
+    /// The same as an argument; with arguments of its own it runs without a shell (write -- before them)
+    #[arg(value_name = "PROGRAM")]
+    program: Vec<String>,
     /// Programs at the same time
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(i32).range(1..=1000))]
     concurrency: i32,
@@ -66,6 +85,28 @@ pub(super) struct WorkerArgs {
     client: ClientArgs,
 }
 
+impl WorkerArgs {
+    /// One word is for the shell, as with --exec; several are a program and its arguments.
+    fn command(&self) -> Command {
+        match (&self.exec, self.program.as_slice()) {
+            (Some(line), _) | (None, [line]) => {
+                let mut command = Command::new("/bin/sh");
+                command.args(["-c", line]);
+                command
+            }
+            (None, words) => {
+                let mut command = Command::new(words.first().map_or("", String::as_str));
+                command.args(words.iter().skip(1));
+                command
+            }
+        }
+    }
+
+    fn command_line(&self) -> String {
+        format!("{:?}", self.exec.clone().unwrap_or_else(|| self.program.join(" ")))
+    }
+}
+
 /// Works until asked to stop.
 pub(super) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     log(&std::env::var("ABSURD_LOG").unwrap_or_else(|_| "warn".into()), false)?;
@@ -78,21 +119,22 @@ pub(super) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         task_names: args.task_names.clone(),
         ..StreamOptions::default()
     };
-    let mut stop = std::pin::pin!(asked_to_stop());
+    let mut stop = Stop::listen();
     let mut tasks = tokio::select! {
-        tasks = wait_for_queue(&client, options) => tasks?,
-        () = &mut stop => return Ok(()),
+        tasks = args.client.follow(open(&client, options)) => tasks?,
+        () = stop.asked() => return Ok(()),
     };
-    eprintln!("worker {worker_id} takes tasks of queue {:?} at {}", args.client.queue, args.client.url);
+    note!("worker {worker_id} takes tasks of queue {:?} at {}", args.client.queue(), args.client.urls()?.join(","));
+    let outages = tokio::spawn(tell_outages(args.client.clone(), tasks.trouble()));
     let work = Arc::new(Work { args, absurd: Absurd::new(client) });
-    let args = &work.args;
     let mut programs = JoinSet::new();
-    let mut left = args.max_tasks.unwrap_or(u64::MAX);
+    let mut left = work.args.max_tasks.unwrap_or(u64::MAX);
+    let mut asked = false;
     // True once programs that still run must end.
     let over = watch::Sender::new(false);
-    while left > 0 {
+    while left > 0 && !asked {
         tokio::select! {
-            () = &mut stop => break,
+            () = stop.asked() => asked = true,
             task = tasks.next() => {
                 let Some(task) = task else { break };
                 left -= 1;
@@ -101,38 +143,108 @@ pub(super) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
             Some(_) = programs.join_next() => {}
         }
     }
-    let finish = async { while programs.join_next().await.is_some() {} };
-    let closing = tasks.close(args.drain.0 + Duration::from_secs(10));
-    let drain = async {
-        if tokio::time::timeout(args.drain.0, finish).await.is_err() {
-            eprintln!("programs still run; ending them and giving their tasks back");
-            over.send_replace(true);
+    let mut closing = pin!(tasks.close(AGES));
+    let mut closed = None;
+    {
+        let mut finished = pin!(finish(&mut programs, &mut stop, asked, work.args.drain.0, &over));
+        tokio::select! {
+            () = &mut finished => {}
+            result = &mut closing => {
+                closed = Some(result);
+                finished.await;
+            }
         }
-    };
-    let (closed, ()) = tokio::join!(closing, drain);
-    while programs.join_next().await.is_some() {}
-    closed?;
-    Ok(())
+    }
+    if closed.is_none() {
+        closed = tokio::time::timeout(GIVE_BACK_MAX, closing).await.ok();
+    }
+    outages.abort();
+    if closed.is_none() {
+        note!("the server could not be told that this worker ends: tasks that it held move on when their leases end");
+    }
+    Ok(closed.transpose().map(drop)?)
 }
 
-/// The queue may come to be after its worker.
-async fn wait_for_queue(client: &AbsurdClient, options: StreamOptions) -> anyhow::Result<absurd_client::ClaimStream> {
+/// Waits for the programs that run. Once asked to stop, not for longer than `drain`; asked again, not at all.
+async fn finish(
+    programs: &mut JoinSet<()>,
+    stop: &mut Stop,
+    mut asked: bool,
+    drain: Duration,
+    over: &watch::Sender<bool>,
+) {
+    while !asked && !programs.is_empty() {
+        tokio::select! {
+            () = stop.asked() => asked = true,
+            _ = programs.join_next() => {}
+        }
+    }
+    if programs.is_empty() {
+        return;
+    }
+    let count = programs.len();
+    let tasks = if count == 1 { "task" } else { "tasks" };
+    note!("finishing {count} {tasks}; press Ctrl-C again to stop now");
+    let mut ends = pin!(tokio::time::sleep(drain));
+    while !programs.is_empty() {
+        tokio::select! {
+            () = &mut ends => {
+                note!("programs still run; ending them and giving their tasks back");
+                break;
+            }
+            () = stop.asked() => {
+                note!("stopping now: ending programs and giving their tasks back");
+                break;
+            }
+            _ = programs.join_next() => {}
+        }
+    }
+    over.send_replace(true);
+    let given_back = async { while programs.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(GIVE_BACK_MAX, given_back).await;
+    programs.abort_all();
+}
+
+/// Opens the stream. The queue, and the server, may come to be after their worker.
+async fn open(client: &AbsurdClient, options: StreamOptions) -> anyhow::Result<ClaimStream> {
     let mut told = false;
     loop {
         match client.claim_stream(options.clone()).await {
-            Err(error) if error.reason() == absurd_client::Reason::QueueNotFound => {
+            Err(error) if error.reason() == Reason::QueueNotFound => {
                 if !told {
-                    eprintln!(
-                        "waiting for queue {0:?}; create it with: absurd queue create --queue {0}",
-                        client.queue_name()
-                    );
+                    note!("waiting for queue {0:?}; create it with: absurd queue create {0}", client.queue_name());
                     told = true;
                 }
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
+            Err(error) if may_pass(&error) => {}
             outcome => return Ok(outcome?),
         }
     }
+}
+
+/// Says when the server cannot be reached, and when it can again.
+async fn tell_outages(server: ClientArgs, mut trouble: watch::Receiver<Option<Error>>) {
+    let mut told = false;
+    while trouble.changed().await.is_ok() {
+        let now = trouble.borrow_and_update().clone();
+        match now {
+            Some(error) if !told => {
+                note!("{}; trying again", server.cause(&error).await);
+                told = true;
+            }
+            None if told => {
+                note!("the server answers again");
+                told = false;
+            }
+            Some(_) | None => {}
+        }
+    }
+}
+
+/// Whether the same call may work later.
+fn may_pass(error: &Error) -> bool {
+    error.is_passing() || error.reason() == Reason::DeadlineExceeded
 }
 
 /// What all executions share.
@@ -144,33 +256,69 @@ struct Work {
 async fn carry_out(work: Arc<Work>, task: ClaimedTask, over: watch::Receiver<bool>) {
     let started = std::time::Instant::now();
     let end = match work.absurd.context_of(&task, work.args.claim_timeout.0).await {
-        Ok(context) => execute(&work.args, &task, &context, over).await,
-        Err(error) if error.reason() == absurd_client::Reason::InvalidArgument => {
-            failure("InvalidHeaders", error.message(), "")
-        }
+        Ok(context) => execute(&work.args, &task, &context, over.clone()).await,
+        Err(error) if error.reason() == Reason::InvalidArgument => failure("InvalidHeaders", error.message(), ""),
         Err(error) => {
-            eprintln!("{} {}: its checkpoints could not be read: {error}", task.task_name, task.task_id);
+            note!("{} {}: its checkpoints could not be read: {error}", task.task_name, task.task_id);
             End::Released(READ_AGAIN)
         }
     };
-    let (said, what) = match end {
-        End::Result(result) => (task.complete_json(result).await.map(drop), "completed".to_owned()),
-        End::Failure(reason) => {
-            let message = reason["message"].as_str().unwrap_or("failed").to_owned();
-            (task.fail(&reason).await.map(drop), format!("failed: {message}"))
-        }
-        End::Revoked(why) => (Ok(()), format!("stopped: the claim is {why:?}").to_lowercase()),
-        End::Over(Signal::Suspended) => (Ok(()), "suspended".to_owned()),
-        End::Over(signal) => (Ok(()), format!("stopped: {signal}")),
-        End::Released(delay) => (task.release(delay).await.map(drop), "given back".to_owned()),
-    };
-    let took = started.elapsed().as_millis();
+    let took = output::span(started.elapsed());
+    let (what, said) = report(&task, end, over).await;
     match said {
-        Ok(()) => eprintln!("{} {} {what} after {took} ms", task.task_name, task.task_id),
-        Err(error) => eprintln!("{} {} {what}, but could not be reported: {error}", task.task_name, task.task_id),
+        Ok(()) => note!("{} {} {what} after {took}", task.task_name, task.task_id),
+        Err(error) => note!("{} {} {what}, but could not be reported: {error}", task.task_name, task.task_id),
     }
 }
 
+/// Reports how it ended. What the server refuses for its content ends the run as a failure that names the refusal.
+async fn report(task: &ClaimedTask, end: End, over: watch::Receiver<bool>) -> (String, Result<(), Error>) {
+    let reason = match end {
+        End::Result(result) => match persist(task, &over, || task.complete_json(result.clone())).await {
+            Err(error) if !may_pass(&error) && !error.is_claim_over() => {
+                json!({"name": "ResultRefused", "message": error.to_string(), "traceback": null})
+            }
+            said => return ("completed".into(), said),
+        },
+        End::Failure(reason) => reason,
+        End::Revoked(why) => return (format!("stopped: the claim is {why:?}").to_lowercase(), Ok(())),
+        End::Over(Signal::Suspended) => return ("suspended".into(), Ok(())),
+        End::Over(signal) => return (format!("stopped: {signal}"), Ok(())),
+        End::Released(delay) => return ("given back".into(), task.release(delay).await),
+    };
+    let what = format!("failed: {}", reason["message"].as_str().unwrap_or("failed"));
+    let reason = Json::from(reason);
+    let said = persist(task, &over, || async { task.fail_json(reason.clone()).await.map(drop) }).await;
+    (what, said)
+}
+
+/// Tries until the server answers: an outcome is worth more than the time of this worker, which has nothing else to do while
+/// there is no server. It gives up when the claim is revoked, and when the worker must end.
+async fn persist<F: Future<Output = Result<(), Error>>>(
+    task: &ClaimedTask,
+    over: &watch::Receiver<bool>,
+    call: impl Fn() -> F,
+) -> Result<(), Error> {
+    let mut over = over.clone();
+    let mut told = false;
+    loop {
+        let error = match call().await {
+            Err(error) if may_pass(&error) => error,
+            said => return said,
+        };
+        if !told {
+            note!("{} {}: its outcome cannot be reported yet: {error}; trying again", task.task_name, task.task_id);
+            told = true;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(REPORT_AGAIN) => {}
+            _ = task.revoked() => return Err(error),
+            _ = over.wait_for(|over| *over) => return Err(error),
+        }
+    }
+}
+
+/// How an execution ended.
 enum End {
     Result(Json),
     Failure(serde_json::Value),
@@ -187,7 +335,7 @@ async fn execute(args: &WorkerArgs, task: &ClaimedTask, context: &Context, mut o
     };
     let mut child = match start(args, task, &socket) {
         Ok(child) => child,
-        Err(error) => return failure("SpawnError", &format!("cannot run {:?}: {error}", args.exec), ""),
+        Err(error) => return failure("SpawnError", &format!("cannot run {}: {error}", args.command_line()), ""),
     };
     let group = child.id();
     let params = task.params.as_ref().map_or("null", Json::as_str).as_bytes().to_vec();
@@ -208,15 +356,15 @@ async fn execute(args: &WorkerArgs, task: &ClaimedTask, context: &Context, mut o
 }
 
 fn start(args: &WorkerArgs, task: &ClaimedTask, socket: &Socket) -> std::io::Result<Child> {
-    Command::new("/bin/sh")
-        .args(["-c", &args.exec])
+    args.command()
         .env("ABSURD_TASK_ID", task.task_id.to_string())
         .env("ABSURD_RUN_ID", task.run_id.to_string())
         .env("ABSURD_TASK_NAME", &task.task_name)
         .env("ABSURD_ATTEMPT", task.attempt.to_string())
-        .env("ABSURD_QUEUE", &args.client.queue)
+        .env("ABSURD_QUEUE", args.client.queue())
         .env("ABSURD_URL", &args.client.url)
         .env("ABSURD_HEADERS", task.headers.as_ref().map_or("{}", Json::as_str))
+        .envs(args.client.tls_ca.as_ref().map(|path| ("ABSURD_TLS_CA", path)))
         .env(SOCKET, socket.path())
         .env("PATH", path_with_absurd())
         .stdin(Stdio::piped())
@@ -244,27 +392,43 @@ fn kill_group(id: Option<u32>) {
 }
 
 async fn talk(child: &mut Child, params: Vec<u8>) -> End {
-    let stdin = child.stdin.take();
+    let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let feed = async move {
         if let Some(mut stdin) = stdin {
             // A program need not read its input.
             let _ = stdin.write_all(&params).await;
         }
     };
-    let output = read(child.stdout.take());
-    let errors = tail(child.stderr.take());
-    let ((), output, errors) = tokio::join!(feed, output, errors);
-    let status = match child.wait().await {
-        Ok(status) => status,
-        Err(error) => return failure("WaitError", &error.to_string(), &errors),
+    let (mut output, mut errors) = (Captured::default(), Vec::new());
+    let talking = async {
+        let ((), (), ()) = tokio::join!(feed, output.read(stdout), tail(stderr, &mut errors));
     };
-    if !status.success() {
-        return failure("ExitError", &status.to_string(), &errors);
+    let status = until_exit(child, talking).await;
+    let errors = String::from_utf8_lossy(&errors).replace('\0', "\u{fffd}");
+    match status {
+        Err(error) => failure("WaitError", &error.to_string(), &errors),
+        Ok(status) if !status.success() => failure("ExitError", &status.to_string(), &errors),
+        Ok(_) if output.is_over => {
+            failure("OutputError", &format!("more than {OUTPUT_BYTES_MAX} bytes of output"), &errors)
+        }
+        Ok(_) => End::Result(result(&output.bytes)),
     }
-    match output {
-        Some(output) => End::Result(result(&output)),
-        None => failure("OutputError", &format!("more than {OUTPUT_BYTES_MAX} bytes of output"), &errors),
+}
+
+/// Waits for the end of a program while its output is read; after it, not for whoever still holds the output open.
+pub(super) async fn until_exit(child: &mut Child, reading: impl Future<Output = ()>) -> std::io::Result<ExitStatus> {
+    let mut reading = pin!(reading);
+    let mut done = false;
+    let status = loop {
+        tokio::select! {
+            status = child.wait() => break status?,
+            () = &mut reading, if !done => done = true,
+        }
+    };
+    if !done {
+        let _ = tokio::time::timeout(READ_ON, reading).await;
     }
+    Ok(status)
 }
 
 /// JSON as it is, other text as a string, nothing as null.
@@ -280,24 +444,31 @@ pub(super) fn result(output: &[u8]) -> Json {
     }
 }
 
-async fn read(from: Option<impl AsyncRead + Unpin>) -> Option<Vec<u8>> {
-    let mut bytes = Vec::new();
-    if let Some(from) = from {
-        let mut bounded = from.take(OUTPUT_BYTES_MAX + 1);
-        bounded.read_to_end(&mut bytes).await.ok()?;
-        if bytes.len() as u64 > OUTPUT_BYTES_MAX {
-            // Let the program run to its end.
-            let _ = tokio::io::copy(&mut bounded.into_inner(), &mut tokio::io::sink()).await;
-            return None;
+/// What a program has printed.
+#[derive(Debug, Default)]
+pub(super) struct Captured {
+    pub(super) bytes: Vec<u8>,
+    /// It is more than becomes a result; the rest was read and dropped, so that the program can run to its end.
+    pub(super) is_over: bool,
+}
+
+impl Captured {
+    /// Reads to the end. What was read stays when this is given up.
+    pub(super) async fn read(&mut self, from: Option<impl AsyncRead + Unpin>) {
+        let Some(mut from) = from else { return };
+        let mut buffer = vec![0_u8; 16 * 1024];
+        while let Ok(count @ 1..) = from.read(&mut buffer).await {
+            self.is_over |= self.bytes.len() + count > OUTPUT_BYTES_MAX;
+            if !self.is_over {
+                self.bytes.extend_from_slice(&buffer[..count]);
+            }
         }
     }
-    Some(bytes)
 }
 
 /// Passes standard error on and keeps its end.
-async fn tail(from: Option<impl AsyncRead + Unpin>) -> String {
-    let mut kept = Vec::new();
-    let Some(mut from) = from else { return String::new() };
+async fn tail(from: Option<impl AsyncRead + Unpin>, kept: &mut Vec<u8>) {
+    let Some(mut from) = from else { return };
     let mut buffer = vec![0_u8; 4096];
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
         let _ = tokio::io::stderr().write_all(&buffer[..count]).await;
@@ -305,7 +476,6 @@ async fn tail(from: Option<impl AsyncRead + Unpin>) -> String {
         let surplus = kept.len().saturating_sub(ERRORS_BYTES_MAX);
         kept.drain(..surplus);
     }
-    String::from_utf8_lossy(&kept).replace('\0', "\u{fffd}")
 }
 
 fn failure(name: &str, message: &str, errors: &str) -> End {

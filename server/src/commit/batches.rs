@@ -40,10 +40,7 @@ impl Spawns {
         match spawning {
             Ok(spawning) => {
                 hand_over.deliver(spawning.claims);
-                let mut spawned = spawning.answers.iter().flatten();
-                if spawned.any(|spawned| spawned.fresh && !spawned.claimed) {
-                    self.dispatcher.new_work(scope.queue());
-                }
+                self.note_work(scope, tasks, &spawning.answers);
                 Ok(spawning.answers)
             }
             Err(fault) => {
@@ -52,6 +49,24 @@ impl Spawns {
                 }
                 Err(fault)
             }
+        }
+    }
+
+    /// Wakes the dispatcher for what can be claimed now, and sets its timer for what can be claimed later.
+    fn note_work(&self, scope: &Scope, tasks: &[&NewTask], answers: &[Result<Spawned, Error>]) {
+        let now = self.store.now();
+        let mut at_once = false;
+        for (task, spawned) in tasks.iter().zip(answers) {
+            if !spawned.as_ref().is_ok_and(|spawned| spawned.fresh && !spawned.claimed) {
+                continue;
+            }
+            match task.start.zip(now).map(|(start, now)| start.delay_from(now)).filter(|wait| !wait.is_zero()) {
+                Some(wait) => self.dispatcher.note_available(scope.queue(), wait),
+                None => at_once = true,
+            }
+        }
+        if at_once {
+            self.dispatcher.new_work(scope.queue());
         }
     }
 
@@ -90,6 +105,10 @@ impl Batch for Spawns {
         &key.0
     }
 
+    fn store(&self) -> &Store {
+        &self.store
+    }
+
     async fn execute(
         &self,
         (scope, _): &Self::Key,
@@ -106,6 +125,28 @@ impl Batch for Spawns {
 #[derive(Debug)]
 pub(crate) struct Settles {
     pub(crate) store: Store,
+}
+
+impl Settles {
+    async fn write(
+        &self,
+        scope: &Scope,
+        items: &[(&RunRef, &Write)],
+        lock_wait: Option<Duration>,
+    ) -> Result<Vec<Answer>, Fault> {
+        let Some(lock_wait) = lock_wait else { return self.store.settle(scope, items).await };
+        let tx = self.store.begin(lock_wait).await?;
+        match batch::write(&self.store, Via::Tx(&tx), scope, Wait::Block, items).await {
+            Ok(answers) => {
+                tx.commit().await?;
+                Ok(answers)
+            }
+            Err(fault) => {
+                tx.rollback().await;
+                Err(fault)
+            }
+        }
+    }
 }
 
 impl Batch for Settles {
@@ -130,6 +171,10 @@ impl Batch for Settles {
         &key.0
     }
 
+    fn store(&self) -> &Store {
+        &self.store
+    }
+
     async fn execute(
         &self,
         (scope, _): &Self::Key,
@@ -137,28 +182,17 @@ impl Batch for Settles {
         lock_wait: Option<Duration>,
     ) -> Result<Outcomes<Self>, Fault> {
         let refs: Vec<(&RunRef, &Write)> = items.iter().map(|(run, write)| (run, write)).collect();
-        let answers = match lock_wait {
-            None => self.store.settle(scope, &refs).await?,
-            Some(lock_wait) => {
-                let tx = self.store.begin(lock_wait).await?;
-                let answers = batch::write(&self.store, Via::Tx(&tx), scope, Wait::Block, &refs).await;
-                match answers {
-                    Ok(answers) => {
-                        tx.commit().await?;
-                        answers
-                    }
-                    Err(fault) => {
-                        tx.rollback().await;
-                        return Err(fault);
-                    }
-                }
-            }
-        };
+        let mut answers = self.write(scope, &refs, lock_wait).await;
+        if let (Err(Fault::Data(_)), [(run, write)]) = (&answers, refs.as_slice())
+            && let Some(write) = write.in_ascii()
+        {
+            answers = self.write(scope, &[(run, &write)], lock_wait).await;
+        }
         let settled = |answer| match answer {
             Answer::Settled(outcome) => Some(outcome),
             Answer::Busy => None,
         };
-        Ok(answers.into_iter().map(settled).collect())
+        Ok(answers?.into_iter().map(settled).collect())
     }
 }
 
@@ -188,6 +222,10 @@ impl Batch for Suspends {
 
     fn scope(key: &Self::Key) -> &Scope {
         &key.0
+    }
+
+    fn store(&self) -> &Store {
+        &self.store
     }
 
     async fn execute(
@@ -226,6 +264,10 @@ impl Batch for Emits {
 
     fn scope(key: &Self::Key) -> &Scope {
         key
+    }
+
+    fn store(&self) -> &Store {
+        &self.store
     }
 
     async fn execute(

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use crate::domain::Error;
 use crate::scope::Scope;
-use crate::store::Fault;
+use crate::store::{Access, Fault, LOCK_WAIT, LOCK_WAIT_PATIENT, Store};
 
 /// What the tries of one call have run into so far. Shared by who waits and who tries.
 #[derive(Debug, Default)]
@@ -28,6 +28,17 @@ impl Late {
         state.last = Some(fault.clone().into_error(scope));
     }
 
+    /// A try met locks of others: waits until the queue's tables are free, where it is those, else for a moment.
+    pub(crate) async fn wait_for_locks(&self, store: &Store, scope: &Scope) {
+        let queue = scope.queue().as_str();
+        if store.is_locked(queue) {
+            self.note(&Fault::Locked, scope);
+            store.wait_for(queue, Access::Free).await;
+        } else {
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
     /// Whether a try may have been carried out.
     pub(crate) fn is_unknown(&self) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).unknown
@@ -43,18 +54,46 @@ impl Late {
 /// Between tries.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Tries until the deadline, as long as faults pass; each try hears what time is left. Gives back the first success, or the
+/// Tries until the deadline, as long as faults pass and locks are held by others; each try hears how long it may wait for
+/// locks: a moment at first, so that it costs no connection much, longer when rows are held. Gives back the first success, or the
 /// first fault that does not pass.
 pub(crate) async fn until<T, F: Future<Output = Result<T, Fault>>>(
+    store: &Store,
     deadline: Instant,
     scope: &Scope,
     attempt: impl Fn(Duration) -> F,
 ) -> Result<Result<T, Fault>, Error> {
+    retry(store, deadline, scope, Fault::is_passing, attempt).await
+}
+
+/// The same for work that may be done once only: nothing but a lock, which leaves nothing done, is tried again.
+pub(crate) async fn until_free<T, F: Future<Output = Result<T, Fault>>>(
+    store: &Store,
+    deadline: Instant,
+    scope: &Scope,
+    attempt: impl Fn(Duration) -> F,
+) -> Result<Result<T, Fault>, Error> {
+    retry(store, deadline, scope, |_| false, attempt).await
+}
+
+async fn retry<T, F: Future<Output = Result<T, Fault>>>(
+    store: &Store,
+    deadline: Instant,
+    scope: &Scope,
+    passes: impl Fn(&Fault) -> bool,
+    attempt: impl Fn(Duration) -> F,
+) -> Result<Result<T, Fault>, Error> {
     let late = Late::default();
     let trying = async {
+        let mut lock_wait = LOCK_WAIT;
         loop {
-            match attempt(deadline.saturating_duration_since(Instant::now())).await {
-                Err(fault) if fault.is_passing() => {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match attempt(left.min(lock_wait)).await {
+                Err(Fault::Locked) => {
+                    lock_wait = LOCK_WAIT_PATIENT;
+                    late.wait_for_locks(store, scope).await;
+                }
+                Err(fault) if passes(&fault) => {
                     late.note(&fault, scope);
                     tokio::time::sleep(PAUSE).await;
                 }
@@ -78,7 +117,7 @@ mod tests {
         assert_eq!(late.error(), Error::DeadlineExceeded);
         late.note(&Fault::Full, &scope);
         late.note(&Fault::Gone("away".into()), &scope);
-        assert_eq!((late.error(), late.is_unknown()), (Error::Unavailable("away".into()), false));
+        assert_eq!((late.error(), late.is_unknown()), (Error::DatabaseUnreachable("away".into()), false));
         late.note(&Fault::Unknown("lost".into()), &scope);
         late.note(&Fault::Gone("away".into()), &scope);
         assert_eq!((late.error(), late.is_unknown()), (Error::OutcomeUnknown, true));
@@ -86,13 +125,14 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn whenever_the_deadline_comes_it_is_told_what_kept_the_call() {
+        let store = crate::store::tests::nowhere();
         let scope = Caller::anonymous().scope(QueueName::parse("queue", "q").unwrap());
         for ms in 10..300 {
-            let told = until(Instant::now() + Duration::from_millis(ms), &scope, |_| async {
+            let told = until(&store, Instant::now() + Duration::from_millis(ms), &scope, |_| async {
                 tokio::time::sleep(Duration::from_millis(7)).await;
                 Err::<(), _>(Fault::Gone("away".into()))
             });
-            assert_eq!(told.await.unwrap_err(), Error::Unavailable("away".into()), "{ms} ms");
+            assert_eq!(told.await.unwrap_err(), Error::DatabaseUnreachable("away".into()), "{ms} ms");
         }
     }
 }

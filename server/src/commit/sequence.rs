@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{LOCK_WAIT_MAX, Late};
+use super::Late;
 use crate::domain::{Error, Settled};
 use crate::scope::Scope;
 use crate::store::batch::{Answer, RunRef, Via, Write};
-use crate::store::{Fault, Store, Wait, batch};
+use crate::store::{Fault, LOCK_WAIT, LOCK_WAIT_PATIENT, Store, Wait, batch};
 
 /// Carries out several writes about one run, in order and in one transaction. The first that fails stops the later ones;
 /// what came before it stands.
@@ -23,8 +23,9 @@ pub(crate) async fn sequence(
     let total = writes.len();
     let mut refused = None;
     let late = Late::default();
+    let mut lock_wait = LOCK_WAIT;
     let mut outcomes = loop {
-        let left = deadline.saturating_duration_since(Instant::now()).min(LOCK_WAIT_MAX);
+        let left = deadline.saturating_duration_since(Instant::now()).min(lock_wait);
         if left.is_zero() {
             break vec![Err(late.error())];
         }
@@ -35,9 +36,16 @@ pub(crate) async fn sequence(
                 break read_back(store, scope, run, &writes, left).await;
             }
             Ok(outcomes) => break outcomes,
+            Err((_, Fault::Locked)) => {
+                lock_wait = LOCK_WAIT_PATIENT;
+                let _ = tokio::time::timeout_at(deadline, late.wait_for_locks(store, scope)).await;
+            }
             Err((_, fault)) if fault.is_passing() => {
                 late.note(&fault, scope);
                 tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            Err((index, Fault::Data(_))) if writes[index].in_ascii().is_some() => {
+                writes[index] = writes[index].in_ascii().unwrap_or_else(|| writes[index].clone());
             }
             Err((index, fault)) => {
                 // The transaction is void: carry out what came before the refused write again, without it.
@@ -92,7 +100,7 @@ async fn sequence_once(
         let answers = batch::write(store, Via::Tx(&tx), scope, Wait::Block, &[(run, write)]).await;
         let outcome = match answers.map(|mut answers| answers.pop()) {
             Ok(Some(Answer::Settled(outcome))) => outcome,
-            Ok(Some(Answer::Busy) | None) => Err(Error::Unavailable("the row is busy".into())),
+            Ok(Some(Answer::Busy) | None) => Err(Error::QueueLocked { queue: scope.queue().as_str().to_owned() }),
             Err(fault) => {
                 tx.rollback().await;
                 return Err((index, fault));

@@ -12,10 +12,10 @@ use super::{Dispatcher, Queue};
 use crate::domain::{ClaimToken, Digest, Instant as DbTime, JsonText, RunId};
 use crate::metrics;
 use crate::planted::{self, Bug};
-use crate::store::Fault;
 use crate::store::batch::{RunRef, Write};
 use crate::store::quarantine::Reason;
 use crate::store::run::Slot;
+use crate::store::{Access, Fault};
 
 /// The release after delivery that fails a run.
 const RELEASES_MAX: i32 = 3;
@@ -85,8 +85,15 @@ impl Dispatcher {
         let (dispatcher, scope) = (self.clone(), queue.scope.clone());
         let grace = i32::try_from(leftover.grace.as_millis()).unwrap_or(i32::MAX);
         tokio::spawn(async move {
+            let store = &dispatcher.shared.store;
             for cuts in leftover.cuts.chunks(500) {
-                if let Err(fault) = dispatcher.shared.store.run_cut_lease(&scope, cuts, grace).await {
+                let mut cut = store.run_cut_lease(&scope, cuts, grace).await;
+                if matches!(cut, Err(Fault::Locked)) {
+                    let free = store.wait_for(scope.queue().as_str(), Access::Free);
+                    let _ = tokio::time::timeout(OWN_DEADLINE, free).await;
+                    cut = store.run_cut_lease(&scope, cuts, grace).await;
+                }
+                if let Err(fault) = cut {
                     tracing::warn!(queue.name = %scope.queue(), ?fault, "could not cut the leases of a lost stream");
                 }
             }

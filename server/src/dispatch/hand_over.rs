@@ -29,8 +29,9 @@ impl Dispatcher {
     /// Sets credit of idle workers aside for tasks that are about to be spawned.
     pub(crate) fn hand_over(&self, scope: &Scope, tasks: &[&NewTask]) -> HandOver {
         let queue = self.find(scope.queue());
-        // A cancellation policy may be due at once; that is for a claim to find out.
-        let mut names = tasks.iter().map(|task| task.cancellation.is_none().then(|| task.name.as_str()));
+        // A cancellation policy may be due at once, which a claim finds out; a task with a start is claimed from then on.
+        let at_once = |task: &NewTask| task.cancellation.is_none() && task.start.is_none();
+        let mut names = tasks.iter().map(|task| at_once(task).then(|| task.name.as_str()));
         let taken = queue.as_ref().map_or_else(Vec::new, |queue| queue.lock().set_aside(&mut names));
         self.shared.releasing.fetch_add(1, Ordering::Relaxed);
         HandOver { dispatcher: self.clone(), queue, taken, since: self.shared.store.now() }

@@ -5,7 +5,7 @@
 mod claims;
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::collections::{BTreeSet, BinaryHeap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,15 +17,22 @@ use crate::domain::{Claim, ClaimToken, Digest, Error, Instant as DbTime, RunId, 
 use crate::store::run::{Check, Cursor};
 pub use claims::{Plan, Return};
 
-/// Bytes of tasks that a stream may have been sent without a sign of life; one task is always allowed.
-const UNPROVEN_BYTES_MAX: usize = 1024 * 1024;
+/// Bytes of tasks that wait for a stream's transport to take them, from which on nothing more is claimed for it; one task is
+/// always allowed. It bounds the memory that a worker costs which does not read, and is no window beside `max_in_flight`.
+const OUTBOX_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// First look at a full stream's claims, and the longest pause between looks.
 const CHECK_FULL: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
 /// Look at the claims of a stream that is not full.
 const CHECK_OPEN: Duration = Duration::from_secs(5);
 
+/// Times at which runs can be claimed that are remembered at most; the tick tells of the later ones.
+const AVAILABLE_MAX: usize = 4096;
+
 /// A run that cannot be claimed is passed over this long at first, and this long at most.
 const PASS_OVER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(600));
+
+/// Until another claim statement after one that failed: first, and at most where the fault does not pass.
+const CLAIM_AGAIN: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
 
 /// Id of a stream or pull on this replica.
 pub type StreamId = u64;
@@ -58,7 +65,6 @@ pub struct StreamOptions {
 pub struct Held {
     token: ClaimToken,
     expires_at: Option<DbTime>,
-    bytes: usize,
     taken: bool,
     alive: bool,
     start_by: Option<Instant>,
@@ -71,7 +77,6 @@ struct Stream {
     runs: HashMap<RunId, Held>,
     /// Credit that is set aside for tasks that are being spawned.
     set_aside: usize,
-    unproven_bytes: usize,
     ending: bool,
     queued: bool,
     next_check: Option<Instant>,
@@ -84,8 +89,12 @@ impl Stream {
             return 0;
         }
         let free = self.options.max_in_flight.saturating_sub(self.runs.len() + self.set_aside);
-        let waiting = self.unproven_bytes + self.outbox.task_bytes();
-        if waiting >= UNPROVEN_BYTES_MAX { 0 } else { free }
+        if self.outbox.task_bytes() >= OUTBOX_BYTES_MAX { 0 } else { free }
+    }
+
+    /// Credit as the worker counts it.
+    fn told_credit(&self) -> usize {
+        if self.ending { 0 } else { self.options.max_in_flight.saturating_sub(self.runs.len()) }
     }
 
     fn is_full(&self) -> bool {
@@ -159,11 +168,14 @@ pub struct State {
     /// Runs that cannot be claimed: until when they are passed over, and for how long then.
     passed_over: HashMap<RunId, (Instant, Duration)>,
     work: bool,
+    /// Claim statements fail: no stream's before then, and the last pause.
+    claims_failing: Option<(Instant, Duration)>,
     /// Claim statements are under way.
     claiming: bool,
     /// There may be more than credit allowed to take: returned credit is worth a look.
     unserved: bool,
-    next_available: Option<Instant>,
+    /// When runs can be claimed, the next ones first.
+    next_available: BTreeSet<Instant>,
     armed: bool,
     closing: bool,
 }
@@ -201,9 +213,25 @@ impl State {
 
     /// A run can be claimed at this time.
     pub fn note_available(&mut self, at: Instant) {
-        if self.next_available.is_none_or(|known| at < known) {
-            self.next_available = Some(at);
+        self.next_available.insert(at);
+        if self.next_available.len() > AVAILABLE_MAX {
+            self.next_available.pop_last();
         }
+    }
+
+    /// A claim statement failed. A fault that does not pass is met less and less often.
+    pub fn claims_fail(&mut self, passes: bool, now: Instant) {
+        let pause = match self.claims_failing {
+            Some((_, pause)) if !passes => (pause * 2).min(CLAIM_AGAIN.1),
+            _ => CLAIM_AGAIN.0,
+        };
+        self.claims_failing = Some((now + pause, pause));
+        self.note_available(now + pause);
+    }
+
+    /// A claim statement did not fail.
+    pub fn claims_work(&mut self) {
+        self.claims_failing = None;
     }
 
     /// Passes runs over: for 5 s, and twice as long each time, at most 10 minutes.
@@ -241,7 +269,6 @@ impl State {
             outbox,
             runs: HashMap::new(),
             set_aside: 0,
-            unproven_bytes: 0,
             ending: false,
             queued: false,
             next_check: None,
@@ -255,7 +282,7 @@ impl State {
             {
                 stream.runs.remove(&token.run_id);
             }
-            let held = Held { expires_at, bytes: 0, taken: true, alive: true, start_by: None, token };
+            let held = Held { expires_at, taken: true, alive: true, start_by: None, token };
             self.insert(id, held, now);
         }
         self.timers.push(Reverse((now + spans.heartbeat, Timer::Heartbeat(id))));
@@ -301,21 +328,25 @@ impl State {
         }
     }
 
-    /// The transport took a task; says whether that set a timer.
+    /// The transport took a task; says whether the loop has something to do for that: a timer, or room in the outbox.
     pub fn taken(&mut self, id: StreamId, run_id: RunId, now: Instant) -> bool {
         let Some(stream) = self.streams.get_mut(&id) else { return false };
         let deadline = stream.options.start_deadline;
-        let Some(held) = stream.runs.get_mut(&run_id) else { return false };
-        held.taken = true;
-        if held.alive {
-            return false;
+        let mut timed = false;
+        if let Some(held) = stream.runs.get_mut(&run_id) {
+            held.taken = true;
+            if let Some(deadline) = deadline.filter(|_| !held.alive) {
+                held.start_by = Some(now + deadline);
+                self.timers.push(Reverse((now + deadline, Timer::Start(run_id))));
+                timed = true;
+            }
         }
-        stream.unproven_bytes += held.bytes;
-        if let Some(deadline) = deadline {
-            held.start_by = Some(now + deadline);
-            self.timers.push(Reverse((now + deadline, Timer::Start(run_id))));
+        // A stream with credit is queued, unless its outbox was full.
+        let room = !stream.queued && stream.credit() > 0;
+        if room {
+            self.credit_returned(id);
         }
-        deadline.is_some()
+        timed || room
     }
 
     /// Somebody spoke of the run: it has reached its worker.
@@ -330,10 +361,6 @@ impl State {
         held.start_by = None;
         if !held.alive {
             held.alive = true;
-            if held.taken {
-                stream.unproven_bytes = stream.unproven_bytes.saturating_sub(held.bytes);
-            }
-            self.credit_returned(id);
         }
     }
 
@@ -349,12 +376,7 @@ impl State {
         }
         let Some(id) = self.owners.remove(&run_id) else { return false };
         if let Some(stream) = self.streams.get_mut(&id) {
-            if let Some(held) = stream.runs.remove(&run_id)
-                && held.taken
-                && !held.alive
-            {
-                stream.unproven_bytes = stream.unproven_bytes.saturating_sub(held.bytes);
-            }
+            stream.runs.remove(&run_id);
             stream.check_pause = CHECK_FULL.0;
             self.credit_returned(id);
         }
@@ -471,11 +493,15 @@ impl State {
                 self.fire(timer, now, spans, &mut turn);
             }
         }
-        if self.next_available.is_some_and(|at| at <= now) {
-            self.next_available = None;
+        while self.next_available.first().is_some_and(|at| *at <= now) {
+            self.next_available.pop_first();
             self.work = true;
         }
-        if self.work && !self.closing {
+        // A call is answered at once, whatever the answer; streams wait until claims may work again.
+        let failing = self.claims_failing.filter(|(until, _)| *until > now && self.pulls.is_empty());
+        if let Some((until, _)) = failing.filter(|_| self.work) {
+            self.note_available(until);
+        } else if self.work && !self.closing {
             self.work = false;
             turn.plans = self.reserve();
             self.unserved = self.streams.len() > self.ready.len();
@@ -494,7 +520,7 @@ impl State {
     /// When [`State::turn`] has something to do by itself.
     pub fn next_turn(&self) -> Option<Instant> {
         let timer = self.timers.peek().map(|Reverse((at, _))| *at);
-        let available = self.next_available.filter(|_| self.wants());
+        let available = self.next_available.first().copied().filter(|_| self.wants());
         timer.into_iter().chain(available).min()
     }
 
@@ -506,7 +532,7 @@ impl State {
                         turn.leftovers.push(self.close(id));
                         return;
                     }
-                    let heartbeat = Message::Heartbeat { in_flight: stream.runs.len(), credit: stream.credit() };
+                    let heartbeat = Message::Heartbeat { in_flight: stream.runs.len(), credit: stream.told_credit() };
                     let _ = stream.outbox.push(heartbeat);
                     self.timers.push(Reverse((now + spans.heartbeat, Timer::Heartbeat(id))));
                 }

@@ -114,12 +114,49 @@ pub enum Error {
         /// How many.
         limit: i64,
     },
-    /// Postgres cannot be reached, or is too busy.
+    /// Postgres cannot be reached.
     #[error("the database is not available: {0}")]
-    Unavailable(String),
+    DatabaseUnreachable(String),
+    /// Postgres answers, and did not get the statement done in time; the same one may succeed soon.
+    #[error("the database is busy: {0}; try again")]
+    DatabaseBusy(String),
     /// Postgres answers, and cannot write.
     #[error("the database {0}; try again later")]
     NotWritable(&'static str),
+    /// Another session holds a lock on the queue's tables, or on the rows that the call needs.
+    #[error("queue {queue:?} is locked by another session (VACUUM FULL, ALTER TABLE, an open transaction); try again")]
+    QueueLocked {
+        /// The queue.
+        queue: String,
+    },
+    /// A trigger, a constraint or a policy on the queue's tables refuses a row; the text is the database's.
+    #[error("the database refuses it: {0}")]
+    DatabaseRefused(String),
+    /// The server's role lacks a right.
+    #[error("the server's role may not do this{}: {problem}; grant it the right (see `absurd doctor`)", of_queue(queue.as_deref()))]
+    DatabasePermission {
+        /// The queue, where one is meant.
+        queue: Option<String>,
+        /// What Postgres said; it names the table.
+        problem: String,
+    },
+    /// The tables of a queue are not as the server knows them, or cannot be read.
+    #[error("queue {queue:?} is damaged: {problem}; an operator has to mend its tables (see `absurd doctor`)")]
+    QueueDamaged {
+        /// The queue.
+        queue: String,
+        /// What Postgres said.
+        problem: String,
+    },
+    /// The schemas that the server works on are gone, or are not those of this server.
+    #[error("the schema of this server is missing or incomplete: {0}; run `absurd migrate`")]
+    SchemaMissing(String),
+    /// Postgres' own installation is broken.
+    #[error("the database is broken: {0}; an operator has to mend it (see `absurd doctor`)")]
+    DatabaseBroken(String),
+    /// A migration cannot be carried out; the text says why and what to do.
+    #[error("{0}")]
+    Setup(String),
     /// This replica is stopping.
     #[error("this replica is shutting down")]
     ShuttingDown,
@@ -132,6 +169,10 @@ pub enum Error {
     /// A bug. The text is for the log only.
     #[error("internal error")]
     Internal(String),
+}
+
+fn of_queue(queue: Option<&str>) -> String {
+    queue.map_or_else(String::new, |queue| format!(" on queue {queue:?}"))
 }
 
 impl Error {
@@ -163,7 +204,14 @@ impl Error {
             Self::StreamLimit { .. } => "STREAM_LIMIT",
             Self::TooManyRequests { .. } => "TOO_MANY_REQUESTS",
             Self::BacklogFull { .. } => "BACKLOG_FULL",
-            Self::Unavailable(_) | Self::NotWritable(_) => "UNAVAILABLE",
+            Self::DatabaseUnreachable(_) | Self::NotWritable(_) => "UNAVAILABLE",
+            Self::DatabaseBusy(_) => "DATABASE_BUSY",
+            Self::QueueLocked { .. } => "QUEUE_LOCKED",
+            Self::DatabaseRefused(_) => "DATABASE_REFUSED",
+            Self::DatabasePermission { .. } => "DATABASE_PERMISSION",
+            Self::QueueDamaged { .. } => "QUEUE_DAMAGED",
+            Self::SchemaMissing(_) => "SCHEMA_MISSING",
+            Self::DatabaseBroken(_) | Self::Setup(_) => "DATABASE_BROKEN",
             Self::ShuttingDown => "SHUTTING_DOWN",
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
             Self::OutcomeUnknown => "OUTCOME_UNKNOWN",

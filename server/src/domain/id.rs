@@ -158,6 +158,49 @@ pub fn parse_uuid(field: &str, id: &str) -> Result<Uuid, Error> {
     Uuid::try_parse(id).map_err(|error| Error::invalid(field, error.to_string()))
 }
 
+/// Fewest hexadecimal digits of an id that a search takes.
+const ID_DIGITS_MIN: usize = 6;
+/// Digits of a whole id.
+const ID_DIGITS: usize = 32;
+
+/// The beginning or the end of an id, or a whole one, as somebody has copied it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IdPart(String);
+
+impl IdPart {
+    /// Parses 6 to 32 hexadecimal digits; dashes and case do not matter.
+    pub fn parse(field: &str, text: &str) -> Result<Self, Error> {
+        let digits: String = text.chars().filter(|c| *c != '-').map(|c| c.to_ascii_lowercase()).collect();
+        if !digits.chars().all(|c| c.is_ascii_hexdigit()) {
+            return Err(Error::invalid(field, "must be hexadecimal digits of an id, with or without dashes"));
+        }
+        if !(ID_DIGITS_MIN..=ID_DIGITS).contains(&digits.len()) {
+            let problem = format!("must be {ID_DIGITS_MIN} to {ID_DIGITS} hexadecimal digits, not {}", digits.len());
+            return Err(Error::invalid(field, problem));
+        }
+        Ok(Self(digits))
+    }
+
+    /// The first and the last id that begin so.
+    pub fn range(&self) -> (Uuid, Uuid) {
+        let padded = |digit: char| {
+            let text: String = self.0.chars().chain(std::iter::repeat(digit)).take(ID_DIGITS).collect();
+            Uuid::try_parse(&text).unwrap_or_default()
+        };
+        (padded('0'), padded('f'))
+    }
+
+    /// The id, if this is a whole one.
+    pub fn whole(&self) -> Option<Uuid> {
+        (self.0.len() == ID_DIGITS).then(|| self.range().0)
+    }
+
+    /// The digits that an id may end in; none where this is a whole one.
+    pub fn end(&self) -> Option<&str> {
+        (self.0.len() < ID_DIGITS).then_some(self.0.as_str())
+    }
+}
+
 /// State of a task or run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum State {
@@ -204,5 +247,25 @@ impl State {
     /// Whether nothing follows.
     pub fn is_terminal(self) -> bool {
         matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_of_an_id_is_a_range_an_end_or_an_id() {
+        let part = IdPart::parse("text", "0190F4-c8").unwrap();
+        let (from, to) = part.range();
+        assert_eq!(from.to_string(), "0190f4c8-0000-0000-0000-000000000000");
+        assert_eq!(to.to_string(), "0190f4c8-ffff-ffff-ffff-ffffffffffff");
+        assert_eq!((part.whole(), part.end()), (None, Some("0190f4c8")));
+        let id = Uuid::now_v7();
+        let whole = IdPart::parse("text", &id.to_string()).unwrap();
+        assert_eq!((whole.range(), whole.whole(), whole.end()), ((id, id), Some(id), None));
+        for wrong in ["", "-", "0190f", "0190fg", "0190f4 ", "\0\0\0\0\0\0", &"0".repeat(33)] {
+            assert!(IdPart::parse("text", wrong).is_err(), "{wrong:?}");
+        }
     }
 }

@@ -27,13 +27,18 @@ pub struct JsonBound {
 pub struct JsonText(String);
 
 impl JsonText {
-    /// Checks a text against jsonb's rules and a bound; `field` is named in the error.
+    /// Checks a text against jsonb's rules and a bound; `field` is named in the error. A number counts with all the digits
+    /// that jsonb stores for it: `1e100000` is 100,001 of them.
     pub fn parse(field: &str, text: String, bound: JsonBound) -> Result<Self, Error> {
+        let too_large = |size| Err(Error::TooLarge { field: field.into(), size, limit: bound.bytes });
         if text.len() > bound.bytes {
-            return Err(Error::TooLarge { field: field.into(), size: text.len(), limit: bound.bytes });
+            return too_large(text.len());
         }
         match Guard::new(text.as_bytes(), bound.depth).check() {
-            Ok(()) => Ok(Self(text)),
+            Ok(growth) if text.len().saturating_add(growth) > bound.bytes => {
+                too_large(text.len().saturating_add(growth))
+            }
+            Ok(_) => Ok(Self(text)),
             Err(problem) => Err(Error::Json { field: field.into(), problem }),
         }
     }
@@ -63,7 +68,8 @@ impl JsonText {
 
     /// Why a run failed. Never refused: a text that jsonb does not take, or that is too long, becomes a message.
     pub fn reason(text: &str) -> Self {
-        if text.len() <= REASON_BYTES_MAX && Guard::new(text.as_bytes(), DEPTH_MAX).check().is_ok() {
+        let fits = |growth| text.len().saturating_add(growth) <= REASON_BYTES_MAX;
+        if text.len() <= REASON_BYTES_MAX && Guard::new(text.as_bytes(), DEPTH_MAX).check().is_ok_and(fits) {
             return Self(text.to_owned());
         }
         if let Ok(serde_json::Value::Object(object)) = serde_json::from_str(text) {
@@ -80,6 +86,30 @@ impl JsonText {
         }
         let message = cut(text, 16 * 1024).replace('\0', "\u{fffd}");
         Self(serde_json::json!({ "name": "Failure", "message": message }).to_string())
+    }
+
+    /// The same value in ASCII without escapes of other characters: each of those becomes `?`. A database of any encoding
+    /// takes it.
+    pub fn to_ascii(&self) -> Self {
+        let mut out = String::with_capacity(self.0.len());
+        let mut rest = self.0.chars();
+        while let Some(next) = rest.next() {
+            if next != '\\' {
+                out.push(if next.is_ascii() { next } else { '?' });
+                continue;
+            }
+            let Some(escaped) = rest.next() else { break };
+            if escaped != 'u' {
+                out.extend([next, escaped]);
+                continue;
+            }
+            let digits: String = rest.by_ref().take(4).collect();
+            match u32::from_str_radix(&digits, 16) {
+                Ok(code) if code < 0x80 => out.extend(["\\u", &digits]),
+                _ => out.push('?'),
+            }
+        }
+        Self(out)
     }
 
     /// The text.
@@ -124,22 +154,25 @@ struct Guard<'a> {
     bytes: &'a [u8],
     at: usize,
     depth_max: usize,
+    /// Digits that jsonb stores for numbers beyond their texts.
+    growth: usize,
 }
 
 type Check<T = ()> = Result<T, String>;
 
 impl<'a> Guard<'a> {
     fn new(bytes: &'a [u8], depth_max: usize) -> Self {
-        Self { bytes, at: 0, depth_max }
+        Self { bytes, at: 0, depth_max, growth: 0 }
     }
 
-    fn check(mut self) -> Check {
+    /// Says by how many bytes the text grows when it is stored.
+    fn check(mut self) -> Check<usize> {
         self.value(0)?;
         self.space();
         if self.at < self.bytes.len() {
             return self.fail("text after the end of the value");
         }
-        Ok(())
+        Ok(self.growth)
     }
 
     fn fail<T>(&self, problem: &str) -> Check<T> {
@@ -333,6 +366,13 @@ impl<'a> Guard<'a> {
         if too_large || signed(fraction) - exponent > NUMERIC_SCALE_MAX || exponent.abs() >= NUMERIC_EXPONENT_END {
             return self.fail("number out of range");
         }
+        if exponent != 0 {
+            let before = if zeros < whole + fraction { signed(whole) - signed(zeros) + exponent } else { 1 };
+            let behind = (signed(fraction) - exponent).max(0);
+            let stored = before.max(1) + behind + i64::from(behind > 0);
+            let growth = usize::try_from(stored - signed(self.at - start)).unwrap_or(0);
+            self.growth = self.growth.saturating_add(growth);
+        }
         Ok(())
     }
 
@@ -418,11 +458,39 @@ mod tests {
         }
     }
 
+    /// What jsonb makes of numbers counts, not how they are written; `tests/it/input.rs` compares it with Postgres.
+    #[test]
+    fn numbers_count_with_the_digits_that_are_stored() {
+        let growth = |text: &str| Guard::new(text.as_bytes(), DEPTH_MAX).check().unwrap();
+        assert_eq!(growth("[1, -2.5, 12345678901234567890]"), 0);
+        assert_eq!(growth("1e9"), "1000000000".len() - "1e9".len());
+        assert_eq!(growth("-1E+9"), "-1000000000".len() - "-1E+9".len());
+        assert_eq!(growth("[1e100000, 1e100000]"), 2 * (100_001 - "1e100000".len()));
+        assert_eq!(growth("0.001e131074"), 131_072 - "0.001e131074".len());
+        assert!((9_990..10_010).contains(&growth("1e-10000")));
+        assert!((9_990..10_010).contains(&growth("0e-10000")));
+        assert_eq!(growth("0e100000"), 0);
+        let bound = JsonBound { bytes: 1024 * 1024, depth: DEPTH_MAX };
+        let many = |count: usize| format!("[{}]", vec!["1e100000"; count].join(","));
+        assert!(JsonText::parse("params", many(10), bound).is_ok());
+        let refused = JsonText::parse("params", many(3000), bound);
+        let Err(Error::TooLarge { field, size, limit }) = refused else { panic!("{refused:?}") };
+        assert_eq!((field.as_str(), limit), ("params", bound.bytes));
+        assert!(size > 300_000_000, "{size}");
+    }
+
     #[test]
     fn bounds_the_depth() {
         assert_eq!(problem(&("[".repeat(100) + &"]".repeat(100))), None);
         assert!(problem(&("[".repeat(101) + &"]".repeat(101))).is_some());
         assert!(problem(&"[".repeat(1_000_000)).is_some());
+    }
+
+    #[test]
+    fn any_encoding_takes_the_ascii_form() {
+        let ascii = |text: &str| JsonText::trusted(text.into()).to_ascii().into_string();
+        assert_eq!(ascii(r#"{"é":"a\u00e9\ud83d\ude00\u0041\n\\u00e9"}"#), r#"{"?":"a???\u0041\n\\u00e9"}"#);
+        assert_eq!(ascii("[1,null,\"x\"]"), "[1,null,\"x\"]");
     }
 
     #[test]
@@ -432,6 +500,11 @@ mod tests {
             let reason = JsonText::reason(text);
             assert_eq!(problem(reason.as_str()), None, "{text:.20}");
             assert!(reason.len() < REASON_BYTES_MAX);
+        }
+        for text in ["1e100000", "{\"message\": 1e100000}", "[1e-9999, 1e70000]"] {
+            let reason = JsonText::reason(text);
+            let growth = Guard::new(reason.as_str().as_bytes(), DEPTH_MAX).check().unwrap();
+            assert!(reason.len() + growth < REASON_BYTES_MAX, "{text}: {}", reason.as_str());
         }
         let kept = JsonText::reason("{\"name\":\"E\",\"message\":\"a\\u0000b\"}");
         assert!(kept.as_str().contains("\"name\":\"E\""), "{}", kept.as_str());

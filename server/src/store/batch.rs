@@ -78,6 +78,14 @@ pub enum Kind {
 }
 
 impl Write {
+    /// The same failure with a reason that a database of any encoding takes, where this write is one with another reason. A
+    /// failure is recorded whatever its reason holds.
+    pub(crate) fn in_ascii(&self) -> Option<Self> {
+        let Self::Fail { reason: Some(reason), retry_at } = self else { return None };
+        let ascii = reason.to_ascii();
+        (ascii != *reason).then_some(Self::Fail { reason: Some(ascii), retry_at: *retry_at })
+    }
+
     /// Which statement carries it out.
     pub fn kind(&self) -> Kind {
         match self {

@@ -8,11 +8,13 @@ use tokio_postgres::Row;
 
 use super::batch::RunRef;
 use super::statement::{
-    EVENT_EMIT, EVENT_EMIT_MORE, EVENT_LIST_UNFINISHED, TASK_AWAIT, TASK_LIST_AWAITED, TASK_SETTLE_AWAITED,
+    EVENT_EMIT, EVENT_EMIT_MORE, EVENT_LIST_UNFINISHED, TASK_AWAIT, TASK_LIST_AWAITED, TASK_LIST_AWAITED_QUEUES,
+    TASK_SETTLE_AWAITED, WAIT_LIST_EVENT, WAIT_LIST_TASK,
 };
 use super::suspend::{Awaited, awaited, millis};
+use super::text::ANSWER_BYTES_MAX;
 use super::{Fault, Store, Wait};
-use crate::domain::{CheckpointName, Digest, Error, EventName, JsonText, QueueName, TaskId};
+use crate::domain::{CheckpointName, Digest, Error, EventName, JsonText, QueueName, RunId, TaskId};
 use crate::scope::Scope;
 
 /// Runs that one transaction wakes at most.
@@ -40,7 +42,37 @@ pub struct StepWait<'a> {
     pub timeout: Option<Duration>,
 }
 
+/// Which waits.
+#[derive(Debug, Clone)]
+pub enum WaitsOf {
+    /// Those of a task.
+    Task(TaskId),
+    /// Those for an event.
+    Event(EventName),
+}
+
 impl Store {
+    /// A page of waits after a run and a step; the last row may be the first of the next page (`beyond`).
+    pub async fn wait_list(
+        &self,
+        scope: &Scope,
+        of: &WaitsOf,
+        after: (RunId, &str),
+        limit: i64,
+    ) -> Result<Vec<Row>, Error> {
+        let name;
+        let (statement, of): (_, &(dyn ToSql + Sync)) = match of {
+            WaitsOf::Task(task_id) => (&WAIT_LIST_TASK, task_id),
+            WaitsOf::Event(event) => {
+                name = event.as_str();
+                (&WAIT_LIST_EVENT, &name)
+            }
+        };
+        let params: [&(dyn ToSql + Sync); 5] = [of, &after.0, &after.1, &limit, &ANSWER_BYTES_MAX];
+        let rows = self.rows(statement, Wait::Skip, Some(scope), &params).await;
+        rows.map_err(|fault| fault.into_read_error(scope))
+    }
+
     /// Waits for the end of a task under the name of a step; the payload is how it ended. Repeating it is harmless.
     pub async fn task_await(
         &self,
@@ -48,7 +80,7 @@ impl Store {
         wait: &StepWait<'_>,
         (awaited_queue, task_id): (&QueueName, TaskId),
         lock_wait: Duration,
-    ) -> Result<Awaited, Error> {
+    ) -> Result<Result<Awaited, Error>, Fault> {
         let (digest, timeout) = (wait.run.digest.as_ref().map(Digest::as_str), wait.timeout.map(millis));
         let params: [&(dyn ToSql + Sync); 7] = [
             &scope.queue().as_str(),
@@ -59,30 +91,36 @@ impl Store {
             &task_id,
             &timeout,
         ];
-        let fail = |fault: Fault| fault.into_error(scope);
-        let tx = self.begin(lock_wait).await.map_err(fail)?;
-        let outcome = match tx.rows(&TASK_AWAIT, Wait::Block, None, &params).await {
+        let tx = self.begin(lock_wait).await?;
+        let outcome = match tx.rows(&TASK_AWAIT, Wait::Block, Some(scope), &params).await {
             Ok(rows) => match rows.first() {
-                Some(row) if row.get("found_task") => awaited(wait.run, row),
-                Some(_) => Err(Error::TaskNotFound(task_id)),
-                None => Err(Error::Internal("no answer".into())),
+                Some(row) if row.get("found_task") => Ok(awaited(wait.run, row)),
+                Some(_) => Ok(Err(Error::TaskNotFound(task_id))),
+                None => Err(Fault::Bug("no answer".into())),
             },
             // The only thing that this function refuses by itself.
-            Err(Fault::Raised { message, .. }) => Err(Error::invalid("awaited_task_id", message)),
-            Err(fault) => Err(fail(fault)),
+            Err(Fault::Raised { message, .. }) => Ok(Err(Error::invalid("awaited_task_id", message))),
+            Err(fault) => Err(fault),
         };
-        if outcome.is_ok() {
-            tx.commit().await.map_err(fail)?;
-        } else {
-            tx.rollback().await;
+        match outcome {
+            Ok(Ok(awaited)) => tx.commit().await.map(|()| Ok(awaited)),
+            refused => {
+                tx.rollback().await;
+                refused
+            }
         }
-        outcome
     }
 
     /// Whether a run waits for a task at all.
     pub async fn task_list_awaited(&self) -> Result<bool, Fault> {
         let rows = self.rows(&TASK_LIST_AWAITED, Wait::Skip, None, &[]).await?;
         Ok(rows.first().is_some_and(|row| row.get("awaited")))
+    }
+
+    /// Queues of which tasks are awaited, at most 1,000.
+    pub async fn task_list_awaited_queues(&self) -> Result<Vec<String>, Fault> {
+        let rows = self.rows(&TASK_LIST_AWAITED_QUEUES, Wait::Skip, None, &[]).await?;
+        Ok(rows.iter().map(|row| row.get("queue_name")).collect())
     }
 
     /// Wakes runs whose awaited tasks have ended, those of a queue or all; says which queues have woken runs.
@@ -123,7 +161,7 @@ impl Store {
         lock_wait: Duration,
     ) -> Result<Emission, Fault> {
         let params: [&(dyn ToSql + Sync); 3] = [&scope.queue().as_str(), &event.as_str(), &WOKEN_MAX];
-        let rows = self.rows_within(lock_wait, &EVENT_EMIT_MORE, Wait::Block, None, &params).await?;
+        let rows = self.rows_within(lock_wait, &EVENT_EMIT_MORE, Wait::Block, Some(scope), &params).await?;
         rows.first().map(|row| emission(row, true)).ok_or_else(|| Fault::Bug("no answer".into()))
     }
 

@@ -1,19 +1,35 @@
-//! What a statement can fail with. The only file that knows a SQLSTATE.
+//! A failed statement, by what can be done about it. `sqlstate` says what a code means; no other file knows one.
 
 use std::time::Duration;
 
 use deadpool_postgres::PoolError;
+use tokio_postgres::error::{DbError, Severity};
 
+use super::sqlstate::{Meaning, meaning};
 use crate::domain::Error;
 use crate::scope::Scope;
 
-/// A failed statement, by what can be done about it.
-#[derive(Debug, Clone)]
+/// A failed statement, by what can be done about it. Its `Debug` form is its text, as log lines show it.
+#[derive(Clone, PartialEq, Eq)]
 pub enum Fault {
     /// A table does not exist: the queue does not.
     Missing,
+    /// A table does not exist; [`super::Store`] finds out whether the queue does.
+    NoTable(String),
+    /// Schema `absurd` or `absurd_server` is gone, or lacks what every database of this server has.
+    Schema(String),
     /// Postgres refused a value.
     Data(String),
+    /// A trigger, a constraint or a policy of the database's owner refused a row.
+    Refused(String),
+    /// The server's role lacks a right.
+    Rights(String),
+    /// A table of the queue is not as the server knows it: a column, an index or a table was renamed or dropped.
+    Damaged(String),
+    /// A stored row or page cannot be read.
+    Unreadable(String),
+    /// Postgres' own installation is broken: a library, a file, a setting.
+    Broken(String),
     /// A lock was not to be had in time.
     Locked,
     /// A serialization failure or a deadlock: run it again.
@@ -27,15 +43,19 @@ pub enum Fault {
         /// When to come again.
         after: Duration,
     },
+    /// Postgres takes no further connection.
+    Crowded(String),
+    /// Postgres lacks memory or another resource for now.
+    Exhausted(String),
     /// The statement ran into its time limit.
     Timeout,
-    /// A unique key exists.
+    /// A unique key of the storage contract exists.
     Duplicate,
     /// An error raised by a function of the contract.
     Raised {
         /// SQLSTATE.
         code: String,
-        /// Text, for the log.
+        /// Text.
         message: String,
     },
     /// A cached plan whose result type changed, or a prepared statement that a pooler lost: prepare it again.
@@ -74,42 +94,73 @@ impl Fault {
                 Self::Bug(text)
             };
         };
-        let text = format!("{} {}", database.code().code(), database.message());
-        // Too much of something is the caller's, with one exception.
-        if database.routine().is_some_and(|routine| matches!(routine, "GetNewTransactionId" | "GetNewMultiXactId")) {
-            return Self::NoIds;
-        }
-        match database.code().code() {
-            "42P01" | "3F000" => Self::Missing,
-            "22P02" | "22P05" | "22003" | "22021" | "22007" | "22008" | "22004" | "23502" | "23514" | "54000"
-            | "54001" | "2201W" => Self::Data(text),
-            "23505" => Self::Duplicate,
-            "55P03" => Self::Locked,
-            "40001" | "40P01" => Self::Conflict,
-            "57014" => Self::Timeout,
-            "0A000" | "26000" => Self::StalePlan,
-            "25006" => Self::ReadOnly,
-            "53100" => Self::Full,
-            // 25P03, 25P04: the transaction was open for too long, and was rolled back.
-            "25P03" | "25P04" | "53300" | "53400" | "53200" | "57P01" | "57P02" | "57P03" | "57P05" => Self::Gone(text),
-            code if code.starts_with("08") => Self::Unknown(text),
-            code @ ("P0001" | "AB001" | "AB002" | "AB003") => {
-                Self::Raised { code: code.into(), message: database.message().into() }
+        Self::from_database(database)
+    }
+
+    fn from_database(database: &DbError) -> Self {
+        let code = database.code().code();
+        let text = told(database);
+        let meaning = match (meaning(code), database.routine()) {
+            // Too much of something is the caller's, with one exception.
+            (_, Some("GetNewTransactionId" | "GetNewMultiXactId")) => return Self::NoIds,
+            // Of class 0A, one routine speaks of a plan, one of a value, all others of what the owner has set up.
+            (_, Some("RevalidateCachedQuery")) if code == "0A000" => Meaning::Prepared,
+            (_, Some("pg_unicode_to_server")) => Meaning::Value,
+            // Row security has the code of a missing right, and refuses a row.
+            (Meaning::Rights, Some("ExecWithCheckOptions")) => Meaning::Refused,
+            // A trigger may raise any code. Only those that ask for another try are taken at their word.
+            (Meaning::Conflict, Some("exec_stmt_raise")) => Meaning::Conflict,
+            (Meaning::Lock, Some("exec_stmt_raise")) => Meaning::Lock,
+            (_, Some("exec_stmt_raise")) if !is_ours(database) => Meaning::Refused,
+            // Only a session that ends leaves something in doubt; a foreign server that is away does not.
+            (Meaning::Connection | Meaning::Session, _) if !is_fatal(database) && code.starts_with("08") => {
+                Meaning::Resources
             }
-            _ => Self::Bug(text),
+            (meaning, _) => meaning,
+        };
+        match meaning {
+            Meaning::Value => Self::Data(text),
+            Meaning::Refused => Self::Refused(text),
+            Meaning::Key if is_key_of_ours(database) => Self::Duplicate,
+            Meaning::Key => Self::Refused(text),
+            Meaning::Contract => Self::Raised { code: code.into(), message: database.message().into() },
+            Meaning::Rights => Self::Rights(text),
+            Meaning::Table => Self::NoTable(text),
+            Meaning::Structure => Self::Damaged(text),
+            Meaning::Storage => Self::Unreadable(text),
+            Meaning::Installation => Self::Broken(text),
+            Meaning::Lock => Self::Locked,
+            Meaning::Conflict => Self::Conflict,
+            Meaning::Cancelled => Self::Timeout,
+            Meaning::Resources => Self::Exhausted(text),
+            Meaning::Connections => Self::Crowded(text),
+            Meaning::Disk => Self::Full,
+            Meaning::ReadOnly => Self::ReadOnly,
+            Meaning::Session => Self::Gone(text),
+            Meaning::Connection => Self::Unknown(text),
+            Meaning::Prepared => Self::StalePlan,
+            Meaning::Bug => Self::Bug(text),
         }
     }
 
     /// For metrics.
     pub fn kind(&self) -> &'static str {
         match self {
-            Self::Missing => "missing",
+            Self::Missing | Self::NoTable(_) => "missing",
+            Self::Schema(_) => "schema",
             Self::Data(_) => "data",
+            Self::Refused(_) => "refused",
+            Self::Rights(_) => "rights",
+            Self::Damaged(_) => "damaged",
+            Self::Unreadable(_) => "unreadable",
+            Self::Broken(_) => "broken",
             Self::Locked => "locked",
             Self::Conflict => "conflict",
             Self::Gone(_) => "gone",
             Self::Unknown(_) => "unknown",
             Self::Busy { .. } => "busy",
+            Self::Crowded(_) => "crowded",
+            Self::Exhausted(_) => "exhausted",
             Self::Timeout => "timeout",
             Self::Duplicate => "duplicate",
             Self::Raised { .. } => "raised",
@@ -125,10 +176,14 @@ impl Fault {
     pub fn is_passing(&self) -> bool {
         matches!(
             self,
-            Self::Conflict
+            Self::Locked
+                | Self::Conflict
                 | Self::Gone(_)
                 | Self::Unknown(_)
                 | Self::Busy { .. }
+                | Self::Crowded(_)
+                | Self::Exhausted(_)
+                | Self::Timeout
                 | Self::ReadOnly
                 | Self::Full
                 | Self::NoIds
@@ -138,50 +193,153 @@ impl Fault {
 
     /// Whether Postgres refused what some row holds, or what becomes of it: without that row the same statement may succeed.
     pub fn is_refusal(&self) -> bool {
-        matches!(self, Self::Data(_) | Self::Raised { .. } | Self::Bug(_))
+        matches!(
+            self,
+            Self::Data(_)
+                | Self::Refused(_)
+                | Self::Unreadable(_)
+                | Self::Duplicate
+                | Self::Raised { .. }
+                | Self::Bug(_)
+        )
+    }
+
+    /// Whether the same statement fails until an operator mends the queue or the database: a right, a table, a library.
+    pub fn is_lasting(&self) -> bool {
+        matches!(self, Self::Schema(_) | Self::Rights(_) | Self::Damaged(_) | Self::Unreadable(_) | Self::Broken(_))
     }
 
     /// What Postgres said, for an operator.
     pub fn problem(&self) -> String {
         match self {
-            Self::Data(text) | Self::Bug(text) | Self::Gone(text) | Self::Unknown(text) => text.clone(),
-            Self::Raised { code, message } => format!("{code} {message}"),
-            other => other.kind().to_owned(),
+            Self::Data(text)
+            | Self::NoTable(text)
+            | Self::Schema(text)
+            | Self::Refused(text)
+            | Self::Rights(text)
+            | Self::Damaged(text)
+            | Self::Unreadable(text)
+            | Self::Broken(text)
+            | Self::Crowded(text)
+            | Self::Exhausted(text)
+            | Self::Bug(text)
+            | Self::Gone(text)
+            | Self::Unknown(text) => text.clone(),
+            Self::Raised { code, message } => format!("{message} ({code})"),
+            Self::Missing => "the queue does not exist".into(),
+            Self::Locked => "another session holds a lock on it".into(),
+            Self::Conflict => "conflict with another transaction".into(),
+            Self::Busy { .. } => "no connection to Postgres was free in time".into(),
+            Self::Timeout => "the statement ran into its time limit".into(),
+            Self::Duplicate => "a key was taken at the same time".into(),
+            Self::StalePlan => "a statement had to be prepared again".into(),
+            Self::ReadOnly => "the database takes no writes: it is a standby or set to read only".into(),
+            Self::Full => "the database has no room: its disk is full".into(),
+            Self::NoIds => "the database gives out no transaction ids: it must be vacuumed first".into(),
         }
     }
 
     /// Whether the connection is of no more use, or leads to a server that is of none.
     pub(super) fn is_of_connection(&self) -> bool {
-        matches!(self, Self::Gone(_) | Self::Unknown(_) | Self::ReadOnly)
+        matches!(self, Self::Gone(_) | Self::Unknown(_) | Self::ReadOnly | Self::Exhausted(_))
     }
 
     /// The domain's error.
     pub fn into_error(self, scope: &Scope) -> Error {
+        let queue = || scope.queue().as_str().to_owned();
         match self {
-            Self::Missing => Error::QueueNotFound(scope.queue().as_str().to_owned()),
+            Self::Missing | Self::NoTable(_) => Error::QueueNotFound(queue()),
+            Self::Damaged(problem) | Self::Unreadable(problem) => Error::QueueDamaged { queue: queue(), problem },
+            Self::Rights(problem) => Error::DatabasePermission { queue: Some(queue()), problem },
+            Self::Locked => Error::QueueLocked { queue: queue() },
+            other => other.into_database_error(),
+        }
+    }
+
+    /// The domain's error of a statement that speaks of no queue.
+    pub fn into_database_error(self) -> Error {
+        let text = self.problem();
+        match self {
+            Self::Missing => Error::SchemaMissing("a table of schema absurd or absurd_server does not exist".into()),
+            Self::NoTable(problem) | Self::Damaged(problem) | Self::Schema(problem) => Error::SchemaMissing(problem),
             Self::Data(problem) => Error::Json { field: "request".into(), problem },
-            Self::Locked | Self::Timeout => Error::DeadlineExceeded,
-            Self::Conflict => Error::Unavailable("conflict with another transaction".into()),
-            Self::Gone(text) => Error::Unavailable(text),
+            Self::Refused(_) | Self::Raised { .. } => Error::DatabaseRefused(text),
+            Self::Rights(problem) => Error::DatabasePermission { queue: None, problem },
+            Self::Unreadable(_) | Self::Broken(_) => Error::DatabaseBroken(text),
+            Self::Gone(_) => Error::DatabaseUnreachable(text),
+            Self::Locked | Self::Conflict | Self::Exhausted(_) | Self::Timeout | Self::Duplicate | Self::StalePlan => {
+                Error::DatabaseBusy(text)
+            }
+            Self::Unknown(_) => Error::OutcomeUnknown,
+            Self::Busy { after } => Error::TooManyRequests { after },
+            Self::Crowded(_) => Error::TooManyRequests { after: Duration::from_millis(500) },
             Self::ReadOnly => Error::NotWritable("takes no writes: it is a standby or set to read only"),
             Self::Full => Error::NotWritable("has no room: its disk is full"),
             Self::NoIds => Error::NotWritable("gives out no transaction ids: it must be vacuumed first"),
-            Self::StalePlan => Error::Unavailable("a statement had to be prepared again".into()),
-            Self::Unknown(_) => Error::OutcomeUnknown,
-            Self::Busy { after } => Error::TooManyRequests { after },
-            Self::Duplicate => Error::Unavailable("a key was taken at the same time".into()),
-            Self::Raised { code, message } => Error::Internal(format!("{code} {message}")),
-            Self::Bug(text) => Error::Internal(text),
+            Self::Bug(_) => Error::Internal(text),
         }
     }
 
     /// The domain's error of a read, which a lost connection cannot leave in doubt.
     pub fn into_read_error(self, scope: &Scope) -> Error {
         match self {
-            Self::Unknown(text) => Error::Unavailable(text),
+            Self::Unknown(text) => Error::DatabaseUnreachable(text),
             other => other.into_error(scope),
         }
     }
+
+    /// The same of a read that speaks of no queue.
+    pub fn into_database_read_error(self) -> Error {
+        match self {
+            Self::Unknown(text) => Error::DatabaseUnreachable(text),
+            other => other.into_database_error(),
+        }
+    }
+}
+
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.problem())
+    }
+}
+
+impl std::fmt::Debug for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.kind(), self.problem())
+    }
+}
+
+impl std::error::Error for Fault {}
+
+/// The message, its detail and its hint, and the code.
+fn told(database: &DbError) -> String {
+    let mut text = database.message().to_owned();
+    for more in [database.detail(), database.hint()].into_iter().flatten() {
+        text = format!("{text}; {more}");
+    }
+    format!("{text} ({})", database.code().code())
+}
+
+fn is_fatal(database: &DbError) -> bool {
+    matches!(database.parsed_severity(), Some(Severity::Fatal | Severity::Panic))
+}
+
+/// Whether a function of ours, or of the storage contract, raised the error: the innermost line of the context names it.
+fn is_ours(database: &DbError) -> bool {
+    let innermost = database.where_().and_then(|context| context.lines().next()).unwrap_or_default();
+    innermost.split_whitespace().any(|word| word.starts_with("absurd.") || word.starts_with("absurd_server."))
+}
+
+/// Whether a unique key belongs to the storage contract; its owner may have added others to the tables.
+fn is_key_of_ours(database: &DbError) -> bool {
+    let schema = database.schema().is_some_and(|schema| schema == "absurd" || schema == "absurd_server");
+    schema
+        && database.constraint().is_some_and(|name| name.ends_with("_pkey") || name.ends_with("_idempotency_key_key"))
+}
+
+/// What an error of the driver says, with all its causes, for an operator.
+pub(crate) fn explain(error: &tokio_postgres::Error) -> String {
+    error.as_db_error().map_or_else(|| describe(error), told)
 }
 
 fn describe(error: &tokio_postgres::Error) -> String {

@@ -20,7 +20,7 @@ pub enum Heard {
 /// Connects and listens. What is heard goes into the channel; it ends with [`Heard::Lost`].
 pub async fn listen(database: &Config) -> Result<(tokio_postgres::Client, mpsc::Receiver<Heard>), Fault> {
     let limit = super::pool::Role::Work.statement_timeout();
-    let config = super::session_config(database, "absurd server (listen)", limit);
+    let config = super::session_config(database, "absurd server (listen)", limit, super::LOCK_WAIT);
     let (client, mut connection) = config.connect(NoTls).await.map_err(|error| Fault::from_postgres(&error))?;
     let (tell, heard) = mpsc::channel(1024);
     tokio::spawn(async move {

@@ -2,14 +2,20 @@
 
 use sha2::{Digest as _, Sha256};
 use std::fmt::Write as _;
-use tokio_postgres::{Client, Config, NoTls};
+use tokio_postgres::{Client, Config};
 
 use crate::domain::Error;
 
 /// Key of the advisory lock: the bytes of "absurd".
 const LOCK: i64 = 0x6162_7375_7264;
-/// What this server is, compared with a migration's `min_server`.
-const SERVER_GENERATION: i32 = 1;
+/// What this server is, compared with the `min_server` of a database.
+pub const SERVER_GENERATION: i32 = 2;
+/// The oldest generation of servers that may run on the side schema as this server makes it.
+const MIN_SERVER: i32 = 2;
+/// Version of the side schema's text. Any change of it is a new version (`server/sql/versions`).
+const SIDE_VERSION: i32 = 9;
+/// Version of the storage contract's text, likewise.
+const CONTRACT_VERSION: i32 = 2;
 
 /// Serves in both schemas.
 const CLEANUP: &str = include_str!("../../sql/absurd/08_cleanup.sql");
@@ -29,47 +35,33 @@ const CONTRACT: &[(&str, &str)] = &[
     ("12_existing_queues", include_str!("../../sql/absurd/12_existing_queues.sql")),
 ];
 
-/// A forward step of the side schema.
-struct Migration {
-    version: i32,
-    name: &'static str,
-    /// Oldest server generation that runs on a database with this step.
-    min_server: i32,
-    sql: &'static [&'static str],
-}
-
-impl Migration {
-    fn text(&self) -> String {
-        let cleanup = CLEANUP.replace("function absurd.cleanup_", "function absurd_server.cleanup_");
-        self.sql.iter().map(|part| part.replace("-- {cleanup}", &cleanup)).collect()
-    }
-}
-
-const MIGRATIONS: &[Migration] = &[
-    Migration {
-        version: 1,
-        name: "side_schema",
-        min_server: 1,
-        sql: &[include_str!("../../sql/side/01_schema.sql"), include_str!("../../sql/side/02_doorbell.sql")],
-    },
-    Migration {
-        version: 2,
-        name: "upkeep",
-        min_server: 1,
-        sql: &["-- {cleanup}", include_str!("../../sql/side/03_upkeep.sql")],
-    },
-    Migration { version: 3, name: "events", min_server: 1, sql: &[include_str!("../../sql/side/04_events.sql")] },
-    Migration { version: 4, name: "time", min_server: 1, sql: &[include_str!("../../sql/side/05_time.sql")] },
-    Migration { version: 5, name: "workflows", min_server: 1, sql: &[include_str!("../../sql/side/06_workflows.sql")] },
-    Migration { version: 6, name: "awaited", min_server: 1, sql: &[include_str!("../../sql/side/07_awaited.sql")] },
-    Migration { version: 7, name: "emissions", min_server: 1, sql: &[include_str!("../../sql/side/08_emissions.sql")] },
-    Migration {
-        version: 8,
-        name: "quarantine",
-        min_server: 1,
-        sql: &[include_str!("../../sql/side/09_quarantine.sql")],
-    },
+/// The side schema. Each file may be applied again, over any older version of itself.
+const SIDE: &[&str] = &[
+    include_str!("../../sql/side/01_schema.sql"),
+    include_str!("../../sql/side/02_doorbell.sql"),
+    "-- {cleanup}",
+    include_str!("../../sql/side/03_upkeep.sql"),
+    include_str!("../../sql/side/04_events.sql"),
+    include_str!("../../sql/side/05_time.sql"),
+    include_str!("../../sql/side/06_workflows.sql"),
+    include_str!("../../sql/side/07_awaited.sql"),
+    include_str!("../../sql/side/08_emissions.sql"),
+    include_str!("../../sql/side/09_quarantine.sql"),
 ];
+
+/// The whole text of the side schema.
+pub fn side_text() -> String {
+    let cleanup = CLEANUP.replace("function absurd.cleanup_", "function absurd_server.cleanup_");
+    SIDE.iter().map(|part| part.replace("-- {cleanup}", &cleanup)).collect()
+}
+
+/// The whole text of the storage contract.
+pub fn contract_text() -> String {
+    CONTRACT.iter().fold(String::new(), |mut text, (name, part)| {
+        let _ = writeln!(text, "-- {name}\n{part}");
+        text
+    })
+}
 
 /// Where the storage contract in a database comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,6 +95,7 @@ pub struct Options {
 /// Connects on its own and migrates.
 pub async fn migrate(database: &Config, options: Options) -> Result<Report, Error> {
     let client = connect(database).await?;
+    super::connect::check_for_migration(database, &client).await?;
     take_lock(&client).await?;
     let report = apply(&client, options).await;
     release_lock(&client).await?;
@@ -113,17 +106,10 @@ pub async fn migrate(database: &Config, options: Options) -> Result<Report, Erro
 pub async fn check(database: &Config, options: Options) -> Result<Report, Error> {
     let client = connect(database).await?;
     let origin = origin(&client).await?;
-    let mut applied = Vec::new();
-    if origin == Origin::Ours && contract_is_old(&client).await? {
-        applied.push(contract_step());
-    }
-    for migration in MIGRATIONS {
-        if !is_applied(&client, migration).await? {
-            applied.push(migration.name.to_owned());
-        }
-    }
+    let versions = versions(&client, origin).await?;
+    versions.refuse_newer()?;
     let doorbell = wants_doorbell(&client, origin, options).await?;
-    Ok(Report { origin, applied, doorbell })
+    Ok(Report { origin, applied: versions.steps(), doorbell })
 }
 
 /// Takes away everything of ours but the storage contract: the triggers first, then the side schema with all in it.
@@ -147,13 +133,13 @@ async fn remove_all(client: &Client, force: bool) -> Result<(), Error> {
     )
     .await?
     {
-        return Err(Error::Unavailable("a server runs on this database; stop it first".into()));
+        return Err(Error::Setup("a server runs on this database; stop it first".into()));
     }
     if !force
         && relation_exists(client, "absurd_server.workflow_run").await?
         && one("select exists (select from absurd_server.workflow_run)").await?
     {
-        return Err(Error::Unavailable("workflow runs are stored; --force removes them too".into()));
+        return Err(Error::Setup("workflow runs are stored; --force removes them too".into()));
     }
     let triggers = client
         .query(
@@ -180,16 +166,11 @@ async fn release_lock(client: &Client) -> Result<(), Error> {
 }
 
 async fn connect(database: &Config) -> Result<Client, Error> {
-    let mut config = database.clone();
-    config.application_name("absurd migrate");
-    let (client, connection) = config.connect(NoTls).await.map_err(|error| fail(&error))?;
-    tokio::spawn(async move {
-        if let Err(error) = connection.await {
-            tracing::debug!(%error, "the migration's connection ended");
-        }
-    });
+    let client = super::connect::connect(database, "absurd migrate").await?;
     client
-        .batch_execute("set client_min_messages = warning; set absurd_server.writer = 'on'")
+        .batch_execute(
+            "set client_min_messages = warning; set absurd_server.writer = 'on'; set standard_conforming_strings = on",
+        )
         .await
         .map_err(|error| fail(&error))?;
     Ok(client)
@@ -197,65 +178,108 @@ async fn connect(database: &Config) -> Result<Client, Error> {
 
 async fn apply(client: &Client, options: Options) -> Result<Report, Error> {
     let origin = origin(client).await?;
-    let mut applied = Vec::new();
-    if origin == Origin::Ours && contract_is_old(client).await? {
-        let mut sql = String::from("begin;");
-        for (name, text) in CONTRACT {
-            let _ = writeln!(sql, "-- {name}\n{text}");
-        }
-        sql.push_str("commit;");
-        step(client, &sql).await?;
-        applied.push(contract_step());
+    let versions = versions(client, origin).await?;
+    versions.refuse_newer()?;
+    if versions.contract_is_old() {
+        step(client, &format!("begin;\n{}\ncommit;", contract_text())).await?;
     }
-    for migration in MIGRATIONS {
-        if let Some(name) = apply_one(client, migration).await? {
-            applied.push(name);
-        }
+    if versions.side_is_old() {
+        apply_side(client).await?;
     }
-    refuse_newer(client).await?;
     put(client, "origin", if origin == Origin::Ours { "ours" } else { "adopted" }).await?;
-    if origin == Origin::Ours {
-        put(client, "contract_checksum", &contract_checksum()).await?;
+    if versions.contract_is_old() {
+        put(client, "contract_version", &CONTRACT_VERSION.to_string()).await?;
+        put(client, "contract_checksum", &checksum(&contract_text())).await?;
     }
     let doorbell = doorbell(client, origin, options).await?;
-    Ok(Report { origin, applied, doorbell })
+    Ok(Report { origin, applied: versions.steps(), doorbell })
 }
 
-async fn contract_is_old(client: &Client) -> Result<bool, Error> {
-    Ok(setting(client, "contract_checksum").await?.as_deref() != Some(contract_checksum().as_str()))
+/// The text and its version, in one transaction.
+async fn apply_side(client: &Client) -> Result<(), Error> {
+    let text = side_text();
+    let note = format!(
+        "insert into absurd_server.migration (version, name, checksum, min_server)
+         values ({SIDE_VERSION}, '{}', '{}', {MIN_SERVER})",
+        env!("CARGO_PKG_VERSION"),
+        checksum(&text)
+    );
+    step(client, &format!("begin;\n{text}\n{note};\ncommit;")).await
 }
 
-fn contract_step() -> String {
-    format!("contract ({} files)", CONTRACT.len())
+/// Which versions of the schemas a database has; 0: none. Versions alone decide what is applied: a text is never put over that of
+/// a newer version, whatever a checksum says.
+#[derive(Debug, Clone, Copy)]
+struct Versions {
+    origin: Origin,
+    side: i32,
+    contract: i32,
+    min_server: i32,
 }
 
-async fn is_applied(client: &Client, migration: &Migration) -> Result<bool, Error> {
-    if !relation_exists(client, "absurd_server.migration").await? {
-        return Ok(false);
+impl Versions {
+    fn side_is_old(self) -> bool {
+        self.side < SIDE_VERSION
     }
-    let row = client
-        .query_opt("select checksum from absurd_server.migration where version = $1", &[&migration.version])
-        .await
-        .map_err(|error| fail(&error))?;
-    Ok(row.is_some_and(|row| row.get::<_, String>(0) == checksum(&migration.text())))
+
+    fn contract_is_old(self) -> bool {
+        self.origin == Origin::Ours && self.contract < CONTRACT_VERSION
+    }
+
+    /// What a migration has to do.
+    fn steps(self) -> Vec<String> {
+        let from = |version: i32| if version == 0 { String::new() } else { format!("{version} to ") };
+        let contract = format!("storage contract (version {}{CONTRACT_VERSION})", from(self.contract));
+        let side = format!("side schema (version {}{SIDE_VERSION})", from(self.side));
+        let steps = [(self.contract_is_old(), contract), (self.side_is_old(), side)];
+        steps.into_iter().filter_map(|(old, step)| old.then_some(step)).collect()
+    }
+
+    /// A newer server has migrated the database, and says in `min_server` whether this one may still run.
+    fn refuse_newer(self) -> Result<(), Error> {
+        if self.min_server > SERVER_GENERATION {
+            return Err(Error::Setup(format!(
+                "a newer server has migrated the database: its side schema of version {} needs servers of generation {}, and \
+                 this one, absurd {}, is of generation {SERVER_GENERATION}; nothing was changed: upgrade this server",
+                self.side,
+                self.min_server,
+                env!("CARGO_PKG_VERSION")
+            )));
+        }
+        Ok(())
+    }
+
+    /// A server does not run on schemas that are older than its own.
+    fn refuse_older(self) -> Result<(), Error> {
+        let steps = self.steps();
+        if steps.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Setup(format!(
+            "the database is older than this server; not applied yet: {}; run `absurd migrate`, or add --migrate",
+            steps.join(", ")
+        )))
+    }
 }
 
-async fn apply_one(client: &Client, migration: &Migration) -> Result<Option<String>, Error> {
-    if is_applied(client, migration).await? {
-        return Ok(None);
+async fn versions(client: &Client, origin: Origin) -> Result<Versions, Error> {
+    let (mut side, mut min_server) = (0, 0);
+    if relation_exists(client, "absurd_server.migration").await? {
+        let row = client
+            .query_one(
+                "select coalesce(max(version), 0), coalesce(max(min_server), 0) from absurd_server.migration",
+                &[],
+            )
+            .await
+            .map_err(|error| fail(&error))?;
+        (side, min_server) = (row.get(0), row.get(1));
     }
-    let text = migration.text();
-    let sum = checksum(&text);
-    step(client, &format!("begin;\n{text}\ncommit;")).await?;
-    client
-        .execute(
-            "insert into absurd_server.migration (version, name, checksum, min_server) values ($1, $2, $3, $4)
-                 on conflict (version) do update set checksum = excluded.checksum, min_server = excluded.min_server",
-            &[&migration.version, &migration.name, &sum, &migration.min_server],
-        )
-        .await
-        .map_err(|error| fail(&error))?;
-    Ok(Some(migration.name.to_owned()))
+    // Before there were versions, a checksum was all that was kept.
+    let contract = match setting(client, "contract_version").await? {
+        Some(version) => version.parse().unwrap_or(0),
+        None => i32::from(setting(client, "contract_checksum").await?.is_some()),
+    };
+    Ok(Versions { origin, side, contract, min_server })
 }
 
 async fn step(client: &Client, sql: &str) -> Result<(), Error> {
@@ -297,25 +321,10 @@ async fn origin(client: &Client) -> Result<Origin, Error> {
     } else {
         None
     };
-    Err(Error::Unavailable(format!(
+    Err(Error::Setup(format!(
         "schema absurd is of release {}, older than 0.4.0; upgrade it first: absurdctl migrate",
         version.as_deref().unwrap_or("unknown")
     )))
-}
-
-/// A newer server may have added steps; it says in `min_server` whether older ones may still run.
-async fn refuse_newer(client: &Client) -> Result<(), Error> {
-    let row = client
-        .query_one("select coalesce(max(min_server), 0) from absurd_server.migration", &[])
-        .await
-        .map_err(|error| fail(&error))?;
-    let wanted: i32 = row.get(0);
-    if wanted > SERVER_GENERATION {
-        return Err(Error::Unavailable(format!(
-            "the database needs a server of generation {wanted} or newer, this one is {SERVER_GENERATION}; upgrade it"
-        )));
-    }
-    Ok(())
 }
 
 async fn wants_doorbell(client: &Client, origin: Origin, options: Options) -> Result<bool, Error> {
@@ -364,9 +373,12 @@ pub async fn inspect(client: &Client) -> Result<Option<Known>, Error> {
     if !relation_exists(client, "absurd_server.setting").await? {
         return Ok(None);
     }
-    refuse_newer(client).await?;
+    let origin = origin(client).await?;
+    let versions = versions(client, origin).await?;
+    versions.refuse_newer()?;
+    versions.refuse_older()?;
     let doorbell = setting(client, "doorbell").await?.as_deref() == Some("on");
-    Ok(Some(Known { origin: origin(client).await?, doorbell }))
+    Ok(Some(Known { origin, doorbell }))
 }
 
 async fn relation_exists(client: &Client, name: &str) -> Result<bool, Error> {
@@ -398,10 +410,6 @@ async fn put(client: &Client, name: &str, value: &str) -> Result<(), Error> {
     Ok(())
 }
 
-fn contract_checksum() -> String {
-    checksum(&CONTRACT.iter().map(|(_, text)| *text).collect::<String>())
-}
-
 fn checksum(text: &str) -> String {
     Sha256::digest(text.as_bytes()).iter().fold(String::new(), |mut out, byte| {
         let _ = write!(out, "{byte:02x}");
@@ -410,15 +418,36 @@ fn checksum(text: &str) -> String {
 }
 
 fn fail(error: &tokio_postgres::Error) -> Error {
-    let text = error.as_db_error().map_or_else(
-        || error.to_string(),
-        |database| {
-            let position = match database.position() {
-                Some(tokio_postgres::error::ErrorPosition::Original(at)) => format!(" at {at}"),
-                _ => String::new(),
-            };
-            format!("{} {}{position}", database.code().code(), database.message())
-        },
-    );
-    Error::Unavailable(text)
+    let position = match error.as_db_error().and_then(tokio_postgres::error::DbError::position) {
+        Some(tokio_postgres::error::ErrorPosition::Original(at)) => format!(" at {at}"),
+        _ => String::new(),
+    };
+    Error::Setup(super::fault::explain(error) + &position)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A database knows its schemas by their versions alone, so no two texts may have one version.
+    #[test]
+    fn each_text_has_a_version_of_its_own() {
+        let known = include_str!("../../sql/versions");
+        for (schema, version, text) in
+            [("side", SIDE_VERSION, side_text()), ("contract", CONTRACT_VERSION, contract_text())]
+        {
+            let line = format!("{schema} {version} {}", checksum(&text));
+            let raise =
+                format!("the {schema} schema has changed: raise its version in migrate.rs, and add to sql/versions:");
+            assert!(known.lines().any(|known| known == line), "{raise}\n{line}");
+            let newer = format!("{schema} {} ", version + 1);
+            assert!(!known.lines().any(|known| known.starts_with(&newer)), "sql/versions knows a newer {schema}");
+        }
+        let lines = known.lines().filter(|line| !line.starts_with('#'));
+        let names: Vec<&str> = lines.filter_map(|line| line.rsplit_once(' ').map(|(name, _)| name)).collect();
+        let mut once = names.clone();
+        once.sort_unstable();
+        once.dedup();
+        assert_eq!(names.len(), once.len(), "a version has one text");
+    }
 }

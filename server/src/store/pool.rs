@@ -3,18 +3,27 @@
 //! Each role has its own time limit, in Postgres (`statement_timeout`) and here: a connection that stays silent past it is
 //! given up, whatever TCP says of it. What the peer does not acknowledge at all is noticed within ten seconds.
 
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime, Timeouts};
+use tokio::time::Instant;
 use tokio_postgres::NoTls;
 
-use super::{Fault, StoreOptions, session_config};
+use super::{Fault, LOCK_WAIT, LOCK_WAIT_UPKEEP, StoreOptions, session_config};
 use crate::domain::Error;
 
 /// Below so many connections all roles share them.
 const SHARED_BELOW: usize = 5;
 /// After Postgres should have ended a statement, so long until its connection is given up.
 pub(super) const SILENCE: Duration = Duration::from_secs(2);
+
+/// After Postgres refused a connection, so long until one call tries to open the next one.
+const CROWD_PAUSE: Duration = Duration::from_secs(1);
+/// Between looks for an open connection that nobody uses, while Postgres takes no further one.
+const CROWD_LOOK: Duration = Duration::from_millis(5);
+/// Between log lines about that.
+const CROWD_TOLD_EVERY: Duration = Duration::from_secs(60);
 
 /// What a statement is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -84,6 +93,16 @@ pub fn connections(role: Role, of: usize) -> usize {
 #[derive(Debug)]
 pub struct Pools {
     pools: Vec<Pool>,
+    wait_max: Duration,
+    crowd: Mutex<Crowd>,
+}
+
+/// Whether Postgres takes further connections.
+#[derive(Debug, Default)]
+struct Crowd {
+    /// It refused one; until then nobody tries again.
+    until: Option<Instant>,
+    told_at: Option<Instant>,
 }
 
 impl Pools {
@@ -91,8 +110,9 @@ impl Pools {
     pub fn new(options: &StoreOptions) -> Result<Self, Error> {
         let shared = options.connections_max < SHARED_BELOW;
         let pool = |role: Role, count: usize, limit: Duration| {
+            let lock_wait = if role == Role::Upkeep { LOCK_WAIT_UPKEEP } else { LOCK_WAIT };
             let name = if shared { "absurd server".to_owned() } else { format!("absurd server ({})", role.as_str()) };
-            let config = session_config(&options.database, &name, limit);
+            let config = session_config(&options.database, &name, limit, lock_wait);
             let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
             Pool::builder(Manager::from_config(config, NoTls, recycling))
                 .max_size(count)
@@ -108,7 +128,7 @@ impl Pools {
             let one = |role: Role| pool(role, role.share(options.connections_max), role.statement_timeout());
             Role::ALL.into_iter().map(one).collect::<Result<_, _>>()?
         };
-        Ok(Self { pools })
+        Ok(Self { pools, wait_max: options.wait_max, crowd: Mutex::default() })
     }
 
     fn of(&self, role: Role) -> &Pool {
@@ -116,9 +136,87 @@ impl Pools {
         self.pools.get(index).unwrap_or(&self.pools[0])
     }
 
-    /// A connection of a role; waits for a free one as long as the options say.
+    /// A connection of a role; waits for a free one as long as the options say. Where Postgres takes no further connection, one
+    /// of those that are open serves, whatever its role.
     pub async fn get(&self, role: Role) -> Result<Object, Fault> {
-        self.of(role).get().await.map_err(Fault::from_pool)
+        let own = self.of(role);
+        if self.may_open() {
+            match self.open(own).await {
+                Err(Fault::Crowded(_)) => {}
+                done => return done,
+            }
+        }
+        let until = Instant::now() + self.wait_max;
+        loop {
+            let mut pools = std::iter::once(own).chain(&self.pools);
+            if let Some(pool) = pools.find(|pool| pool.status().available > 0) {
+                let now = Timeouts { wait: Some(Duration::ZERO), ..pool.timeouts() };
+                match pool.timeout_get(&now).await.map_err(Fault::from_pool) {
+                    Err(Fault::Crowded(text)) => self.note_crowd(&text),
+                    Err(Fault::Busy { .. }) => {}
+                    done => return done,
+                }
+            } else if self.open_count() == 0 || self.may_open() {
+                match self.open(own).await {
+                    Err(Fault::Crowded(text)) if self.open_count() == 0 => return Err(Fault::Gone(text)),
+                    Err(Fault::Crowded(_)) => {}
+                    done => return done,
+                }
+            }
+            if Instant::now() >= until {
+                return Err(Fault::Busy { after: CROWD_PAUSE });
+            }
+            tokio::time::sleep(CROWD_LOOK).await;
+        }
+    }
+
+    async fn open(&self, pool: &Pool) -> Result<Object, Fault> {
+        let before = pool.status().size;
+        let got = pool.get().await.map_err(Fault::from_pool);
+        match &got {
+            Ok(_) if pool.status().size > before => self.crowd().until = None,
+            Ok(_) => {}
+            Err(Fault::Crowded(text)) => self.note_crowd(text),
+            Err(_) => {}
+        }
+        got
+    }
+
+    fn crowd(&self) -> std::sync::MutexGuard<'_, Crowd> {
+        self.crowd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open_count(&self) -> usize {
+        self.pools.iter().map(|pool| pool.status().size).sum()
+    }
+
+    /// Whether to try to open a connection. While Postgres refuses them, one caller at a time finds out whether it still does.
+    fn may_open(&self) -> bool {
+        let now = Instant::now();
+        let mut crowd = self.crowd();
+        match crowd.until {
+            Some(until) if now < until => false,
+            Some(_) => {
+                crowd.until = Some(now + CROWD_PAUSE);
+                true
+            }
+            None => true,
+        }
+    }
+
+    fn note_crowd(&self, text: &str) {
+        let now = Instant::now();
+        let mut crowd = self.crowd();
+        crowd.until = Some(now + CROWD_PAUSE);
+        if crowd.told_at.is_none_or(|at| now.duration_since(at) >= CROWD_TOLD_EVERY) {
+            crowd.told_at = Some(now);
+            drop(crowd);
+            tracing::warn!(
+                open = self.open_count(),
+                "Postgres takes no further connection ({text}); the server goes on with those that are open: raise the limit of \
+                 the role or of Postgres, or lower --max-connections"
+            );
+        }
     }
 
     /// By role, or `all`: connections at most, open, and callers that wait for one.

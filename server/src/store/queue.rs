@@ -4,9 +4,9 @@ use tokio_postgres::Row;
 
 use super::statement::{
     DOORBELL_MISSING, QUEUE_BACKLOG, QUEUE_COLLISION, QUEUE_CREATE, QUEUE_DOORBELL, QUEUE_DROP, QUEUE_GET, QUEUE_LIST,
-    QUEUE_SET_POLICY, QUEUE_STATS,
+    QUEUE_LOCK, QUEUE_SET_POLICY, QUEUE_STATS,
 };
-use super::{Fault, Store, Wait};
+use super::{Fault, Store, Tx, Wait};
 use crate::domain::Error;
 use crate::scope::Scope;
 
@@ -25,70 +25,33 @@ impl Store {
         Ok(rows.first().map_or((None, false), |row| (row.get("storage_mode"), row.get("usable"))))
     }
 
-    /// Creates a queue, and sets a policy in the same transaction; says whether it is new. `policy` is what the contract's
-    /// function takes.
+    /// Creates a queue, and sets a policy in the same transaction; says whether it is new: of many who create it at once, one
+    /// hears so. `policy` is what the contract's function takes.
     pub async fn queue_create(&self, scope: &Scope, mode: &str, policy: Option<&str>) -> Result<bool, Error> {
-        let (before, usable) = self.queue_get(scope).await?;
-        if before.as_deref().is_some_and(|before| before != mode) {
-            return Err(Error::QueueExists(scope.queue().as_str().to_owned()));
-        }
-        if before.is_none() {
-            let queue = scope.queue().as_str();
-            let found = self.rows(&QUEUE_COLLISION, Wait::Skip, None, &[&queue, &mode]).await;
-            if let Some(row) = found.map_err(|fault| fault.into_read_error(scope))?.first() {
-                let other: &str = row.get("queue_name");
-                return Err(Error::invalid(
-                    "queue",
-                    format!("shares names of tables with queue {other:?}; choose another"),
-                ));
-            }
-        }
-        let fresh = !(before.is_some() && usable);
         match self.queue_create_with(scope, mode, policy).await {
-            Ok(created) => created.map(|()| fresh),
-            // Two creators at once: the other one made it.
-            Err(Fault::Duplicate) => match self.queue_create_with(scope, mode, policy).await {
-                Ok(created) => created.map(|()| false),
-                Err(fault) => Err(fault.into_error(scope)),
-            },
-            Err(fault) => Err(fault.into_error(scope)),
+            // A creator by SQL at the same time: the other one made it.
+            Err(Fault::Duplicate) => {
+                self.queue_create_with(scope, mode, policy).await.unwrap_or_else(|fault| Err(fault.into_error(scope)))
+            }
+            created => created.unwrap_or_else(|fault| Err(fault.into_error(scope))),
         }
     }
 
-    /// The transaction of it; inside, what the two functions refuse by their own rules.
+    /// The transaction of it; inside, what is refused by rules.
     async fn queue_create_with(
         &self,
         scope: &Scope,
         mode: &str,
         policy: Option<&str>,
-    ) -> Result<Result<(), Error>, Fault> {
-        let queue = scope.queue().as_str();
+    ) -> Result<Result<bool, Error>, Fault> {
         let tx = self.begin(LOCK_WAIT).await?;
-        let mut refused = None;
-        match tx.rows(&QUEUE_CREATE, Wait::Skip, None, &[&queue, &mode]).await {
-            Ok(_) => {}
-            Err(Fault::Raised { .. }) => refused = Some(Error::QueueExists(queue.to_owned())),
-            Err(fault) => {
+        match create_in(scope, &tx, mode, policy).await {
+            Ok(Ok(fresh)) => tx.commit().await.map(|()| Ok(fresh)),
+            refused => {
                 tx.rollback().await;
-                return Err(fault);
+                refused
             }
         }
-        if let Some(policy) = policy.filter(|_| refused.is_none()) {
-            match tx.rows(&QUEUE_SET_POLICY, Wait::Skip, None, &[&queue, &policy]).await {
-                Ok(_) => {}
-                // What was in order at the edge may still not fit the queue.
-                Err(Fault::Raised { message, .. }) => refused = Some(Error::invalid("policy", message)),
-                Err(fault) => {
-                    tx.rollback().await;
-                    return Err(fault);
-                }
-            }
-        }
-        if let Some(error) = refused {
-            tx.rollback().await;
-            return Ok(Err(error));
-        }
-        tx.commit().await.map(Ok)
     }
 
     /// Those of these queues on which no doorbell hangs.
@@ -139,4 +102,40 @@ impl Store {
             .next()
             .ok_or_else(|| Error::Internal("queue_stats returned nothing".into()))
     }
+}
+
+async fn create_in(scope: &Scope, tx: &Tx, mode: &str, policy: Option<&str>) -> Result<Result<bool, Error>, Fault> {
+    let queue = scope.queue().as_str();
+    tx.rows(&QUEUE_LOCK, Wait::Skip, None, &[&queue]).await?;
+    let found = tx.rows(&QUEUE_GET, Wait::Skip, None, &[&queue]).await?;
+    let before: Option<&str> = found.first().and_then(|row| row.get("storage_mode"));
+    let usable = found.first().is_some_and(|row| row.get("usable"));
+    match before {
+        Some(before) if before != mode => return Ok(Err(Error::QueueExists(queue.to_owned()))),
+        Some(_) => {}
+        None => {
+            if let Some(row) = tx.rows(&QUEUE_COLLISION, Wait::Skip, None, &[&queue, &mode]).await?.first() {
+                let problem = match row.get::<_, Option<&str>>("relation") {
+                    Some(relation) => format!("has the name of a table that is {relation:?} already; choose another"),
+                    None => {
+                        let other: &str = row.get("queue_name");
+                        format!("shares names of tables with queue {other:?}; choose another")
+                    }
+                };
+                return Ok(Err(Error::invalid("queue", problem)));
+            }
+        }
+    }
+    match tx.rows(&QUEUE_CREATE, Wait::Skip, None, &[&queue, &mode]).await {
+        Err(Fault::Raised { .. }) => return Ok(Err(Error::QueueExists(queue.to_owned()))),
+        created => drop(created?),
+    }
+    if let Some(policy) = policy {
+        match tx.rows(&QUEUE_SET_POLICY, Wait::Skip, None, &[&queue, &policy]).await {
+            // What was in order at the edge may still not fit the queue.
+            Err(Fault::Raised { message, .. }) => return Ok(Err(Error::invalid("policy", message))),
+            set => drop(set?),
+        }
+    }
+    Ok(Ok(before.is_none() || !usable))
 }

@@ -8,12 +8,12 @@ use uuid::Uuid;
 
 use super::statement::{
     CHECKPOINT_LIST, RELEASE_COUNT, RELEASE_FORGET, RUN_CHECK, RUN_CLAIM, RUN_CLAIM_NAMED, RUN_CLAIM_NEXT,
-    RUN_CLAIM_TRY, RUN_CUT_LEASE, RUN_GET, RUN_LIST_CLAIMED, RUN_LIST_EXPIRED, RUN_SILENT,
+    RUN_CLAIM_TRY, RUN_CUT_LEASE, RUN_GET, RUN_LIST, RUN_LIST_CLAIMED, RUN_LIST_EXPIRED, RUN_SILENT,
 };
-use super::text::FIELD_BYTES_MAX;
+use super::text::{ANSWER_BYTES_MAX, FIELD_BYTES_MAX};
 use super::{Fault, Store, Wait};
 use crate::domain::claim::{Checkpoint, Secret};
-use crate::domain::{Claim, ClaimToken, Digest, Error, Instant, RunId, State, WorkerId};
+use crate::domain::{Claim, ClaimToken, Digest, Error, Instant, RunId, State, TaskId, WorkerId};
 use crate::scope::Scope;
 
 /// Runs that are tried one by one after a claim was refused.
@@ -298,6 +298,20 @@ impl Store {
     pub async fn release_forget(&self) -> Result<(), Fault> {
         self.rows(&RELEASE_FORGET, Wait::Skip, None, &[]).await?;
         Ok(())
+    }
+
+    /// A page of a task's runs after an attempt and its run; the last row may be the first of the next page (`beyond`).
+    pub async fn run_list(
+        &self,
+        scope: &Scope,
+        task_id: TaskId,
+        after: (i32, RunId),
+        limit: i64,
+    ) -> Result<Vec<Row>, Error> {
+        let params: [&(dyn ToSql + Sync); 6] =
+            [&task_id, &after.0, &after.1, &limit, &FIELD_BYTES_MAX, &ANSWER_BYTES_MAX];
+        let rows = self.rows(&RUN_LIST, Wait::Skip, Some(scope), &params).await;
+        rows.map_err(|fault| fault.into_read_error(scope))
     }
 
     /// Reads a run.

@@ -3,10 +3,20 @@
 use super::pool::Role;
 
 /// Statements that keep leases, and look whether they are kept.
-const LEASE: &[&str] =
-    &["replica_leave", "run_check", "run_cut_lease", "run_extend", "run_list_expired", "run_silent", "tick"];
+const LEASE: &[&str] = &[
+    "queue_access",
+    "replica_leave",
+    "run_check",
+    "run_cut_lease",
+    "run_extend",
+    "run_list_expired",
+    "run_silent",
+    "task_list_cancellable",
+    "tick",
+];
 /// Statements that may take long.
 const UPKEEP: &[&str] = &[
+    "doctor_access",
     "doctor_database",
     "doctor_queue",
     "doctor_registry",
@@ -36,15 +46,20 @@ const READ: &[&str] = &[
     "queue_policy",
     "run_find",
     "run_get",
+    "run_list",
     "task_awaited",
     "task_find",
     "task_get",
     "task_list",
     "task_list_awaited",
-    "task_list_cancellable",
+    "task_list_awaited_queues",
     "task_list_edge",
     "task_result",
+    "task_search",
+    "wait_list_event",
+    "wait_list_task",
     "workflow_get",
+    "workflow_get_part",
     "workflow_list",
 ];
 
@@ -63,6 +78,21 @@ pub struct Statement {
     /// Name of its file.
     pub name: &'static str,
     template: &'static str,
+    /// Whether its text differs from queue to queue.
+    pub(super) per_queue: bool,
+}
+
+/// Whether a template names a table of a queue: `{t}` and its like.
+const fn names_tables(template: &str) -> bool {
+    let text = template.as_bytes();
+    let mut at = 2;
+    while at < text.len() {
+        if text[at - 2] == b'{' && text[at] == b'}' && matches!(text[at - 1], b't' | b'r' | b'c' | b'e' | b'w' | b'i') {
+            return true;
+        }
+        at += 1;
+    }
+    false
 }
 
 impl Statement {
@@ -116,6 +146,7 @@ macro_rules! statements {
             pub const $constant: Statement = Statement {
                 name: $name,
                 template: include_str!(concat!("../../sql/queries/", $name, ".sql")),
+                per_queue: names_tables(include_str!(concat!("../../sql/queries/", $name, ".sql"))),
             };
         )*
         /// Every statement that this server sends.
@@ -135,6 +166,7 @@ statements! {
     DOORBELL_DISARM = "doorbell_disarm";
     DOORBELL_MISSING = "doorbell_missing";
     DOORBELL_RING = "doorbell_ring";
+    DOCTOR_ACCESS = "doctor_access";
     DOCTOR_DATABASE = "doctor_database";
     DOCTOR_QUEUE = "doctor_queue";
     DOCTOR_REGISTRY = "doctor_registry";
@@ -149,6 +181,7 @@ statements! {
     QUARANTINE_FORGET = "quarantine_forget";
     QUARANTINE_LIST = "quarantine_list";
     QUARANTINE_PUT = "quarantine_put";
+    QUEUE_ACCESS = "queue_access";
     QUEUE_BACKLOG = "queue_backlog";
     QUEUE_COLLISION = "queue_collision";
     QUEUE_CREATE = "queue_create";
@@ -156,6 +189,7 @@ statements! {
     QUEUE_DROP = "queue_drop";
     QUEUE_GET = "queue_get";
     QUEUE_LIST = "queue_list";
+    QUEUE_LOCK = "queue_lock";
     QUEUE_POLICY = "queue_policy";
     QUEUE_SET_POLICY = "queue_set_policy";
     QUEUE_STATS = "queue_stats";
@@ -174,6 +208,7 @@ statements! {
     RUN_FAIL = "run_fail";
     RUN_FIND = "run_find";
     RUN_GET = "run_get";
+    RUN_LIST = "run_list";
     RUN_LIST_CLAIMED = "run_list_claimed";
     RUN_LIST_EXPIRED = "run_list_expired";
     RUN_LOCK = "run_lock";
@@ -181,6 +216,7 @@ statements! {
     RUN_SCHEDULE = "run_schedule";
     RUN_SET_SLEEPING = "run_set_sleeping";
     RUN_SLEEP = "run_sleep";
+    SCHEMA_GET = "schema_get";
     SNAPSHOT_AGE = "snapshot_age";
     TASK_AWAIT = "task_await";
     TASK_CANCEL = "task_cancel";
@@ -192,20 +228,25 @@ statements! {
     TASK_GET = "task_get";
     TASK_LIST = "task_list";
     TASK_LIST_AWAITED = "task_list_awaited";
+    TASK_LIST_AWAITED_QUEUES = "task_list_awaited_queues";
     TASK_LIST_CANCELLABLE = "task_list_cancellable";
     TASK_LIST_EDGE = "task_list_edge";
     TASK_RESPAWN = "task_respawn";
     TASK_RESULT = "task_result";
     TASK_RETRY = "task_retry";
     TASK_SETTLE_AWAITED = "task_settle_awaited";
+    TASK_SEARCH = "task_search";
     TASK_SPAWN = "task_spawn";
     TASK_SPAWN_CLAIMED = "task_spawn_claimed";
     TICK = "tick";
     UPKEEP_NOTE = "upkeep_note";
     UPKEEP_RUN = "upkeep_run";
     UPKEEP_TAKE = "upkeep_take";
+    WAIT_LIST_EVENT = "wait_list_event";
+    WAIT_LIST_TASK = "wait_list_task";
     WORKFLOW_CREATE = "workflow_create";
     WORKFLOW_GET = "workflow_get";
+    WORKFLOW_GET_PART = "workflow_get_part";
     WORKFLOW_LIST = "workflow_list";
     WORKFLOW_UPDATE = "workflow_update";
 }

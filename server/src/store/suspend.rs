@@ -21,17 +21,26 @@ pub enum When {
 }
 
 impl When {
-    fn at(self) -> Option<Instant> {
+    pub(super) fn at(self) -> Option<Instant> {
         match self {
             Self::At(at) => Some(at),
             Self::After(_) => None,
         }
     }
 
-    fn after_ms(self) -> Option<i64> {
+    /// Microseconds.
+    pub(super) fn after_us(self) -> Option<i64> {
         match self {
             Self::At(_) => None,
-            Self::After(delay) => Some(millis(delay)),
+            Self::After(delay) => Some(i64::try_from(delay.as_micros()).unwrap_or(i64::MAX)),
+        }
+    }
+
+    /// How long that is from `now`.
+    pub fn delay_from(self, now: Instant) -> Duration {
+        match self {
+            Self::At(at) => Duration::from_micros(at.micros().saturating_sub(now.micros()).max(0).unsigned_abs()),
+            Self::After(delay) => delay,
         }
     }
 }
@@ -150,7 +159,7 @@ impl Store {
         let events: Vec<_> = items.iter().map(|(_, what)| what.event()).collect();
         let timeouts: Vec<_> = items.iter().map(|(_, what)| what.timeout_ms()).collect();
         let at: Vec<_> = items.iter().map(|(_, what)| what.when().and_then(When::at)).collect();
-        let after: Vec<_> = items.iter().map(|(_, what)| what.when().and_then(When::after_ms)).collect();
+        let after: Vec<_> = items.iter().map(|(_, what)| what.when().and_then(When::after_us)).collect();
         let queue = scope.queue().as_str();
         let (statement, more): (_, &[&(dyn ToSql + Sync)]) = match kind {
             SuspendKind::Schedule => (&RUN_SCHEDULE, &[&at, &after]),

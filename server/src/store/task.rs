@@ -9,11 +9,13 @@ use uuid::Uuid;
 use super::run::Slot;
 use super::statement::{
     KEY_RESERVE, QUEUE_GET, RUN_LOCK, Statement, TASK_CANCEL, TASK_CANCELLED, TASK_ENDED, TASK_FIND, TASK_FIND_KEYED,
-    TASK_GET, TASK_LIST, TASK_LIST_CANCELLABLE, TASK_LIST_EDGE, TASK_RESPAWN, TASK_RESULT, TASK_RETRY, TASK_SPAWN,
-    TASK_SPAWN_CLAIMED,
+    TASK_GET, TASK_LIST, TASK_LIST_CANCELLABLE, TASK_LIST_EDGE, TASK_RESPAWN, TASK_RESULT, TASK_RETRY, TASK_SEARCH,
+    TASK_SPAWN, TASK_SPAWN_CLAIMED,
 };
-use super::text::{ANSWER_BYTES_MAX, FIELD_BYTES_MAX, Part};
+use super::suspend::When;
+use super::text::{ANSWER_BYTES_MAX, FIELD_BYTES_MAX, HEADERS_BYTES_MAX, Part, cut};
 use super::{Fault, Store, Tx, Wait};
+use crate::domain::id::IdPart;
 use crate::domain::{Claim, ClaimToken, Error, Instant, JsonText, QueueName, RunId, State, TaskId, TaskName};
 use crate::scope::Scope;
 
@@ -38,6 +40,8 @@ pub struct NewTask {
     pub cancellation: Option<JsonText>,
     /// Business key.
     pub idempotency_key: Option<String>,
+    /// When it can first be claimed; None: at once.
+    pub start: Option<When>,
 }
 
 /// Ids of a spawned task.
@@ -91,6 +95,15 @@ pub struct Cancellable {
     pub run_id: Option<RunId>,
     /// Whether the policy cancels it now, and it is not set aside.
     pub due: bool,
+}
+
+/// What a search in one queue found.
+#[derive(Debug)]
+pub struct TaskSearch {
+    /// Tasks, newest first.
+    pub rows: Vec<Row>,
+    /// Whether older tasks of the queue were not looked at.
+    pub partial: bool,
 }
 
 impl Store {
@@ -202,8 +215,8 @@ impl Store {
         result: Option<Part>,
     ) -> Result<Row, Error> {
         let (params, result) = (Part::params(params), Part::params(result));
-        let values: [&(dyn postgres_types::ToSql + Sync); 6] =
-            [&task_id, &params.0, &params.1, &result.0, &result.1, &FIELD_BYTES_MAX];
+        let values: [&(dyn postgres_types::ToSql + Sync); 7] =
+            [&task_id, &params.0, &params.1, &result.0, &result.1, &FIELD_BYTES_MAX, &HEADERS_BYTES_MAX];
         self.rows(&TASK_GET, Wait::Skip, Some(scope), &values)
             .await
             .map_err(|fault| fault.into_read_error(scope))?
@@ -222,7 +235,7 @@ impl Store {
             .map(|row| TaskEnd {
                 task_id,
                 state: State::from_stored(row.get("state")),
-                text: row.get("text"),
+                text: row.get::<_, Option<String>>("text").map(|text| cut(text, ANSWER_BYTES_MAX)),
                 length: row.get("length"),
             })
             .ok_or(Error::TaskNotFound(task_id))
@@ -264,24 +277,39 @@ impl Store {
         Ok((rows, next))
     }
 
+    /// Whether there is such a task.
+    pub async fn task_exists(&self, scope: &Scope, task_id: TaskId) -> Result<(), Error> {
+        let little = Some(Part { offset: 0, limit: 1 });
+        self.task_get(scope, task_id, little, little).await.map(drop)
+    }
+
+    /// Tasks whose ids have a part in common with what somebody has copied; newest first. Waits for a locked queue at most
+    /// `lock_wait`.
+    pub async fn task_search(
+        &self,
+        scope: &Scope,
+        part: &IdPart,
+        limit: i64,
+        lock_wait: Duration,
+    ) -> Result<TaskSearch, Fault> {
+        let (from, to) = part.range();
+        let params: [&(dyn postgres_types::ToSql + Sync); 5] = [&from, &to, &part.whole(), &part.end(), &limit];
+        let rows = self.rows_within(lock_wait, &TASK_SEARCH, Wait::Skip, Some(scope), &params).await?;
+        let partial = rows.first().is_some_and(|row| row.get("partial"));
+        let rows = rows.into_iter().filter(|row| row.get::<_, Option<Uuid>>("task_id").is_some()).collect();
+        Ok(TaskSearch { rows, partial })
+    }
+
     /// Cancels a task; says whether this call did it, and the state now.
     pub async fn task_cancel(
         &self,
         scope: &Scope,
         task_id: TaskId,
         lock_wait: Duration,
-    ) -> Result<(bool, State), Error> {
-        let tx = self.begin(lock_wait).await.map_err(|fault| fault.into_error(scope))?;
-        match self.task_cancel_in(scope, &tx, task_id).await {
-            Ok(done) => {
-                tx.commit().await.map_err(|fault| fault.into_error(scope))?;
-                Ok(done)
-            }
-            Err(error) => {
-                tx.rollback().await;
-                Err(error)
-            }
-        }
+    ) -> Result<Result<(bool, State), Error>, Fault> {
+        let tx = self.begin(lock_wait).await?;
+        let done = self.task_cancel_in(scope, &tx, task_id).await;
+        ended(tx, done).await
     }
 
     /// Cancels the task of a run, only while the run is pending or sleeping.
@@ -290,50 +318,38 @@ impl Store {
         scope: &Scope,
         run_id: RunId,
         lock_wait: Duration,
-    ) -> Result<(bool, State, TaskId), Error> {
-        let tx = self.begin(lock_wait).await.map_err(|fault| fault.into_error(scope))?;
-        let locked = tx.rows(&RUN_LOCK, Wait::Block, Some(scope), &[&run_id]).await;
-        let outcome = match locked.map_err(|fault| fault.into_error(scope)) {
-            Err(error) => Err(error),
-            Ok(rows) => match rows.first() {
-                None => Err(Error::RunNotFound(run_id)),
-                Some(row) => {
-                    let task_id: Uuid = row.get("task_id");
-                    let state = State::from_stored(row.get("state")).unwrap_or(State::Failed);
-                    if matches!(state, State::Pending | State::Sleeping) {
-                        self.task_cancel_in(scope, &tx, task_id).await.map(|(done, state)| (done, state, task_id))
-                    } else {
-                        Ok((false, state, task_id))
-                    }
-                }
-            },
+    ) -> Result<Result<(bool, State, TaskId), Error>, Fault> {
+        let tx = self.begin(lock_wait).await?;
+        let done = async {
+            let rows = tx.rows(&RUN_LOCK, Wait::Block, Some(scope), &[&run_id]).await?;
+            let Some(row) = rows.first() else { return Ok(Err(Error::RunNotFound(run_id))) };
+            let task_id: Uuid = row.get("task_id");
+            let state = State::from_stored(row.get("state")).unwrap_or(State::Failed);
+            if !matches!(state, State::Pending | State::Sleeping) {
+                return Ok(Ok((false, state, task_id)));
+            }
+            let cancelled = self.task_cancel_in(scope, &tx, task_id).await?;
+            Ok(cancelled.map(|(done, state)| (done, state, task_id)))
         };
-        match outcome {
-            Ok(done) => {
-                tx.commit().await.map_err(|fault| fault.into_error(scope))?;
-                Ok(done)
-            }
-            Err(error) => {
-                tx.rollback().await;
-                Err(error)
-            }
-        }
+        let done = done.await;
+        ended(tx, done).await
     }
 
-    async fn task_cancel_in(&self, scope: &Scope, tx: &Tx, task_id: TaskId) -> Result<(bool, State), Error> {
-        let cancelled = tx.rows(&TASK_CANCEL, Wait::Block, None, &[&scope.queue().as_str(), &task_id]).await;
+    async fn task_cancel_in(
+        &self,
+        scope: &Scope,
+        tx: &Tx,
+        task_id: TaskId,
+    ) -> Result<Result<(bool, State), Error>, Fault> {
+        let cancelled = tx.rows(&TASK_CANCEL, Wait::Block, Some(scope), &[&scope.queue().as_str(), &task_id]).await;
         match cancelled {
             // The function raises plain exceptions; the only one with these arguments is "not found".
-            Err(Fault::Raised { code, .. }) if code == "P0001" => return Err(Error::TaskNotFound(task_id)),
-            Err(fault) => return Err(fault.into_error(scope)),
-            Ok(_) => {}
+            Err(Fault::Raised { code, .. }) if code == "P0001" => return Ok(Err(Error::TaskNotFound(task_id))),
+            cancelled => drop(cancelled?),
         }
-        let rows = tx
-            .rows(&TASK_CANCELLED, Wait::Block, Some(scope), &[&task_id])
-            .await
-            .map_err(|fault| fault.into_error(scope))?;
-        let row = rows.first().ok_or(Error::TaskNotFound(task_id))?;
-        Ok((row.get("mine"), State::from_stored(row.get("state")).unwrap_or(State::Cancelled)))
+        let rows = tx.rows(&TASK_CANCELLED, Wait::Block, Some(scope), &[&task_id]).await?;
+        let Some(row) = rows.first() else { return Ok(Err(Error::TaskNotFound(task_id))) };
+        Ok(Ok((row.get("mine"), State::from_stored(row.get("state")).unwrap_or(State::Cancelled))))
     }
 
     /// Gives a failed task another attempt, with a run id chosen before.
@@ -400,6 +416,17 @@ impl Store {
     }
 }
 
+/// Commits what was done, and rolls back what was refused or failed.
+async fn ended<T>(tx: Tx, done: Result<Result<T, Error>, Fault>) -> Result<Result<T, Error>, Fault> {
+    match done {
+        Ok(Ok(done)) => tx.commit().await.map(|()| Ok(done)),
+        refused => {
+            tx.rollback().await;
+            refused
+        }
+    }
+}
+
 fn end(row: &Row) -> TaskEnd {
     let text =
         row.get::<_, Option<JsonText>>("result").or_else(|| row.get("failure_reason")).map(JsonText::into_string);
@@ -434,7 +461,7 @@ fn spawning(tasks: &[Slotted<'_>], made: &[Row], old: &[Row]) -> Spawning {
 /// The answer for a task that was there before.
 fn found(row: &Row) -> Result<Spawned, Error> {
     let Some(task_id) = row.get::<_, Option<Uuid>>("task_id") else {
-        return Err(Error::Unavailable("the task was removed at the same time".into()));
+        return Err(Error::DatabaseBusy("the task was removed at the same time".into()));
     };
     let first: Option<Uuid> = row.get("first_run_id");
     if row.get::<_, bool>("same_id") {
@@ -485,6 +512,8 @@ struct Columns<'a> {
     max_attempts: Vec<Option<i32>>,
     cancellations: Vec<Option<&'a JsonText>>,
     keys: Vec<Option<&'a str>>,
+    starts: Vec<Option<Instant>>,
+    delays: Vec<Option<i64>>,
     workers: Vec<Option<&'a str>>,
     digests: Vec<Option<String>>,
     leases: Vec<Option<i32>>,
@@ -502,6 +531,8 @@ impl<'a> Columns<'a> {
             max_attempts: Vec::new(),
             cancellations: Vec::new(),
             keys: Vec::new(),
+            starts: Vec::new(),
+            delays: Vec::new(),
             workers: Vec::new(),
             digests: Vec::new(),
             leases: Vec::new(),
@@ -516,6 +547,8 @@ impl<'a> Columns<'a> {
             columns.max_attempts.push(task.max_attempts);
             columns.cancellations.push(task.cancellation.as_ref());
             columns.keys.push(task.idempotency_key.as_deref());
+            columns.starts.push(task.start.and_then(When::at));
+            columns.delays.push(task.start.and_then(When::after_us));
             columns.workers.push(slot.map(|slot| slot.worker_id.as_str()));
             columns.digests.push(slot.map(|slot| slot.secret.digest().as_str().to_owned()));
             columns.leases.push(slot.map(Slot::lease));
@@ -543,6 +576,8 @@ impl<'a> Columns<'a> {
             &self.max_attempts,
             &self.cancellations,
             &self.keys,
+            &self.starts,
+            &self.delays,
         ];
         if self.has_slots() {
             params.extend([&self.workers as &(dyn postgres_types::ToSql + Sync), &self.digests, &self.leases]);

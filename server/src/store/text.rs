@@ -13,6 +13,19 @@ pub const ANSWER_BYTES_MAX: i32 = 3 * 1024 * 1024;
 /// Bytes of each of up to three JSON fields of an answer.
 pub const FIELD_BYTES_MAX: i32 = 1_310_720;
 
+/// Bytes of the headers of a task in an answer that holds its params and its result too.
+pub const HEADERS_BYTES_MAX: i32 = 1024 * 1024;
+
+/// The beginning of a text, at most so many bytes of it. A part that was asked for in code points may take four times as many.
+pub fn cut(mut text: String, bytes: i32) -> String {
+    let mut end = text.len().min(bytes.unsigned_abs() as usize);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
+    text
+}
+
 /// Part of a long text, in code points.
 #[derive(Debug, Clone, Copy)]
 pub struct Part {

@@ -5,7 +5,8 @@ use std::time::Duration;
 use tokio_postgres::Row;
 
 use super::statement::{
-    DOCTOR_DATABASE, DOCTOR_QUEUE, DOCTOR_REGISTRY, DOCTOR_UPKEEP, SNAPSHOT_AGE, UPKEEP_NOTE, UPKEEP_RUN, UPKEEP_TAKE,
+    DOCTOR_ACCESS, DOCTOR_DATABASE, DOCTOR_QUEUE, DOCTOR_REGISTRY, DOCTOR_UPKEEP, SNAPSHOT_AGE, UPKEEP_NOTE,
+    UPKEEP_RUN, UPKEEP_TAKE,
 };
 use super::{Fault, Store, Wait};
 use crate::scope::Scope;
@@ -59,6 +60,11 @@ impl Store {
         let rows = self.rows(&SNAPSHOT_AGE, Wait::Skip, None, &[]).await?;
         let seconds = rows.first().map_or(0.0, |row| row.get::<_, f64>("seconds"));
         Ok(Duration::try_from_secs_f64(seconds).unwrap_or_default())
+    }
+
+    /// The tables of all queues: what the role of the server may not do with them, and what others have put on them.
+    pub async fn doctor_access(&self) -> Result<Vec<Row>, Fault> {
+        self.rows(&DOCTOR_ACCESS, Wait::Skip, None, &[]).await
     }
 
     /// Queues without tables, tables without a queue.

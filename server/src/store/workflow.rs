@@ -3,7 +3,8 @@
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::statement::{WORKFLOW_CREATE, WORKFLOW_GET, WORKFLOW_LIST, WORKFLOW_UPDATE};
+use super::statement::{WORKFLOW_CREATE, WORKFLOW_GET, WORKFLOW_GET_PART, WORKFLOW_LIST, WORKFLOW_UPDATE};
+use super::text::{ANSWER_BYTES_MAX, Part, cut};
 use super::{Fault, Store, Wait};
 use crate::domain::{Error, Instant, JsonText, QueueName, RunId, WorkflowName, WorkflowVersion};
 use crate::scope::Caller;
@@ -65,20 +66,13 @@ pub struct WorkflowFilter {
     pub before: Option<Instant>,
 }
 
-fn fail(fault: Fault) -> Error {
-    match fault {
-        Fault::Locked | Fault::Timeout => Error::DeadlineExceeded,
-        fault => Error::Unavailable(format!("{fault:?}")),
-    }
-}
-
 impl Store {
     /// Makes a record; repeating it is harmless.
     pub async fn workflow_create(&self, _caller: &Caller, new: &NewWorkflowRun) -> Result<(), Error> {
         let (queue, name, version) = (new.queue.as_str(), new.name.as_str(), new.version.as_str());
         let params: [&(dyn postgres_types::ToSql + Sync); 9] =
             [&new.id, &name, &version, &new.hash, &new.run_id, &queue, &new.inputs, &new.created_by, &new.tags];
-        let rows = self.rows(&WORKFLOW_CREATE, Wait::Skip, None, &params).await.map_err(fail)?;
+        let rows = self.rows(&WORKFLOW_CREATE, Wait::Skip, None, &params).await.map_err(Fault::into_database_error)?;
         if rows.first().is_some_and(|row| row.get("same")) {
             return Ok(());
         }
@@ -96,15 +90,40 @@ impl Store {
             &change.completed_at,
             &change.task_count,
         ];
-        Ok(!self.rows(&WORKFLOW_UPDATE, Wait::Skip, None, &params).await.map_err(fail)?.is_empty())
+        Ok(!self
+            .rows(&WORKFLOW_UPDATE, Wait::Skip, None, &params)
+            .await
+            .map_err(Fault::into_database_error)?
+            .is_empty())
     }
 
-    /// One record.
-    pub async fn workflow_get(&self, _caller: &Caller, id: Uuid) -> Result<Option<Row>, Error> {
-        Ok(self.rows(&WORKFLOW_GET, Wait::Skip, None, &[&id]).await.map_err(fail)?.into_iter().next())
+    /// One record, with as many of its payloads as fit into so many bytes.
+    pub async fn workflow_get(&self, _caller: &Caller, id: Uuid, bytes: i32) -> Result<Option<Row>, Error> {
+        Ok(self
+            .rows(&WORKFLOW_GET, Wait::Skip, None, &[&id, &bytes])
+            .await
+            .map_err(Fault::into_database_read_error)?
+            .into_iter()
+            .next())
     }
 
-    /// A page of records, newest first, after a place.
+    /// A part of one payload of a record, by the name of its column; and the length of the whole in code points.
+    pub async fn workflow_get_part(
+        &self,
+        _caller: &Caller,
+        id: Uuid,
+        payload: &str,
+        part: Part,
+    ) -> Result<(Option<String>, i64), Error> {
+        let params: [&(dyn postgres_types::ToSql + Sync); 4] = [&id, &payload, &part.offset, &part.limit];
+        let rows =
+            self.rows(&WORKFLOW_GET_PART, Wait::Skip, None, &params).await.map_err(Fault::into_database_read_error)?;
+        Ok(rows.first().map_or((None, 0), |row| {
+            (row.get::<_, Option<String>>("part").map(|text| cut(text, ANSWER_BYTES_MAX)), row.get("length"))
+        }))
+    }
+
+    /// A page of records, newest first, after a place; the last row may be the first of the next page (`beyond`).
     pub async fn workflow_list(
         &self,
         _caller: &Caller,
@@ -112,7 +131,7 @@ impl Store {
         after: (Instant, Uuid),
         limit: i64,
     ) -> Result<Vec<Row>, Error> {
-        let params: [&(dyn postgres_types::ToSql + Sync); 9] = [
+        let params: [&(dyn postgres_types::ToSql + Sync); 10] = [
             &filter.name,
             &filter.version,
             &filter.status,
@@ -122,7 +141,8 @@ impl Store {
             &after.0,
             &after.1,
             &limit,
+            &ANSWER_BYTES_MAX,
         ];
-        self.rows(&WORKFLOW_LIST, Wait::Skip, None, &params).await.map_err(fail)
+        self.rows(&WORKFLOW_LIST, Wait::Skip, None, &params).await.map_err(Fault::into_database_read_error)
     }
 }

@@ -12,6 +12,7 @@ use crate::domain::{CheckpointName, Error, Instant, RunId, TaskId};
 use crate::scope::Scope;
 use crate::store::batch::Write;
 use crate::store::checkpoint::{After, Seen};
+use crate::store::text::{ANSWER_BYTES_MAX, cut};
 
 impl Service {
     pub(super) async fn put_checkpoint(
@@ -108,18 +109,15 @@ impl Service {
     ) -> Result<(Vec<pb::StoredCheckpoint>, String), Error> {
         let limit = self.limits.page(size)?;
         let rows = self.engine.store.checkpoint_page(scope, task_id, seen, &parse_token(token)?, limit).await?;
-        let beyond = rows.len() > 1 && rows.last().is_some_and(|row| row.get("beyond"));
-        let page = &rows[..rows.len() - usize::from(beyond)];
-        let full = beyond || i64::try_from(rows.len()).is_ok_and(|count| count == limit);
-        let next = page.last().filter(|_| full).map(token_of).unwrap_or_default();
-        Ok((page.iter().map(stored).collect(), next))
+        let (page, last) = page_token::cut(&rows, limit);
+        Ok((page.iter().map(stored).collect(), last.map(token_of).unwrap_or_default()))
     }
 }
 
 fn stored(row: &Row) -> pb::StoredCheckpoint {
     pb::StoredCheckpoint {
         checkpoint_name: row.get("checkpoint_name"),
-        state: row.get::<_, Option<String>>("state").map(|text| pb::Json { text }),
+        state: row.get::<_, Option<String>>("state").map(|text| pb::Json { text: cut(text, ANSWER_BYTES_MAX) }),
         status: row.get("status"),
         owner_run_id: row.get::<_, Option<RunId>>("owner_run_id").map(|id| id.to_string()),
         updated_at: convert::timestamp(row.get("updated_at")),

@@ -17,15 +17,19 @@ use crate::domain::{
 use crate::scope::{Caller, Scope};
 use crate::store::Store;
 use crate::store::batch::{RunRef, Write};
+use crate::store::suspend::When;
 use crate::store::task::{NewTask, Spawned, TaskEnd};
-use crate::store::text::Part;
+use crate::store::text::{FIELD_BYTES_MAX, Part, cut};
 use crate::transport::service::Limits;
 use crate::transport::status;
+use crate::transport::time::SPAN_MAX;
 
 /// Longest lease and extension.
 pub const LEASE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// Longest delay of a release.
 const DELAY_MAX: Duration = Duration::from_secs(60 * 60);
+/// Years 1 to 9999, as the wire format promises, in seconds since 1970.
+const SECONDS: std::ops::RangeInclusive<i64> = -62_135_596_800..=253_402_300_799;
 /// How far a chosen id's time may be from the database's.
 const ID_SKEW_MAX: i64 = 24 * 60 * 60 * 1_000_000;
 
@@ -98,8 +102,7 @@ pub fn lease(field: &str, value: Option<PbDuration>, zero: bool) -> Result<u32, 
 
 /// A time within what Postgres holds.
 pub fn instant(field: &str, value: &Timestamp) -> Result<Instant, Error> {
-    // Years 1 to 9999, as the wire format promises.
-    if !(-62_135_596_800..=253_402_300_799).contains(&value.seconds) || !(0..1_000_000_000).contains(&value.nanos) {
+    if !SECONDS.contains(&value.seconds) || !(0..1_000_000_000).contains(&value.nanos) {
         return Err(Error::invalid(field, "must be a time between the years 1 and 9999"));
     }
     Ok(Instant::from_micros(value.seconds * 1_000_000 + i64::from(value.nanos / 1000)))
@@ -227,11 +230,63 @@ pub fn chosen_id(field: &str, text: &str, store: &Store) -> Result<Uuid, Error> 
     Ok(id)
 }
 
+/// The pauses of a task whose spawn asks for none and bounds no attempts.
+const DEFAULT_PAUSES: RetryStrategy = RetryStrategy::Exponential {
+    base: Some(Duration::from_secs(1)),
+    factor: Some(2.0),
+    max: Some(Duration::from_secs(5 * 60)),
+};
+
+/// How often a new task is tried, and with which pauses. A spawn that says neither must not fail hot for ever.
+fn retries(task: &pb::NewTask, limits: &Limits) -> Result<(Option<i32>, Option<RetryStrategy>), Error> {
+    let asked = task.retry_strategy.map(strategy).transpose()?;
+    match task.max_attempts {
+        Some(attempts) if attempts < 1 => Err(Error::invalid("max_attempts", "must be at least 1")),
+        Some(_) if task.unlimited_attempts => {
+            Err(Error::invalid("unlimited_attempts", "contradicts max_attempts: set one of the two"))
+        }
+        Some(attempts) => Ok((Some(attempts), asked)),
+        None => {
+            let attempts = (!task.unlimited_attempts).then_some(limits.default_max_attempts);
+            Ok((attempts, Some(asked.unwrap_or(DEFAULT_PAUSES))))
+        }
+    }
+}
+
+/// When a task that is spawned can first be claimed; None: at once.
+fn start(value: Option<pb::new_task::Start>, now: Option<Instant>) -> Result<Option<When>, Error> {
+    use pb::new_task::Start;
+    Ok(match value {
+        None => None,
+        Some(Start::StartAt(at)) => {
+            let at = instant("start_at", &at)?;
+            now.is_none_or(|now| at > now).then_some(When::At(at))
+        }
+        Some(Start::Delay(delay)) => {
+            let delay = duration("delay", delay, SPAN_MAX)?;
+            (delay.as_micros() > 0).then_some(When::After(delay))
+        }
+    })
+}
+
+/// A policy that would cancel a task before its start is a mistake.
+fn outlasts(policy: CancellationPolicy, start: When, now: Instant) -> Result<(), Error> {
+    let delay = start.delay_from(now);
+    match policy.max_delay {
+        Some(max_delay) if max_delay <= delay => Err(Error::invalid(
+            "cancellation.max_delay",
+            format!(
+                "must be longer than the delay of the start ({}), or the task is cancelled before a worker may claim it",
+                humantime::format_duration(Duration::from_secs(delay.as_secs()))
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// A task to be spawned.
 pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<NewTask, Error> {
-    if task.max_attempts.is_some_and(|attempts| attempts < 1) {
-        return Err(Error::invalid("max_attempts", "must be at least 1"));
-    }
+    let (max_attempts, retry_strategy) = retries(&task, limits)?;
     let headers =
         task.headers.map(|json| JsonText::parse_object("headers", json.text, limits.headers())).transpose()?;
     let workflow_run_id = task.workflow_run_id.map(|id| parse_uuid("workflow_run_id", &id)).transpose()?;
@@ -239,6 +294,12 @@ pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<New
         Some(id) => Some(JsonText::with_text_key(headers, "workflow_run_id", &id.to_string())),
         None => headers,
     };
+    let cancellation = task.cancellation.map(cancellation).transpose()?;
+    let now = store.now();
+    let start = start(task.start, now)?;
+    if let (Some(policy), Some(start), Some(now)) = (cancellation, start, now) {
+        outlasts(policy, start, now)?;
+    }
     Ok(NewTask {
         task_id: match &task.task_id {
             Some(id) => chosen_id("task_id", id, store)?,
@@ -248,22 +309,25 @@ pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<New
         name: TaskName::parse("task_name", &task.task_name)?,
         params: json("params", task.params, limits.payload())?,
         headers,
-        retry_strategy: task.retry_strategy.map(strategy).transpose()?.map(RetryStrategy::to_json),
-        max_attempts: task.max_attempts,
-        cancellation: task.cancellation.map(cancellation).transpose()?.map(CancellationPolicy::to_json),
+        retry_strategy: retry_strategy.map(RetryStrategy::to_json),
+        max_attempts,
+        cancellation: cancellation.map(CancellationPolicy::to_json),
         idempotency_key: task.idempotency_key.map(|key| parse_idempotency_key("idempotency_key", &key)).transpose()?,
+        start,
     })
 }
 
 // From here on: values to wire messages.
 
-/// A time; never becomes absent.
+/// A time; never becomes absent. What SQL has written beyond the years 1 to 9999 becomes the nearest time within them, because
+/// clients refuse other timestamps.
 pub fn timestamp(at: Instant) -> Option<Timestamp> {
     if at.is_never() {
         return None;
     }
-    let nanos = i32::try_from(at.micros().rem_euclid(1_000_000)).unwrap_or(0) * 1000;
-    Some(Timestamp { seconds: at.micros().div_euclid(1_000_000), nanos })
+    let micros = at.micros().clamp(*SECONDS.start() * 1_000_000, *SECONDS.end() * 1_000_000 + 999_999);
+    let nanos = i32::try_from(micros.rem_euclid(1_000_000)).unwrap_or(0) * 1000;
+    Some(Timestamp { seconds: micros.div_euclid(1_000_000), nanos })
 }
 
 /// A duration.
@@ -416,7 +480,8 @@ pub fn pb_task_end(end: TaskEnd) -> pb::TaskResult {
     }
 }
 
-fn stored_state(row: &Row) -> i32 {
+/// A stored state.
+pub fn stored_state(row: &Row) -> i32 {
     State::from_stored(row.get("state")).map_or(0, pb_state)
 }
 
@@ -432,7 +497,7 @@ pub fn stored_json(row: &Row, column: &str) -> Option<pb::Json> {
 
 /// JSON, read as text.
 fn text_json(row: &Row, column: &str) -> Option<pb::Json> {
-    row.get::<_, Option<String>>(column).map(|text| pb::Json { text })
+    row.get::<_, Option<String>>(column).map(|text| pb::Json { text: cut(text, FIELD_BYTES_MAX) })
 }
 
 /// Whether a text is longer than the answer may hold.
@@ -461,6 +526,7 @@ pub fn pb_task(row: &Row) -> pb::Task {
         tenant_id: None,
         params_omitted: omitted(row, "params", "params_length"),
         completed_payload_omitted: omitted(row, "completed_payload", "result_length"),
+        details_omitted: row.get("details_omitted"),
     }
 }
 

@@ -5,6 +5,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tonic::Request;
 
+use crate::domain::Error;
+
 /// Time of a call that names no deadline.
 pub(super) const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -17,6 +19,31 @@ pub(super) fn deadline<T>(request: &Request<T>) -> Instant {
 /// What is left until then; never more than [`DEADLINE`].
 pub(super) fn left(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).min(DEADLINE)
+}
+
+/// Between tries of a call that met a lock or a busy database, at first and at most.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
+
+/// Repeats work that a lock or a busy database kept from being done, until the deadline; such an attempt has left nothing
+/// behind. Each attempt waits for its lock for a few seconds only, so that calls behind it in Postgres' queue get their turn.
+pub(super) async fn patient<T, F>(deadline: Instant, work: impl Fn() -> F) -> Result<T, Error>
+where
+    F: Future<Output = Result<T, Error>>,
+{
+    let mut last = Error::DeadlineExceeded;
+    let mut pause = PAUSES.0;
+    let trying = async {
+        loop {
+            match work().await {
+                Err(error @ (Error::QueueLocked { .. } | Error::DatabaseBusy(_))) => last = error,
+                done => return done,
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSES.1);
+        }
+    };
+    let done = tokio::time::timeout_at(deadline, trying).await;
+    done.unwrap_or(Err(last))
 }
 
 /// Reads a `grpc-timeout`: one to eight digits and a unit, so at most 11,416 years (gRPC over HTTP/2, Requests).

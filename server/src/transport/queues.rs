@@ -5,10 +5,15 @@ use std::time::Duration;
 use absurd_proto::v1 as pb;
 
 use super::convert::{self, scope};
+use super::page_token;
 use super::policies;
 use super::service::Service;
 use crate::domain::Error;
+use crate::store::Fault;
 use crate::store::queue::COUNT_MAX;
+
+/// Longest name of a queue that a token may hold; only SQL makes names this long.
+const TOKEN_BYTES_MAX: usize = 16 * 1024;
 
 impl Service {
     pub(super) async fn stats(&self, queue: &str) -> Result<pb::GetQueueStatsResponse, Error> {
@@ -36,7 +41,7 @@ impl Service {
         request: pb::ListQueuesRequest,
     ) -> Result<pb::ListQueuesResponse, Error> {
         let limit = self.limits.page(request.page_size)?;
-        if request.page_token.contains('\0') || request.page_token.len() > 1024 {
+        if request.page_token.contains('\0') || request.page_token.len() > TOKEN_BYTES_MAX {
             return Err(Error::invalid("page_token", "is not a token of this service"));
         }
         let rows = self
@@ -44,9 +49,10 @@ impl Service {
             .store
             .queue_list(None, &request.page_token, limit)
             .await
-            .map_err(|fault| Error::Unavailable(format!("{fault:?}")))?;
-        let queues: Vec<pb::Queue> = rows.iter().map(convert::pb_queue).collect();
-        let full = i64::try_from(queues.len()).is_ok_and(|count| count == limit);
+            .map_err(Fault::into_database_read_error)?;
+        let page = page_token::fit(&rows, |row| row.get::<_, &str>("queue_name").len());
+        let queues: Vec<pb::Queue> = page.iter().map(convert::pb_queue).collect();
+        let full = page.len() < rows.len() || i64::try_from(rows.len()).is_ok_and(|count| count == limit);
         let next_page_token = queues.last().filter(|_| full).map(|queue| queue.name.clone()).unwrap_or_default();
         Ok(pb::ListQueuesResponse { queues, next_page_token })
     }

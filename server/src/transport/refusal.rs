@@ -10,6 +10,9 @@ use tower::{Layer, Service};
 use super::status::status;
 use crate::domain::Error;
 
+/// Characters of a method's path that are repeated.
+const PATH_MAX: usize = 200;
+
 /// Wraps services; see the module.
 #[derive(Debug, Clone, Copy)]
 pub struct RefusalLayer {
@@ -46,23 +49,30 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let path = request.uri().path().to_owned();
         let answer = self.inner.call(request);
         let most = self.request_bytes_max;
-        Box::pin(async move { answer.await.map(|response| reasoned(&response, most).unwrap_or(response)) })
+        Box::pin(async move { answer.await.map(|response| reasoned(&response, &path, most).unwrap_or(response)) })
     }
 }
 
 /// The answer in place of one that the transport gave by itself; None: let it be.
-fn reasoned(response: &Response<Body>, most: usize) -> Option<Response<Body>> {
+fn reasoned(response: &Response<Body>, path: &str, most: usize) -> Option<Response<Body>> {
     let given = Status::from_header_map(response.headers()).filter(|given| given.details().is_empty())?;
     let error = match given.code() {
-        // tonic's words for a message over the limit, and for one that is not protobuf.
+        // tonic's words for a message over the limit, before and after it was unpacked, and for one that is not protobuf.
+        Code::ResourceExhausted => Error::TooLarge { field: "request".into(), size: most + 1, limit: most },
         Code::OutOfRange => Error::TooLarge {
             field: "request".into(),
             size: given.message().split(' ').find_map(|word| word.parse().ok()).unwrap_or(most + 1),
             limit: most,
         },
         Code::Internal => Error::invalid("request", format!("is not a message of this RPC: {}", given.message())),
+        Code::Unimplemented if given.message().is_empty() => {
+            let path: String = path.chars().take(PATH_MAX).collect();
+            let message = format!("this server has no method {path}; reflection lists what it has");
+            return Some(Status::unimplemented(message).into_http());
+        }
         _ => return None,
     };
     Some(status(&error).into_http())

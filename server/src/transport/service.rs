@@ -12,7 +12,7 @@ use tonic::{Request, Response, Status};
 use super::claim_stream::Responses;
 use super::claims::pull_options;
 use super::convert::{self, new_task, pb_spawned, run_ref, scope, settle_item, timestamp};
-use super::deadline::{DEADLINE, deadline, left};
+use super::deadline::{DEADLINE, deadline, left, patient};
 use super::status::status;
 use crate::domain::id::parse_uuid;
 use crate::domain::json::{DEPTH_MAX, JsonBound};
@@ -44,6 +44,8 @@ pub struct Limits {
     pub header_list_bytes_max: u32,
     /// Refuse per-run calls without a token.
     pub require_claim_token: bool,
+    /// Attempts of a task whose spawn says nothing about them.
+    pub default_max_attempts: i32,
 }
 
 impl Limits {
@@ -91,6 +93,7 @@ impl Default for Limits {
             request_bytes_max: 16 * 1024 * 1024,
             header_list_bytes_max: 64 * 1024,
             require_claim_token: false,
+            default_max_attempts: 5,
         }
     }
 }
@@ -134,18 +137,21 @@ impl AbsurdService for Service {
     type ClaimStreamStream = Responses;
 
     async fn create_queue(&self, request: Request<pb::CreateQueueRequest>) -> Reply<pb::CreateQueueResponse> {
-        reply(in_time(deadline(&request), self.create(request.into_inner())).await)
+        let deadline = deadline(&request);
+        let request = request.into_inner();
+        reply(patient(deadline, || self.create(request.clone())).await)
     }
 
     async fn drop_queue(&self, request: Request<pb::DropQueueRequest>) -> Reply<pb::DropQueueResponse> {
         let deadline = deadline(&request);
-        let work = async {
-            let scope = scope(&request.into_inner().queue)?;
+        let queue = request.into_inner().queue;
+        let work = async || {
+            let scope = scope(&queue)?;
             let dropped = self.engine.store.queue_drop(&scope).await?;
             self.engine.dispatcher.drop_queue(scope.queue());
             Ok(pb::DropQueueResponse { dropped })
         };
-        reply(in_time(deadline, work).await)
+        reply(patient(deadline, work).await)
     }
 
     async fn list_queues(&self, request: Request<pb::ListQueuesRequest>) -> Reply<pb::ListQueuesResponse> {
@@ -199,6 +205,7 @@ impl AbsurdService for Service {
         let work = async {
             let scope = self.existing(&request.queue).await?;
             let (options, wait) = pull_options(request)?;
+            self.engine.in_use.polled(scope.queue());
             // A claim must be answered before the caller gives up, or it is lost on the way.
             let wait = wait.min(left(deadline).saturating_sub(Duration::from_millis(50)).max(Duration::from_millis(1)));
             let wait = if options.max_in_flight == 0 { Duration::ZERO } else { wait };
@@ -336,22 +343,24 @@ impl AbsurdService for Service {
     }
 
     async fn set_queue_policy(&self, request: Request<pb::SetQueuePolicyRequest>) -> Reply<pb::SetQueuePolicyResponse> {
-        let changed = in_time(deadline(&request), self.change_policy(request.into_inner())).await;
+        let deadline = deadline(&request);
+        let request = request.into_inner();
+        let changed = patient(deadline, || self.change_policy(request.clone())).await;
         reply(changed.map(|policy| pb::SetQueuePolicyResponse { policy: Some(policy) }))
     }
 
     async fn cleanup_tasks(&self, request: Request<pb::CleanupTasksRequest>) -> Reply<pb::CleanupTasksResponse> {
         let deadline = deadline(&request);
         let request = request.into_inner();
-        let work = self.cleanup(&request.queue, Old::Tasks, request.ttl, request.limit);
-        reply(in_time(deadline, work).await.map(|deleted| pb::CleanupTasksResponse { deleted }))
+        let work = || self.cleanup(&request.queue, Old::Tasks, request.ttl, request.limit);
+        reply(patient(deadline, work).await.map(|deleted| pb::CleanupTasksResponse { deleted }))
     }
 
     async fn cleanup_events(&self, request: Request<pb::CleanupEventsRequest>) -> Reply<pb::CleanupEventsResponse> {
         let deadline = deadline(&request);
         let request = request.into_inner();
-        let work = self.cleanup(&request.queue, Old::Events, request.ttl, request.limit);
-        reply(in_time(deadline, work).await.map(|deleted| pb::CleanupEventsResponse { deleted }))
+        let work = || self.cleanup(&request.queue, Old::Events, request.ttl, request.limit);
+        reply(patient(deadline, work).await.map(|deleted| pb::CleanupEventsResponse { deleted }))
     }
 
     async fn set_checkpoint(&self, request: Request<pb::SetCheckpointRequest>) -> Reply<pb::SetCheckpointResponse> {
@@ -463,11 +472,14 @@ impl AbsurdService for Service {
 
     async fn cancel_task(&self, request: Request<pb::CancelTaskRequest>) -> Reply<pb::CancelTaskResponse> {
         let deadline = deadline(&request);
-        reply(in_time(deadline, self.cancel(request.into_inner(), deadline)).await)
+        let request = request.into_inner();
+        reply(patient(deadline, || self.cancel(request.clone(), deadline)).await)
     }
 
     async fn retry_task(&self, request: Request<pb::RetryTaskRequest>) -> Reply<pb::RetryTaskResponse> {
-        reply(in_time(deadline(&request), self.retry(request.into_inner())).await)
+        let deadline = deadline(&request);
+        let request = request.into_inner();
+        reply(patient(deadline, || self.retry(request.clone())).await)
     }
 
     async fn get_task_status(&self, request: Request<pb::GetTaskStatusRequest>) -> Reply<pb::GetTaskStatusResponse> {
@@ -511,5 +523,18 @@ impl AbsurdService for Service {
 
     async fn list_tasks(&self, request: Request<pb::ListTasksRequest>) -> Reply<pb::ListTasksResponse> {
         reply(in_time(deadline(&request), self.list_tasks_page(request.into_inner())).await)
+    }
+
+    async fn list_runs(&self, request: Request<pb::ListRunsRequest>) -> Reply<pb::ListRunsResponse> {
+        reply(in_time(deadline(&request), self.list_runs_page(request.into_inner())).await)
+    }
+
+    async fn list_waits(&self, request: Request<pb::ListWaitsRequest>) -> Reply<pb::ListWaitsResponse> {
+        reply(in_time(deadline(&request), self.list_waits_page(request.into_inner())).await)
+    }
+
+    async fn find(&self, request: Request<pb::FindRequest>) -> Reply<pb::FindResponse> {
+        let deadline = deadline(&request);
+        reply(in_time(deadline, self.find_tasks(request.into_inner(), deadline)).await)
     }
 }

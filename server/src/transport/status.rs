@@ -13,6 +13,10 @@ use crate::metrics;
 
 /// A full queue may have room again after this long.
 const BACKLOG_DELAY: Duration = Duration::from_secs(2);
+/// A statement that Postgres did not get done may be done after this long.
+const BUSY_DELAY: Duration = Duration::from_millis(200);
+/// A lock that outlived the wait for it is held for longer than most.
+const LOCKED_DELAY: Duration = Duration::from_secs(1);
 /// Domain of every `ErrorInfo`.
 pub const DOMAIN: &str = "absurd.v1";
 
@@ -35,11 +39,21 @@ pub fn code(error: &Error) -> Code {
         | Error::RunNotRunning { .. }
         | Error::TaskNotFailed { .. }
         | Error::MaxAttemptsTooLow { .. }
-        | Error::ItemSkipped => Code::FailedPrecondition,
+        | Error::ItemSkipped
+        | Error::DatabaseRefused(_)
+        | Error::DatabasePermission { .. }
+        | Error::QueueDamaged { .. }
+        | Error::SchemaMissing(_)
+        | Error::DatabaseBroken(_)
+        | Error::Setup(_) => Code::FailedPrecondition,
         Error::StreamLimit { .. } | Error::TooManyRequests { .. } | Error::BacklogFull { .. } => {
             Code::ResourceExhausted
         }
-        Error::Unavailable(_) | Error::NotWritable(_) | Error::ShuttingDown => Code::Unavailable,
+        Error::DatabaseUnreachable(_)
+        | Error::DatabaseBusy(_)
+        | Error::NotWritable(_)
+        | Error::QueueLocked { .. }
+        | Error::ShuttingDown => Code::Unavailable,
         Error::DeadlineExceeded => Code::DeadlineExceeded,
         Error::OutcomeUnknown => Code::Unknown,
         Error::Internal(_) => Code::Internal,
@@ -95,10 +109,17 @@ pub fn status(error: &Error) -> Status {
         Error::TooManyRequests { after } => {
             details.set_retry_info(Some(*after));
         }
-        Error::Unavailable(text) => {
+        Error::DatabaseUnreachable(text) => {
             tracing::debug!(error = text, "unavailable");
             details.set_retry_info(Some(Duration::from_millis(200)));
             "the database is not available; try again".clone_into(&mut message);
+        }
+        Error::DatabaseBusy(_) => {
+            details.set_retry_info(Some(BUSY_DELAY));
+        }
+        Error::QueueLocked { queue } => {
+            details.set_retry_info(Some(LOCKED_DELAY));
+            details.set_resource_info("queue", queue, "", &message);
         }
         Error::NotWritable(_) => {
             details.set_retry_info(Some(Duration::from_secs(2)));
@@ -121,7 +142,18 @@ pub fn status(error: &Error) -> Status {
         Error::TaskNotFailed { task, .. } => {
             metadata.insert("task_id".to_owned(), task.to_string());
         }
-        Error::MaxAttemptsTooLow { .. } | Error::ItemSkipped | Error::DeadlineExceeded | Error::OutcomeUnknown => {}
+        Error::DatabasePermission { queue: Some(queue), .. } | Error::QueueDamaged { queue, .. } => {
+            details.set_resource_info("queue", queue, "", &message);
+        }
+        Error::DatabaseRefused(_)
+        | Error::DatabasePermission { queue: None, .. }
+        | Error::SchemaMissing(_)
+        | Error::DatabaseBroken(_)
+        | Error::Setup(_)
+        | Error::MaxAttemptsTooLow { .. }
+        | Error::ItemSkipped
+        | Error::DeadlineExceeded
+        | Error::OutcomeUnknown => {}
     }
     metrics::refused(error.reason());
     let pushback = details.retry_info().and_then(|retry| retry.retry_delay);

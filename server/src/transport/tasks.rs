@@ -7,7 +7,8 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::convert::{self, chosen_id, duration_between, pb_spawned, pb_state, scope, state_filter};
-use super::deadline::{DEADLINE, left};
+use super::deadline::DEADLINE;
+use super::page_token;
 use super::service::{AWAIT_MAX, Service};
 use crate::domain::Error;
 use crate::domain::id::parse_uuid;
@@ -23,12 +24,10 @@ impl Service {
         let (cancelled, state, task_id) = match &request.target {
             Some(Target::TaskId(id)) => {
                 let task_id = parse_uuid("task_id", id)?;
-                let (cancelled, state) = self.engine.cancel_task(&scope, task_id, left(deadline)).await?;
+                let (cancelled, state) = self.engine.cancel_task(&scope, task_id, deadline).await?;
                 (cancelled, state, task_id)
             }
-            Some(Target::RunId(id)) => {
-                self.engine.cancel_run(&scope, parse_uuid("run_id", id)?, left(deadline)).await?
-            }
+            Some(Target::RunId(id)) => self.engine.cancel_run(&scope, parse_uuid("run_id", id)?, deadline).await?,
             None => return Err(Error::invalid("target", "task_id or run_id must be set")),
         };
         Ok(pb::CancelTaskResponse { cancelled, state: pb_state(state), task_id: task_id.to_string() })
@@ -91,8 +90,13 @@ impl Service {
         let state = state_filter(request.state)?;
         let (rows, next) =
             self.engine.store.task_list(&scope, before, state, request.task_name.as_deref(), limit).await?;
+        let page = page_token::fit(&rows, |row| row.get::<_, &str>("task_name").len());
+        let next = match page.last().filter(|_| page.len() < rows.len()) {
+            Some(row) => Some(row.get("task_id")),
+            None => next,
+        };
         Ok(pb::ListTasksResponse {
-            tasks: rows.iter().map(convert::pb_task_summary).collect(),
+            tasks: page.iter().map(convert::pb_task_summary).collect(),
             next_page_token: next.map(|id| id.to_string()).unwrap_or_default(),
         })
     }

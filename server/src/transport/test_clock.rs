@@ -11,6 +11,7 @@ use super::status::status;
 use crate::domain::{Error, Instant};
 use crate::engine::Engine;
 use crate::maintenance;
+use crate::store::Fault;
 
 /// 2000-01-01 and 3000-01-01: what `UUIDv7`s and the storage's times can hold with room to spare.
 const YEARS: std::ops::Range<i64> = 946_684_800..32_503_680_000;
@@ -28,11 +29,7 @@ impl TestClock {
     }
 
     async fn read(&self) -> Result<Instant, Error> {
-        self.engine
-            .store
-            .clock()
-            .await
-            .map_err(|fault| Error::Unavailable(format!("the clock could not be read: {fault:?}")))
+        self.engine.store.clock().await.map_err(Fault::into_database_read_error)
     }
 
     async fn set(&self, request: pb::SetTimeRequest) -> Result<Instant, Error> {

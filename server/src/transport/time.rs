@@ -6,7 +6,6 @@ use absurd_proto::v1 as pb;
 use tokio::time::Instant as Deadline;
 
 use super::convert::{self, duration, duration_between, run_ref, scope, timestamp};
-use super::deadline::left;
 use super::service::Service;
 use crate::domain::id::parse_uuid;
 use crate::domain::{CheckpointName, Error, EventName, Instant, JsonText, QueueName};
@@ -15,7 +14,7 @@ use crate::store::suspend::{Awaited, Suspend, When};
 use crate::store::text::ANSWER_BYTES_MAX;
 
 /// Longest wait, sleep and delay.
-const SPAN_MAX: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
+pub(super) const SPAN_MAX: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
 
 fn wake_at(slept: &Awaited) -> Option<Instant> {
     match slept {
@@ -69,13 +68,15 @@ impl Service {
         let timeout = duration_between("timeout", request.timeout, Duration::ZERO, SPAN_MAX)?;
         let awaited_queue = match request.awaited_queue.as_str() {
             "" => scope.queue().clone(),
-            other => {
-                QueueName::parse("awaited_queue", other)?;
-                self.existing(other).await?.queue().clone()
-            }
+            other => QueueName::parse("awaited_queue", other)?,
         };
         let (wait, awaited) = (StepWait { run: &run, step: &step, timeout }, (&awaited_queue, awaited_id));
-        let outcome = match self.engine.await_task(&scope, &wait, awaited, left(deadline)).await? {
+        let awaited = self.engine.await_task(&scope, &wait, awaited, deadline).await;
+        if matches!(awaited, Err(Error::TaskNotFound(_))) {
+            // Not looked for before: a step whose result is stored needs neither the task nor its queue.
+            self.existing(awaited_queue.as_str()).await?;
+        }
+        let outcome = match awaited? {
             Awaited::Payload(json) => match omitted(&json) {
                 Some(omitted) => Outcome::SnapshotOmitted(omitted),
                 None => Outcome::Snapshot(pb::Json { text: json.into_string() }),

@@ -4,12 +4,13 @@ use absurd_proto::v1 as pb;
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::convert::{at, instant, json, stored_json};
+use super::convert::{at, instant, json, part, stored_json};
 use super::page_token;
 use super::service::Service;
 use crate::domain::id::{bounded, parse_uuid};
 use crate::domain::{Error, Instant, JsonText, QueueName, RunId, WorkflowName, WorkflowVersion};
 use crate::scope::Caller;
+use crate::store::text::ANSWER_BYTES_MAX;
 use crate::store::workflow::{NewWorkflowRun, WorkflowChange, WorkflowFilter};
 
 const CREATED_BY_BYTES_MAX: usize = 200;
@@ -77,9 +78,35 @@ impl Service {
         &self,
         request: pb::GetWorkflowRunRequest,
     ) -> Result<pb::GetWorkflowRunResponse, Error> {
+        use pb::get_workflow_run_request::Part as Asked;
         let id = parse_uuid("workflow_run_id", &request.workflow_run_id)?;
-        let row = self.engine.store.workflow_get(&Caller::anonymous(), id).await?;
-        Ok(pb::GetWorkflowRunResponse { workflow_run: row.as_ref().map(pb_workflow) })
+        let (payload, range) = match request.part {
+            None => return self.whole_workflow(id).await,
+            Some(Asked::TagsRange(range)) => ("tags", range),
+            Some(Asked::InputsRange(range)) => ("inputs", range),
+            Some(Asked::ResultRange(range)) => ("result", range),
+            Some(Asked::ErrorRange(range)) => ("error", range),
+        };
+        let Some(part) = part(&format!("{payload}_range"), Some(range))? else { return self.whole_workflow(id).await };
+        let (store, caller) = (&self.engine.store, Caller::anonymous());
+        // No payload fits into no bytes: the record has none but for the part.
+        let mut record = store.workflow_get(&caller, id, 0).await?.as_ref().map(pb_workflow);
+        let (text, length) = store.workflow_get_part(&caller, id, payload, part).await?;
+        let json = text.map(|text| pb::Json { text });
+        if let Some(record) = &mut record {
+            match payload {
+                "tags" => record.tags = json,
+                "inputs" => record.inputs = json,
+                "result" => record.result = json,
+                _ => record.error = json,
+            }
+        }
+        Ok(pb::GetWorkflowRunResponse { workflow_run: record, length })
+    }
+
+    async fn whole_workflow(&self, id: Uuid) -> Result<pb::GetWorkflowRunResponse, Error> {
+        let row = self.engine.store.workflow_get(&Caller::anonymous(), id, ANSWER_BYTES_MAX).await?;
+        Ok(pb::GetWorkflowRunResponse { workflow_run: row.as_ref().map(pb_workflow), length: 0 })
     }
 
     pub(super) async fn workflows(
@@ -102,9 +129,11 @@ impl Service {
             before: request.created_before.map(|at| instant("created_before", &at)).transpose()?,
         };
         let rows = self.engine.store.workflow_list(&Caller::anonymous(), &filter, after, limit).await?;
-        let full = i64::try_from(rows.len()).is_ok_and(|count| count == limit);
-        let next_page_token = rows.last().filter(|_| full).map(token_of).unwrap_or_default();
-        Ok(pb::ListWorkflowRunsResponse { workflow_runs: rows.iter().map(pb_workflow).collect(), next_page_token })
+        let (page, last) = page_token::cut(&rows, limit);
+        Ok(pb::ListWorkflowRunsResponse {
+            workflow_runs: page.iter().map(pb_workflow).collect(),
+            next_page_token: last.map(token_of).unwrap_or_default(),
+        })
     }
 }
 
@@ -146,6 +175,7 @@ fn pb_workflow(row: &Row) -> pb::WorkflowRun {
         created_at: at(row, "created_at"),
         started_at: at(row, "started_at"),
         completed_at: at(row, "completed_at"),
+        payloads_omitted: row.get("omitted"),
     }
 }
 

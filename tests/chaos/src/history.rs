@@ -184,6 +184,8 @@ fn how(error: &Error) -> How {
     match error.reason() {
         Reason::Transport
         | Reason::Unavailable
+        | Reason::DatabaseBusy
+        | Reason::QueueLocked
         | Reason::ShuttingDown
         | Reason::DeadlineExceeded
         | Reason::OutcomeUnknown

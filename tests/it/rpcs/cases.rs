@@ -85,7 +85,7 @@ pub(super) fn cases() -> Vec<Case> {
     done("CleanupEvents", "", j!({"ttl": "0s"}), Again::Same);
     let task = j!({"task_name": "n", "params": {"text": "1"}, "headers": {"text": "{}"}, "task_id": "$new",
         "retry_strategy": {"kind": "RETRY_KIND_FIXED", "base": "1s"}, "cancellation": {"max_delay": "60s"},
-        "max_attempts": 2, "workflow_run_id": "$v4"});
+        "max_attempts": 2, "workflow_run_id": "$v4", "delay": "5s"});
     done("SpawnTask", "", j!({"task": task}), Again::Same);
     done(
         "SpawnTask",
@@ -115,6 +115,10 @@ pub(super) fn cases() -> Vec<Case> {
     for rpc in ["GetTaskStatus", "GetTaskResult", "AwaitTaskResult"] {
         done(rpc, "completed", j!({"task_id": "$task"}), Again::Same);
     }
+    done("ListRuns", "running", j!({"task_id": "$task"}), Again::Same);
+    done("ListWaits", "running", j!({"task_id": "$task"}), Again::Same);
+    done("ListWaits", "", j!({"event_name": "e"}), Again::Same);
+    done("Find", "running", j!({"text": "$task"}), Again::Same);
     done("GetRunStatus", "running", j!({"run_id": "$run"}), Again::Same);
     let workflow = j!({"workflow_run_id": "$v4", "workflow_name": "a", "workflow_version": "1", "inputs": {"text": "{}"},
         "tags": {"text": "{\"a\": 1}"}});
@@ -206,6 +210,9 @@ fn refusals(cases: &mut Vec<Case>) {
         ("GetTaskResult", j!({"task_id": "$new", "result_range": {"limit": 0}})),
         ("AwaitTaskResult", j!({"task_id": "$new", "timeout": "601s"})),
         ("ListTasks", j!({"page_size": 1001})),
+        ("ListRuns", j!({"task_id": "$new", "page_token": "!"})),
+        ("ListWaits", j!({})),
+        ("Find", j!({"text": "12345"})),
         ("CreateWorkflowRun", j!({"workflow_name": "a__b", "workflow_version": "1"})),
     ] {
         no(rpc, "", wrong, "INVALID_ARGUMENT");
@@ -231,6 +238,9 @@ fn refusals(cases: &mut Vec<Case>) {
         "GetTaskResult",
         "AwaitTaskResult",
         "ListTasks",
+        "ListRuns",
+        "ListWaits",
+        "Find",
     ] {
         let needs = match rpc {
             "CleanupTasks" | "CleanupEvents" => j!({"ttl": "1s"}),
@@ -240,15 +250,18 @@ fn refusals(cases: &mut Vec<Case>) {
             "GetRunCheckpoint" => j!({"run_id": "$new", "checkpoint_name": "s"}),
             "GetAllCheckpoints" | "GetCheckpointsForRun" | "GetRunStatus" => j!({"run_id": "$new"}),
             "EmitEvent" => j!({"event_name": "e"}),
-            "CancelTask" | "RetryTask" | "GetTaskStatus" | "GetTaskResult" | "AwaitTaskResult" => {
+            "CancelTask" | "RetryTask" | "GetTaskStatus" | "GetTaskResult" | "AwaitTaskResult" | "ListRuns"
+            | "ListWaits" => {
                 j!({"task_id": "$new"})
             }
+            "Find" => j!({"text": "$new"}),
             _ => j!({}),
         };
         no(rpc, "", merged(&needs, &j!({"queue": "nowhere"})), "QUEUE_NOT_FOUND");
         let missing = match rpc {
             "GetAllCheckpoints" | "GetCheckpointsForRun" | "GetRunCheckpoint" | "GetRunStatus" => "RUN_NOT_FOUND",
-            "CancelTask" | "RetryTask" | "GetTaskStatus" | "GetTaskResult" | "AwaitTaskResult" => "TASK_NOT_FOUND",
+            "CancelTask" | "RetryTask" | "GetTaskStatus" | "GetTaskResult" | "AwaitTaskResult" | "ListRuns"
+            | "ListWaits" => "TASK_NOT_FOUND",
             _ => continue,
         };
         no(rpc, "", needs, missing);

@@ -36,6 +36,7 @@ async fn spawn(store: &Store, scope: &Scope, batch: usize) -> anyhow::Result<()>
             max_attempts: None,
             cancellation: None,
             idempotency_key: None,
+            start: None,
         })
     };
     let tasks: Vec<NewTask> = (0..batch).map(|_| new()).collect::<Result<_, _>>()?;

@@ -9,7 +9,7 @@ use clap::Args;
 use hdrhistogram::Histogram;
 use serde_json::{Map, Value};
 
-use crate::cli::output::{self, Output};
+use crate::cli::output::{self, Output, out};
 
 /// How long something took, many times.
 #[derive(Debug)]
@@ -84,7 +84,7 @@ impl Report {
                 [what.clone()].into_iter().chain(cells).chain([times.0.len().to_string()]).collect()
             })
             .collect();
-        println!();
+        out!("");
         output::table(&["", "p50 ms", "p90 ms", "p99 ms", "max ms", "samples"], &rows);
     }
 }

@@ -337,6 +337,13 @@ impl Round<'_> {
         self.times.of("AwaitTaskResult (has ended)", self.grpc.await_task_result(wait)).await?;
         let list = pb::ListTasksRequest { queue: queue(), page_size: 10, ..Default::default() };
         self.times.of("ListTasks (10)", self.grpc.list_tasks(list)).await?;
+        let runs = pb::ListRunsRequest { queue: queue(), task_id: held.task_id.clone(), ..Default::default() };
+        self.times.of("ListRuns", self.grpc.list_runs(runs)).await?;
+        let of = Some(pb::list_waits_request::Of::TaskId(held.task_id.clone()));
+        let waits = pb::ListWaitsRequest { queue: queue(), of, ..Default::default() };
+        self.times.of("ListWaits", self.grpc.list_waits(waits)).await?;
+        let find = pb::FindRequest { queue: queue(), text: held.task_id.clone(), limit: 0 };
+        self.times.of("Find", self.grpc.find(find)).await?;
         Ok(())
     }
 
@@ -354,7 +361,7 @@ impl Round<'_> {
             pb::UpdateWorkflowRunStatusRequest { workflow_run_id: workflow_run_id.clone(), ..Default::default() };
         update.set_status(pb::WorkflowStatus::Running);
         self.times.of("UpdateWorkflowRunStatus", self.grpc.update_workflow_run_status(update)).await?;
-        let get = pb::GetWorkflowRunRequest { workflow_run_id };
+        let get = pb::GetWorkflowRunRequest { workflow_run_id, part: None };
         self.times.of("GetWorkflowRun", self.grpc.get_workflow_run(get)).await?;
         let list = pb::ListWorkflowRunsRequest { page_size: 10, ..Default::default() };
         self.times.of("ListWorkflowRuns (10)", self.grpc.list_workflow_runs(list)).await?;

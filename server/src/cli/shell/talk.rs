@@ -15,6 +15,8 @@ use tokio::io::{
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
 
+use crate::cli::output::note;
+
 /// Longest line.
 const LINE_BYTES_MAX: u64 = 17 * 1024 * 1024;
 /// Name of the socket in its directory.
@@ -110,7 +112,7 @@ impl Socket {
                     Ok((stream, _)) => drop(commands.spawn(serve_one(context.clone(), stream))),
                     // No descriptor is free, for one: it will not be better at once.
                     Err(error) => {
-                        eprintln!("a step's command could not be heard: {error}");
+                        note!("a step's command could not be heard: {error}");
                         tokio::time::sleep(Duration::from_millis(50)).await;
                     }
                 },

@@ -199,7 +199,6 @@ impl State {
         let held = Held {
             token: claim.token.clone(),
             expires_at: claim.claim_expires_at,
-            bytes: claim.message_bytes().saturating_sub(768),
             taken: false,
             alive: false,
             start_by: None,
@@ -279,7 +278,6 @@ impl State {
                 Held {
                     token: claim.token.clone(),
                     expires_at: claim.claim_expires_at,
-                    bytes: 0,
                     taken: true,
                     alive: false,
                     start_by,

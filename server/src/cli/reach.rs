@@ -1,0 +1,233 @@
+//! Where the server is, and why it cannot be reached: no command waits in silence, and no error leaves the address out.
+
+use std::io::ErrorKind;
+use std::time::Duration;
+
+use absurd_client::{ConnectOptions, Reason};
+use anyhow::Context as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep, timeout};
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+
+use super::ClientArgs;
+use super::output::note;
+
+/// Silence that people take for a command that hangs.
+const SILENCE: Duration = Duration::from_secs(2);
+/// Between looks at a server that does not answer.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// The same beside something that takes its time.
+const LOOK_RARELY: Duration = Duration::from_secs(10);
+/// Longest time for the answer to a health check.
+const HEALTH_MAX: Duration = Duration::from_secs(3);
+/// An operator's command gives a server up that has not been there for this long.
+const GIVE_UP: Duration = Duration::from_secs(10);
+/// Longest look.
+const LOOK_MAX: Duration = Duration::from_secs(2);
+/// The first bytes of HTTP/2, with an empty SETTINGS frame. Each kind of server betrays itself by its answer.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
+/// A look at an address.
+#[derive(Debug)]
+enum Seen {
+    /// An HTTP/2 server in the clear.
+    Http2,
+    Tls,
+    /// A web server that speaks no HTTP/2.
+    Http1,
+    /// Something took the connection and said nothing that is known.
+    Unknown,
+    /// Nobody took the connection.
+    Nobody(String),
+}
+
+async fn look(url: &str) -> Seen {
+    let Ok(uri) = url.parse::<http::Uri>() else { return Seen::Nobody("this is no URL".into()) };
+    let default = if uri.scheme_str() == Some("https") { 443 } else { 80 };
+    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+    let port = uri.port_u16();
+    let mut stream = match timeout(LOOK_MAX, TcpStream::connect((host, port.unwrap_or(default)))).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) if error.kind() == ErrorKind::ConnectionRefused => {
+            let hint = if port.is_some() { "" } else { " (the URL names no port; a server's default is 50051)" };
+            return Seen::Nobody(format!("connection refused{hint}"));
+        }
+        Ok(Err(error)) => return Seen::Nobody(error.to_string()),
+        Err(_) => return Seen::Nobody(format!("no answer within {}", humantime::format_duration(LOOK_MAX))),
+    };
+    let mut first = [0_u8; 4];
+    let asked = async {
+        stream.write_all(PREFACE).await?;
+        stream.read_exact(&mut first).await
+    };
+    match timeout(LOOK_MAX, asked).await {
+        // An alert.
+        Ok(Ok(_)) if first[..2] == [0x15, 0x03] => Seen::Tls,
+        Ok(Ok(_)) if &first == b"HTTP" => Seen::Http1,
+        Ok(Ok(_)) if first[..2] == [0, 0] => Seen::Http2,
+        _ => Seen::Unknown,
+    }
+}
+
+/// What is wrong at a URL; None: the server there speaks as the URL says.
+async fn problem(url: &str) -> Option<String> {
+    let encrypted = url.starts_with("https:");
+    match look(url).await {
+        Seen::Http2 if encrypted => {
+            Some(format!("the server at {url} speaks plain HTTP; write {}", url.replacen("https:", "http:", 1)))
+        }
+        Seen::Tls if !encrypted => Some(format!(
+            "the server at {url} speaks TLS; write {}, and name its authority with --tls-ca FILE",
+            url.replacen("http:", "https:", 1)
+        )),
+        Seen::Http1 => Some(format!("a web server answers at {url}, not a gRPC server; look at the port")),
+        Seen::Http2 | Seen::Tls => None,
+        Seen::Unknown => Some(format!("something at {url} takes connections and does not speak HTTP/2")),
+        Seen::Nobody(cause) => Some(format!("no server answers at {url}: {cause}")),
+    }
+}
+
+/// The problem that all replicas have in common; None: one of them is there.
+async fn common_problem(urls: &[String]) -> Option<String> {
+    let mut looks = tokio::task::JoinSet::new();
+    for url in urls.iter().cloned() {
+        looks.spawn(async move { problem(&url).await });
+    }
+    let mut problems = Vec::new();
+    while let Some(found) = looks.join_next().await {
+        problems.push(found.ok()??);
+    }
+    Some(problems.join("; "))
+}
+
+const NEXT_STEP: &str = "is it running? start one with: absurd dev (or name another one with --url or ABSURD_URL)";
+
+/// What a command waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Waits {
+    /// An answer that is due at once: silence is told, and an absent server is given up soon.
+    Answer,
+    /// A long piece of work: an absent server is told, and given up soon.
+    Work,
+    /// Something that takes its time: an absent server is told, and waited for.
+    End,
+}
+
+impl ClientArgs {
+    /// The URLs of the replicas.
+    pub(super) fn urls(&self) -> anyhow::Result<Vec<String>> {
+        Ok(ConnectOptions::new(&self.url).urls()?)
+    }
+
+    /// Health of one replica.
+    pub(super) async fn health_of(&self, url: &str) -> anyhow::Result<ServingStatus> {
+        let mut endpoint = Endpoint::from_shared(url.to_owned())?.connect_timeout(HEALTH_MAX).timeout(HEALTH_MAX);
+        if url.starts_with("https:") {
+            let mut tls = ClientTlsConfig::new();
+            if let Some(ca) = &self.tls_ca {
+                let pem = std::fs::read(ca).with_context(|| format!("cannot read {}", ca.display()))?;
+                tls = tls.ca_certificate(Certificate::from_pem(pem));
+            }
+            endpoint = endpoint.tls_config(tls)?;
+        }
+        let check = async {
+            let channel = endpoint.connect().await?;
+            let answer = HealthClient::new(channel).check(HealthCheckRequest::default()).await;
+            anyhow::Ok(answer.map_err(absurd_client::Error::from)?.into_inner().status())
+        };
+        match check.await {
+            Ok(status) => Ok(status),
+            Err(error) => Err(match problem(url).await {
+                Some(problem) => anyhow::anyhow!("{problem}; {NEXT_STEP}"),
+                None => error.context(format!("the connection to {url} failed")),
+            }),
+        }
+    }
+
+    /// Carries out an operator's command. When nobody answers it says so after a moment, and gives up soon.
+    pub(super) async fn reach<T>(&self, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+        self.watched(Waits::Answer, work).await
+    }
+
+    /// Carries out something that may take long, and ends without a server.
+    pub(super) async fn work<T>(&self, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+        self.watched(Waits::Work, work).await
+    }
+
+    /// Carries out something that may take long by itself; an absent server is told, and waited for.
+    pub(super) async fn follow<T>(&self, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+        self.watched(Waits::End, work).await
+    }
+
+    async fn watched<T>(&self, waits: Waits, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+        let urls = self.urls()?;
+        let watch = async {
+            // When it was last seen, or first looked for.
+            let mut seen = Instant::now();
+            let mut told = None;
+            let mut every = SILENCE;
+            loop {
+                sleep(every).await;
+                every = if waits != Waits::End { LOOK_EVERY } else { (every * 2).min(LOOK_RARELY) };
+                let found = match common_problem(&urls).await {
+                    Some(problem) if waits != Waits::End && seen.elapsed() >= GIVE_UP => {
+                        return anyhow::anyhow!("{problem}; {NEXT_STEP}");
+                    }
+                    Some(problem) => Some(format!("{problem}; trying again")),
+                    None => {
+                        seen = Instant::now();
+                        self.unready(&urls, waits).await
+                    }
+                };
+                match &found {
+                    Some(problem) if found != told => note!("{problem}"),
+                    None if told.is_some() => note!("the server at {} answers again", urls.join(",")),
+                    Some(_) | None => {}
+                }
+                told = found;
+            }
+        };
+        tokio::select! {
+            biased;
+            outcome = work => match outcome {
+                Ok(done) => Ok(done),
+                Err(error) => Err(explained(error, &urls).await),
+            },
+            gave_up = watch => Err(gave_up),
+        }
+    }
+
+    /// Why a call failed that never reached the server.
+    pub(super) async fn cause(&self, error: &absurd_client::Error) -> String {
+        let urls = self.urls().unwrap_or_default();
+        match common_problem(&urls).await {
+            Some(problem) => problem,
+            None => format!("the connection to {} failed: {error}", urls.join(",")),
+        }
+    }
+
+    /// What to say about a server that is there and has not answered yet.
+    async fn unready(&self, urls: &[String], waits: Waits) -> Option<String> {
+        for url in urls {
+            if matches!(self.health_of(url).await, Ok(ServingStatus::NotServing)) {
+                return Some(format!("the server at {url} is not ready: its database does not answer; waiting"));
+            }
+        }
+        (waits == Waits::Answer).then(|| format!("waiting for the answer of {}", urls.join(",")))
+    }
+}
+
+/// An error of the transport, with the address and its cause.
+async fn explained(error: anyhow::Error, urls: &[String]) -> anyhow::Error {
+    let Some(call) = error.downcast_ref::<absurd_client::Error>() else { return error };
+    match call.reason() {
+        Reason::Transport => match common_problem(urls).await {
+            Some(problem) => anyhow::anyhow!("{problem}; {NEXT_STEP}"),
+            None => error.context(format!("the connection to {} failed", urls.join(","))),
+        },
+        _ => error,
+    }
+}

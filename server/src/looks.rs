@@ -1,0 +1,232 @@
+//! Looks at queues: one statement for all that are well, one each for those whose look fails or takes long.
+//!
+//! Guarantee: a queue that cannot be looked at (no rights, a renamed column, a damaged page, a missing index) delays nobody
+//! else's look, and no fault of a queue keeps the database's clock from being read.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+
+use crate::dispatch::Dispatcher;
+use crate::domain::QueueName;
+use crate::doorbell::Hints;
+use crate::per_queue::OneEach;
+use crate::planted::{self, Bug};
+use crate::store::tick::{QueueTick, Tick};
+use crate::store::{Fault, Store};
+
+/// A look that takes this long, and many times as long as those at other queues, is slow.
+const SLOW: Duration = Duration::from_millis(100);
+/// How many times as long.
+const SLOW_TIMES: u32 = 5;
+/// Until the next look at a troubled queue, first and at most.
+const PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(30));
+/// Looks at troubled queues at the same time: each takes a connection.
+const APART_MAX: usize = 1;
+/// Queues in one statement.
+const QUEUES_MAX: usize = 500;
+
+/// Why a queue is looked at apart from the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The look fails.
+    Unreadable,
+    /// The look takes long.
+    Slow,
+}
+
+impl Kind {
+    /// As the label of a metric.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unreadable => "unreadable",
+            Self::Slow => "slow",
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Trouble {
+    kind: Kind,
+    pause: Duration,
+    next_look: Instant,
+}
+
+/// Looks, and what is remembered of queues that are not well.
+#[derive(Debug)]
+pub struct Looks {
+    store: Store,
+    hints: Arc<Hints>,
+    dispatcher: Dispatcher,
+    troubles: Mutex<HashMap<String, Trouble>>,
+    apart: Arc<Semaphore>,
+    looking: OneEach,
+}
+
+impl Looks {
+    /// Looks of one replica.
+    pub(crate) fn new(store: Store, hints: Arc<Hints>, dispatcher: Dispatcher) -> Self {
+        Self {
+            store,
+            hints,
+            dispatcher,
+            troubles: Mutex::default(),
+            apart: Arc::new(Semaphore::new(APART_MAX)),
+            looking: OneEach::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Trouble>> {
+        self.troubles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The queues that are not well, and why.
+    pub fn troubles(&self) -> Vec<(String, Kind)> {
+        self.lock().iter().map(|(queue, trouble)| (queue.clone(), trouble.kind)).collect()
+    }
+
+    /// Whether a queue is looked at apart from the others.
+    pub fn is_troubled(&self, queue: &str) -> bool {
+        self.lock().contains_key(queue)
+    }
+
+    /// Looks at queues; the dispatcher receives what was found. Troubled queues are left out.
+    pub(crate) async fn at(&self, queues: &[&str]) -> Result<Vec<QueueTick>, Fault> {
+        let well: Vec<&str> = {
+            let troubles = self.lock();
+            queues.iter().copied().filter(|queue| !troubles.contains_key(*queue)).collect()
+        };
+        let mut ticks = Vec::with_capacity(well.len());
+        // An empty look too reads the clock.
+        for part in well.chunks(QUEUES_MAX).chain(well.is_empty().then_some(&[][..])) {
+            ticks.extend(self.at_well(part).await?);
+        }
+        Ok(ticks)
+    }
+
+    async fn at_well(&self, queues: &[&str]) -> Result<Vec<QueueTick>, Fault> {
+        match self.tick(queues).await {
+            Ok(found)
+                if planted::is(Bug::OneForAll) && found.iter().any(|tick| tick.locked || tick.problem.is_some()) =>
+            {
+                Err(Fault::Locked)
+            }
+            Ok(found) => {
+                self.judge(&found);
+                Ok(found)
+            }
+            Err(fault) if fault.is_passing() || queues.len() < 2 => {
+                if let ([queue], false) = (queues, fault.is_passing()) {
+                    self.mark(queue, Kind::Unreadable, &fault.problem());
+                    self.tick(&[]).await?;
+                }
+                Err(fault)
+            }
+            Err(fault) => {
+                tracing::warn!(
+                    problem = fault.problem(),
+                    queues = queues.len(),
+                    "a look at many queues failed; looking at each alone"
+                );
+                self.tick(&[]).await?;
+                let alone = queues.iter().map(|queue| async move {
+                    let found = self.tick(&[queue]).await;
+                    if let Err(fault) = found.as_ref().map(|found| self.judge(found)) {
+                        self.mark(queue, Kind::Unreadable, &fault.problem());
+                    }
+                    found.unwrap_or_default()
+                });
+                Ok(futures_util::future::join_all(alone).await.into_iter().flatten().collect())
+            }
+        }
+    }
+
+    async fn tick(&self, queues: &[&str]) -> Result<Vec<QueueTick>, Fault> {
+        let Tick { queues: found, others, .. } = self.store.tick(queues, self.hints.replica_id()).await?;
+        self.hints.note_others(others);
+        for tick in &found {
+            self.dispatcher.observe(tick);
+            if tick.locked {
+                self.store.suspect(&tick.queue).await;
+            }
+        }
+        Ok(found)
+    }
+
+    /// Sets queues apart whose look failed, or took far longer than those at the others.
+    fn judge(&self, ticks: &[QueueTick]) {
+        let mut times: Vec<Duration> = ticks.iter().map(|tick| tick.took).collect();
+        times.sort_unstable();
+        let usual = times.get(times.len() / 2).copied().unwrap_or_default();
+        for tick in ticks {
+            if let Some(problem) = &tick.problem {
+                self.mark(&tick.queue, Kind::Unreadable, problem);
+            } else if ticks.len() > 1 && tick.took > SLOW && tick.took > usual * SLOW_TIMES {
+                self.mark(&tick.queue, Kind::Slow, &format!("its look took {:?}", tick.took));
+            }
+        }
+    }
+
+    fn mark(&self, queue: &str, kind: Kind, problem: &str) {
+        let mut troubles = self.lock();
+        let known = troubles.get(queue);
+        if known.is_none_or(|known| known.kind != kind) {
+            tracing::warn!(
+                queue.name = queue,
+                problem,
+                kind = kind.as_str(),
+                "the queue is looked at apart from the others; see `absurd doctor`"
+            );
+        }
+        let pause = known.map_or(PAUSE.0, |known| (known.pause * 2).min(PAUSE.1));
+        troubles.insert(queue.to_owned(), Trouble { kind, pause, next_look: Instant::now() + pause });
+    }
+
+    /// The troubled queues among these whose turn has come; each is looked at in the background, and `then` receives what was
+    /// found.
+    pub(crate) fn apart<F: Future<Output = ()> + Send>(
+        self: &Arc<Self>,
+        queues: &[&str],
+        then: impl Fn(Vec<QueueTick>) -> F + Clone + Send + Sync + 'static,
+    ) {
+        let now = Instant::now();
+        let due: Vec<String> = {
+            let troubles = self.lock();
+            let is_due = |queue: &&&str| troubles.get(**queue).is_some_and(|trouble| trouble.next_look <= now);
+            queues.iter().filter(is_due).map(|queue| (*queue).to_owned()).collect()
+        };
+        for queue in due {
+            let Some(begun) = QueueName::parse("queue", &queue).ok().and_then(|name| self.looking.begin(&name)) else {
+                continue;
+            };
+            let (looks, then) = (Arc::clone(self), then.clone());
+            tokio::spawn(async move {
+                let _begun = begun;
+                let Ok(_place) = looks.apart.acquire().await else { return };
+                let found = looks.tick(&[&queue]).await;
+                looks.judge_alone(&queue, &found);
+                then(found.unwrap_or_default()).await;
+            });
+        }
+    }
+
+    /// Lets a queue that is well again join the others.
+    fn judge_alone(&self, queue: &str, found: &Result<Vec<QueueTick>, Fault>) {
+        match found.as_ref().map(|ticks| ticks.first()) {
+            Ok(Some(tick)) if tick.problem.is_some() => {
+                self.mark(queue, Kind::Unreadable, tick.problem.as_deref().unwrap_or_default());
+            }
+            Ok(Some(tick)) if tick.took > SLOW => self.mark(queue, Kind::Slow, "its look takes long"),
+            Ok(_) => {
+                self.lock().remove(queue);
+                tracing::info!(queue.name = queue, "the queue can be looked at again");
+            }
+            // Postgres was away: that says nothing of the queue.
+            Err(fault) if fault.is_passing() => {}
+            Err(fault) => self.mark(queue, Kind::Unreadable, &fault.problem()),
+        }
+    }
+}
