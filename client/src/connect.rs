@@ -114,7 +114,7 @@ impl ConnectOptions {
     }
 }
 
-/// Adds what people leave out. The error repeats the scheme alone: a URL of another kind may hold a password.
+/// Adds the scheme and the host that people leave out. The error repeats the scheme alone: a URL of another kind may hold a password.
 fn whole_url(text: &str) -> Result<String, Error> {
     match text.split_once("://") {
         Some(("http" | "https", _)) => Ok(text.to_owned()),

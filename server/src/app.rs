@@ -173,13 +173,7 @@ impl App {
             .add_service(health_service)
             .add_service(reflection(options.test_clock)?.build_v1()?)
             .add_service(reflection(options.test_clock)?.build_v1alpha()?)
-            .add_service(
-                AbsurdServiceServer::new(Service::new(Arc::clone(&engine), options.limits))
-                    .accept_compressed(CompressionEncoding::Gzip)
-                    .send_compressed(CompressionEncoding::Gzip)
-                    .max_decoding_message_size(options.limits.request_bytes_max)
-                    .max_encoding_message_size(usize::MAX),
-            )
+            .add_service(service(Arc::clone(&engine), options.limits))
             .add_optional_service(test_clock);
         let incoming = ReceiverStream::new(accepted);
         let serving = tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
@@ -343,6 +337,15 @@ fn server(tls: Option<&(PathBuf, PathBuf)>, header_list_bytes_max: u32) -> anyho
     let read = |path: &PathBuf| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     let identity = Identity::from_pem(read(certificate)?, read(key)?);
     Ok(server.tls_config(ServerTlsConfig::new().identity(identity).timeout(Duration::from_secs(10)))?)
+}
+
+/// The service. Its own answers are bounded; a claim stream's messages by what its client takes.
+fn service(engine: Arc<Engine>, limits: Limits) -> AbsurdServiceServer<Service> {
+    AbsurdServiceServer::new(Service::new(engine, limits))
+        .accept_compressed(CompressionEncoding::Gzip)
+        .send_compressed(CompressionEncoding::Gzip)
+        .max_decoding_message_size(limits.request_bytes_max)
+        .max_encoding_message_size(usize::MAX)
 }
 
 /// Lists what is served, and nothing else: a client that finds a service by reflection calls it.

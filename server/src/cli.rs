@@ -76,7 +76,7 @@ enum Command {
     #[command(
         subcommand,
         after_help = "Examples:\n  absurd task spawn greet '{\"name\":\"world\"}'\n  absurd task list --state failed\n  \
-        absurd task get 01a2296c"
+        absurd task get 51c5d1aa"
     )]
     Task(tasks::TaskCommand),
     /// Emit events
@@ -165,8 +165,7 @@ struct ClientArgs {
     /// Server, as HOST:PORT or URL; several replicas with commas between
     #[arg(long, env = "ABSURD_URL", default_value = absurd_client::DEFAULT_URL, value_name = "URL")]
     url: String,
-    /// Queue [env: ABSURD_DEFAULT_QUEUE, else ABSURD_QUEUE] [default: default]
-    #[arg(long, short)]
+    #[arg(long, short, help = "Queue [env: ABSURD_DEFAULT_QUEUE, else ABSURD_QUEUE] [default: default]")]
     queue: Option<String>,
     /// PEM file of the authority that signed the server's certificate
     #[arg(long, env = "ABSURD_TLS_CA", value_name = "FILE")]

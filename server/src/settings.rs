@@ -127,7 +127,7 @@ settings! {
     /// Refuse calls about a run that show no claim token
     #[arg(long, env = "ABSURD_REQUIRE_CLAIM_TOKEN", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     require_claim_token: bool,
-    /// Attempts of a task whose spawn over gRPC names neither max_attempts nor unlimited_attempts [default: 5]
+    /// Attempts of a task whose spawn over gRPC says nothing about them [default: 5]
     #[arg(long, env = "ABSURD_DEFAULT_MAX_ATTEMPTS", value_name = "N")]
     default_max_attempts: i32,
     /// Claim streams on one connection at most [default: 10000]

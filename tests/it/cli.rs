@@ -1,5 +1,8 @@
 //! The `absurd` command, as a user runs it.
 
+mod lines;
+mod workers;
+
 use absurd_client::ConnectOptions;
 use absurd_client::durable::testing::TestClock;
 use absurd_tests::{Absurd, Server, absurd, eventually, in_time};
@@ -17,7 +20,7 @@ async fn operators_work_over_grpc() {
     let server = Server::start().await;
     let url = server.url();
     assert!(run(&["health"], &url).await.1.contains("SERVING"));
-    assert!(run(&["queue", "create", "--queue", "other"], &url).await.1.contains("created"));
+    assert!(run(&["queue", "create", "other"], &url).await.1.contains("created"));
     assert!(run(&["queue", "list", "-o", "json"], &url).await.1.contains("\"other\""));
     let (ok, text, _) = run(&["task", "spawn", "greet", "{\"a\":1}", "-o", "json"], &url).await;
     assert!(ok);
@@ -31,9 +34,9 @@ async fn operators_work_over_grpc() {
     assert!(run(&["task", "spawn", "many", "--count", "1200"], &url).await.1.contains("1200 tasks in"));
     assert!(run(&["queue", "stats", "-o", "json"], &url).await.1.contains("\"pending\": 1200"));
     let (ok, _, error) = run(&["task", "spawn", "n", "--queue", "nowhere"], &url).await;
-    assert!(!ok && error.contains("absurd queue create --queue nowhere"), "{error}");
+    assert!(!ok && error.contains("absurd queue create nowhere"), "{error}");
     let (ok, _, error) = run(&["task", "spawn", "n", "{"], &url).await;
-    assert!(!ok && error.contains("task.params"), "{error}");
+    assert!(!ok && error.contains("params: not valid JSON"), "{error}");
     assert!(run(&["event", "emit", "go", "{\"x\": 1}"], &url).await.1.contains("0 runs woken"));
     assert!(run(&["event", "emit", "go"], &url).await.1.contains("before"));
     let (ok, _, error) = run(&["event", "emit", "go", "{"], &url).await;
@@ -76,6 +79,9 @@ async fn dev_brings_everything_and_the_demo_shows_it() {
         assert_eq!(text.contains("kept"), round == 1, "what was there before the stop is there again: {text}");
         run(&["task", "spawn", "kept", "--queue", "default"], &url).await;
         dev.line("spawned").await;
+        let failing = ["worker", "--exec", "echo why >&2; exit 3", "--max-tasks", "1", "-q", "default"];
+        assert!(run(&failing, &url).await.0);
+        dev.line("failed: ExitError: exit status: 3: why; attempt").await;
         let (ok, text, error) = run(&["demo"], &url).await;
         assert!(ok && text.contains("charges: 1"), "{text}{error}");
         let clock = TestClock::connect(&ConnectOptions::new(url)).unwrap();
@@ -95,8 +101,8 @@ async fn wrong_settings_are_errors() {
     assert!(!ok && error.contains("lisen"), "{error}");
     let (ok, _, error) = run(&["serve"], "http://127.0.0.1:1").await;
     assert!(!ok && error.contains("ABSURD_DATABASE_URL"), "{error}");
-    let (ok, _, _) = run(&["health"], "http://127.0.0.1:1").await;
-    assert!(!ok);
+    let (ok, _, error) = run(&["health"], "http://127.0.0.1:1").await;
+    assert!(!ok && error.contains("no server answers at http://127.0.0.1:1: connection refused"), "{error}");
 }
 
 /// A worker on a queue of one task, whose program writes its process id into a file and then takes very long.
@@ -178,4 +184,21 @@ async fn measurements_print_figures_and_leave_nothing_behind() {
     assert!(!ok && error.contains("no figure in common"), "{error}");
     let (_, text, _) = run(&["queue", "list", "-o", "json"], &url).await;
     assert!(!text.contains("absurd-bench"), "{text}");
+}
+
+/// The first line of a server names its version, its database without the password, and where it listens; in plain text.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_says_where_it_is() {
+    let database = absurd_tests::Database::empty().await;
+    let mut command = absurd(&["serve", "--migrate", "--listen", ":0", "--metrics-listen", "localhost:0"]);
+    command.env("ABSURD_DATABASE_URL", database.url()).env("PGPASSWORD", "hunter2");
+    let mut server = Absurd::start(command);
+    let line = server.line("serving").await;
+    let version = format!("version=\"{}\"", env!("CARGO_PKG_VERSION"));
+    for part in ["listen=127.0.0.1:", "metrics=127.0.0.1:", "database=\"", &version] {
+        assert!(line.contains(part), "{part}: {line}");
+    }
+    assert!(!line.contains('\u{1b}') && !line.contains("hunter2") && !line.contains(":0 "), "{line}");
+    server.signal("TERM");
+    assert_eq!(server.exit_code().await, Some(0));
 }

@@ -20,20 +20,14 @@ async fn said(command: &mut Command) -> (bool, String) {
 
 /// The settings of `absurd serve`: name of the flag, name of its variable, kind of its value.
 async fn settings() -> BTreeMap<String, (String, String)> {
-    let (_, help) = said(absurd(&["serve", "--help"]).env("COLUMNS", "200")).await;
+    let (_, help) = said(absurd(&["serve", "--help"]).env("COLUMNS", "100")).await;
     let mut settings = BTreeMap::new();
-    let mut open: Option<(String, String)> = None;
-    for line in help.lines().map(str::trim) {
-        if let Some(rest) = line.strip_prefix("--") {
-            let name = rest.split([' ', '[', '=']).next().unwrap().to_owned();
-            let kind = rest.split_once('<').map_or("", |(_, kind)| kind.split('>').next().unwrap());
-            open = Some((name, kind.to_owned()));
-        }
-        if let (Some((name, kind)), Some((_, rest))) = (&open, line.split_once("[env: ")) {
-            let variable = rest.split(['=', ']']).next().unwrap().to_owned();
-            settings.insert(name.clone(), (variable, kind.clone()));
-            open = None;
-        }
+    for part in help.split("\n      --").skip(1) {
+        let part = part.split_whitespace().collect::<Vec<_>>().join(" ");
+        let name = part.split([' ', '[', '=']).next().unwrap().to_owned();
+        let kind = part.split_once('<').map_or("", |(_, kind)| kind.split('>').next().unwrap()).to_owned();
+        let Some((_, variable)) = part.split_once("[env: ") else { continue };
+        settings.insert(name, (variable.split(['=', ']']).next().unwrap().to_owned(), kind));
     }
     settings.remove("config");
     settings

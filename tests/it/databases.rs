@@ -161,7 +161,7 @@ async fn a_queue_that_cannot_be_used_says_why() {
         "queue \"notable\" has no table absurd.\"r_notable\"",
         "row security hides or refuses rows of absurd.\"t_rows\"",
         "grant insert on absurd.\"r_noselect\"",
-        "\"nocolumn\"",
+        "absurd.\"t_nocolumn\" lacks params",
     ] {
         assert!(text.contains(part), "no {part:?} in:\n{text}");
     }
@@ -222,7 +222,13 @@ async fn a_full_house_is_no_dead_one() {
             1 => drop(grpc.get_queue_stats(pb::GetQueueStatsRequest { queue: "q".into() }).await.unwrap()),
             2 => drop(grpc.list_tasks(pb::ListTasksRequest { queue: "q".into(), ..Default::default() }).await.unwrap()),
             _ => drop(
-                grpc.cleanup_tasks(pb::CleanupTasksRequest { queue: "q".into(), ..Default::default() }).await.unwrap(),
+                grpc.cleanup_tasks(pb::CleanupTasksRequest {
+                    queue: "q".into(),
+                    ttl: Some(prost_types::Duration { seconds: 1, nanos: 0 }),
+                    ..Default::default()
+                })
+                .await
+                .unwrap(),
             ),
         }
     };

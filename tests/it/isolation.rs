@@ -87,7 +87,8 @@ async fn a_queue_that_cannot_be_read_stops_no_other() {
     assert!(is_serving(&server).await);
     for queue in ["unreadable", "renamed"] {
         let name = format!("absurd_queue_trouble{{queue=\"{queue}\",kind=\"unreadable\"}}");
-        eventually("a metric names the queue", || async { (metric(&server, &name).await > 0.0).then_some(()) }).await;
+        let named = || async { (metric(&server, &name).await > 0.0).then_some(()) };
+        eventually(&format!("a metric names {queue}: {:?}", server.app().engine().looks.troubles()), named).await;
     }
     // Mended, it works again by itself.
     admin.batch_execute("alter table absurd.r_renamed rename column then_at to available_at").await.unwrap();
@@ -149,8 +150,8 @@ async fn locked_queues_stop_no_other() {
     let began = Instant::now();
     let task_id = lapse(&server, "good").await;
     until_swept(&server, "good", task_id).await;
-    let end = client("other").await_task_result(child.task_id, Some(Duration::from_secs(30)));
-    let end = tokio::spawn(end);
+    let waiter = client("other");
+    let end = tokio::spawn(async move { waiter.await_task_result(child.task_id, Some(Duration::from_secs(30))).await });
     let run = client("other").claim_task(ClaimOptions::default()).await.unwrap().remove(0);
     run.complete(&j!("done")).await.unwrap();
     assert_eq!(in_time("the waiter wakes", end).await.unwrap().unwrap().state, State::Completed);
@@ -188,9 +189,11 @@ async fn calls_on_a_locked_queue_hold_no_connection() {
         let (task_id, run_id) = (run.task_id, run.run_id);
         calls.spawn(async move { drop(one.spawn_task("n", &j!(number), SpawnOptions::default()).await.unwrap()) });
         calls.spawn(async move { drop(two.get_task_status(spawned.task_id).await.unwrap().unwrap()) });
-        calls.spawn(async move { drop(three.emit_event(&format!("e{number}"), &j!(1)).await.unwrap()) });
         calls.spawn(async move {
-            drop(four.set_checkpoint(task_id, &format!("s{number}"), &j!(1), run_id, None).await.unwrap())
+            let _ = three.emit_event(&format!("e{number}"), &j!(1)).await.unwrap();
+        });
+        calls.spawn(async move {
+            let _ = four.set_checkpoint(task_id, &format!("s{number}"), &j!(1), run_id, None).await.unwrap();
         });
     }
     // The lock is known by now, and the neighbour has all connections.
@@ -231,16 +234,22 @@ async fn a_queue_that_is_locked_for_writes_is_read() {
 #[tokio::test(flavor = "multi_thread")]
 async fn polling_makes_a_queue_one_that_is_looked_at() {
     let server = Server::start().await;
-    let poll = || server.client().claim_task(ClaimOptions::default().claim_timeout(Duration::from_secs(1)));
-    let cancelled = SpawnOptions::default().max_duration(Duration::from_secs(1));
-    let cancelled = server.client().spawn_task("n", &j!(1), cancelled).await.unwrap();
+    let other = server.client().with_queue("other");
+    other.create_queue().await.unwrap();
     let kept = server.client().spawn_task("n", &j!(2), SpawnOptions::default().max_attempts(2)).await.unwrap();
-    assert_eq!((poll().await.unwrap().len(), poll().await.unwrap().len()), (1, 1));
+    let cancelled = SpawnOptions::default().max_duration(Duration::from_secs(1));
+    let cancelled = other.spawn_task("n", &j!(1), cancelled).await.unwrap();
+    let poll = || async {
+        assert!(other.claim_task(ClaimOptions::default()).await.unwrap().is_empty());
+        server.client().claim_task(ClaimOptions::default().claim_timeout(Duration::from_secs(1))).await.unwrap().pop()
+    };
+    assert_eq!(other.claim_task(ClaimOptions::default()).await.unwrap().len(), 1);
+    assert!(poll().await.is_some());
     let began = Instant::now();
-    let again = eventually("the lapsed lease is claimed again", || async { poll().await.unwrap().pop() }).await;
+    let again = eventually("the lapsed lease is claimed again", poll).await;
     assert_eq!((again.task_id, again.attempt), (kept.task_id, 2));
     eventually("the policy is carried out", || async {
-        let task = server.client().get_task_status(cancelled.task_id).await.unwrap().unwrap();
+        let task = other.get_task_status(cancelled.task_id).await.unwrap().unwrap();
         (task.state == State::Cancelled).then_some(())
     })
     .await;

@@ -84,31 +84,32 @@ async fn a_server_does_not_start_on_an_older_schema() {
     absurd_tests::Server::start_on(&database).await.stop().await;
 }
 
-/// A newer server migrates while this one runs, and does not let it run on: it drains itself.
+/// A newer server migrates while this one runs, and does not let it run on: its streams end politely, and the process ends.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_outdated_replica_drains_itself() {
-    let server = absurd_tests::Server::start().await;
-    let mut stream = server.client().claim_stream(absurd_client::StreamOptions::default()).await.unwrap();
-    let sql = server.database().connect().await;
-    sql.execute("update absurd_server.migration set min_server = 99", &[]).await.unwrap();
-    absurd_tests::in_time("the replica learns that it is outdated", server.app().outdated()).await;
-    let streaming = tokio::spawn(async move { stream.next().await.is_some() });
-    absurd_tests::in_time("it stops as on SIGTERM", server.stop()).await;
-    streaming.abort();
-
     let database = Database::new().await;
-    let mut outdated = absurd_tests::absurd(&["serve", "--listen", "127.0.0.1:0"]);
-    let process = outdated.env("ABSURD_DATABASE_URL", database.url()).spawn().unwrap();
     let sql = database.connect().await;
-    absurd_tests::eventually("it serves", || async {
-        let seen = sql.query_one("select count(*) from absurd_server.replica", &[]).await.unwrap();
-        (seen.get::<_, i64>(0) > 0).then_some(())
-    })
-    .await;
+    sql.execute("select absurd.create_queue('q')", &[]).await.unwrap();
+    let mut command = absurd_tests::absurd(&["serve", "--listen", "127.0.0.1:0"]);
+    command.env("ABSURD_DATABASE_URL", database.url()).env("NO_COLOR", "1");
+    let mut server = absurd_tests::Absurd::start(command);
+    let serving = server.line("serving").await;
+    let address = serving.split("listen=").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+    let mut client = absurd_tests::raw(&format!("http://{address}")).await;
+    let (_, mut messages) = crate::streams::open(&mut client, crate::streams::request(1)).await;
     sql.execute("update absurd_server.migration set min_server = 99", &[]).await.unwrap();
-    let ended = absurd_tests::in_time("the process ends", process.wait_with_output()).await.unwrap();
-    let told = String::from_utf8_lossy(&ended.stderr).into_owned();
-    assert!(!ended.status.success() && told.contains("must be upgraded"), "{told}");
+    let ending = async {
+        while let Some(message) = messages.message().await.unwrap() {
+            if let Some(absurd_proto::v1::claim_stream_response::Message::Ending(ending)) = message.message {
+                return ending.reason();
+            }
+        }
+        panic!("the stream ended without a word");
+    };
+    let reason = absurd_tests::in_time("the stream ends", ending).await;
+    assert_eq!(reason, absurd_proto::v1::EndReason::ServerShutdown);
+    server.line("must be upgraded").await;
+    assert_eq!(server.exit_code().await, Some(1));
 }
 
 /// Each release's schemas, as they are kept in the tree, become this version's.

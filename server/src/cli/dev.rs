@@ -9,10 +9,11 @@ use anyhow::Context as _;
 use clap::Args;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tokio::sync::broadcast::error::RecvError;
+use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use super::output::out;
-use super::{asked_to_stop, default_queue, log, runtime};
+use super::output::{self, out};
+use super::{asked_to_stop, default_queue, inspect, log, runtime};
 use crate::activity::{Activity, What};
 use crate::address::parse_listen;
 use crate::app::{App, AppOptions};
@@ -20,6 +21,8 @@ use crate::domain::{QueueName, State};
 use crate::postgres::{Cluster, ClusterOptions, DATABASE, default_home};
 use crate::settings::{DEFAULT_LISTEN, Secret, Settings};
 
+/// Tasks whose failures and waits are read at the same time; under load the lines of the others stay short.
+const NEWS_MAX: usize = 4;
 /// Tasks that have a live line of their own at the same time.
 const LINES_MAX: usize = 12;
 
@@ -44,8 +47,7 @@ pub(super) struct DevArgs {
     /// Directory of initdb and postgres, where they are not found by themselves
     #[arg(long, env = "ABSURD_PG_BIN", value_name = "DIR")]
     pg_bin: Option<PathBuf>,
-    /// Queue to create [env: ABSURD_DEFAULT_QUEUE, else ABSURD_QUEUE] [default: default]
-    #[arg(long, short)]
+    #[arg(long, short, help = "Queue to create [env: ABSURD_DEFAULT_QUEUE, else ABSURD_QUEUE] [default: default]")]
     queue: Option<String>,
     /// For tests only: let the `TestClockService` set the time of this server
     #[arg(long, env = "ABSURD_TEST_CLOCK")]
@@ -119,16 +121,25 @@ async fn serve(
     };
     greet(cluster, &app, queue, started.elapsed());
     let mut feed = app.engine().feed.watch();
+    let client = absurd_client::AbsurdClient::connect(&absurd_client::ConnectOptions::new(url(app.addr())))?;
+    let mut news = JoinSet::new();
     let mut lines = Lines::new()?;
     let mut look = tokio::time::interval(Duration::from_secs(1));
     let ended = loop {
         tokio::select! {
             () = &mut stop => break Ok(()),
             activity = feed.recv() => match activity {
-                Ok(activity) => lines.show(&activity),
+                Ok(activity) => {
+                    lines.show(&activity);
+                    if has_more_to_tell(&activity) && news.len() < NEWS_MAX {
+                        let (client, id) = (client.with_queue(activity.queue.as_str()), activity.task_id);
+                        news.spawn(async move { (id, inspect::news(&client, id).await) });
+                    }
+                }
                 Err(RecvError::Lagged(missed)) => lines.note(&format!("({missed} lines left out)")),
                 Err(RecvError::Closed) => break Ok(()),
             },
+            Some(Ok((id, Some(text)))) = news.join_next() => lines.note(&format!("    {id}  {text}")),
             _ = look.tick() => if cluster.has_exited() {
                 break Err(anyhow::anyhow!("Postgres has ended; see {}", cluster.home().join("postgres.log").display()));
             },
@@ -137,6 +148,11 @@ async fn serve(
     lines.note("stopping");
     app.shut_down().await.context("cannot stop")?;
     ended
+}
+
+/// An attempt that failed or waits: the reason, and the next try, are worth a line.
+fn has_more_to_tell(activity: &Activity) -> bool {
+    matches!(activity.what, What::Ended { state: State::Pending | State::Sleeping | State::Failed })
 }
 
 fn greet(cluster: &Cluster, app: &App, queue: &str, took: Duration) {
@@ -200,7 +216,7 @@ impl Lines {
             What::Ended { .. } => known.map(|(_, _, name)| name.clone()).unwrap_or_default(),
         };
         let since = known.map(|(_, since, _)| *since);
-        let took = since.filter(|_| over).map(|since| format!("  after {} ms", since.elapsed().as_millis()));
+        let took = since.filter(|_| over).map(|since| format!("  after {}", output::span(since.elapsed())));
         let mark = match &activity.what {
             What::Ended { state: State::Completed } => "✓",
             What::Ended { state: State::Failed | State::Cancelled } => "✗",

@@ -147,6 +147,13 @@ fn access(row: &Row, role: &str) -> Vec<Finding> {
             format!("select absurd.create_queue('{}')", queue.replace('\'', "''")),
         ));
     }
+    let lost: Vec<String> = row.get("lost");
+    if !lost.is_empty() {
+        findings.push(Finding::wrong(
+            format!("queue {queue:?}: {table} lacks {}: the queue stands still", lost.join(", ")),
+            format!("alter table {table} rename column NEW to {}  -- if it was renamed", lost[0]),
+        ));
+    }
     let lacks: Vec<String> = row.get("lacks");
     if !lacks.is_empty() {
         findings.push(Finding::wrong(

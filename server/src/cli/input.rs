@@ -14,7 +14,7 @@ use crate::settings::Span;
 /// Characters of a text that are shown before and behind a mistake.
 const SHOWN: usize = 40;
 
-/// What an argument says: `@FILE` is read, `-` is standard input, everything else is the text itself. `what` names the
+/// The text of an argument: `@FILE` is read, `-` is standard input, everything else is the text itself. `what` names the
 /// argument in errors.
 pub(super) fn text(what: &str, argument: &str) -> anyhow::Result<String> {
     if let Some(path) = argument.strip_prefix('@') {
@@ -60,7 +60,7 @@ fn pointed_at(text: &str, error: &serde_json::Error) -> String {
 fn hint(text: &str) -> String {
     let trimmed = text.trim();
     if trimmed.is_empty() {
-        return "\n  nothing at all is no JSON; null is".into();
+        return "\n  an empty text is not JSON; write null".into();
     }
     if trimmed.len() < 256 && Path::new(trimmed).is_file() {
         return format!("\n  to send what the file holds, write @{trimmed}");
@@ -166,7 +166,7 @@ mod tests {
         let error = |text: &str| json("params", text).unwrap_err().to_string();
         assert!(error("world").contains("'\"world\"'"));
         assert!(error("{'name': 1}").contains("double quotes"));
-        assert!(error("  ").contains("null is"));
+        assert!(error("  ").contains("write null"));
         let file = tempfile::NamedTempFile::new().unwrap();
         assert!(error(file.path().to_str().unwrap()).contains("write @/"));
     }

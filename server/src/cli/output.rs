@@ -80,21 +80,21 @@ pub(super) fn has_colours() -> bool {
 
 /// Prints rows under a head.
 pub(super) fn table(head: &[&str], rows: &[Vec<String>]) {
-    let width = |column: usize| {
-        let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
-        cells.chain([head[column].len()]).max().unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..head.len()).map(width).collect();
-    let print = |cells: &mut dyn Iterator<Item = &str>| {
+    let head = head.iter().map(|cell| (*cell).to_owned()).collect();
+    self::rows(&[&[head], rows].concat());
+}
+
+/// Prints rows without a head.
+pub(super) fn rows(rows: &[Vec<String>]) {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
+    let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
+    for row in rows {
         let mut text = String::new();
-        for (cell, width) in cells.zip(&widths) {
+        for (cell, width) in row.iter().zip(&widths) {
             let _ = write!(text, "{cell:width$}  ");
         }
         out!("{}", text.trim_end());
-    };
-    print(&mut head.iter().copied());
-    for row in rows {
-        print(&mut row.iter().map(String::as_str));
     }
 }
 

@@ -1,4 +1,4 @@
-//! Where the server is, and why it cannot be reached: no command waits in silence, and no error leaves the address out.
+//! Reaching the server: no command waits in silence, and every error names the address and the cause.
 
 use std::io::ErrorKind;
 use std::time::Duration;
@@ -72,40 +72,67 @@ async fn look(url: &str) -> Seen {
     }
 }
 
-/// What is wrong at a URL; None: the server there speaks as the URL says.
-async fn problem(url: &str) -> Option<String> {
+/// Why a server cannot be used.
+#[derive(Debug)]
+struct Problem {
+    text: String,
+    /// Nobody is there at all.
+    is_absence: bool,
+}
+
+impl Problem {
+    fn mistake(text: String) -> Self {
+        Self { text, is_absence: false }
+    }
+
+    fn into_error(self) -> anyhow::Error {
+        if self.is_absence { anyhow::anyhow!("{}; {NEXT_STEP}", self.text) } else { anyhow::anyhow!(self.text) }
+    }
+}
+
+/// The problem at a URL; None: the server there speaks as the URL says.
+async fn problem(url: &str) -> Option<Problem> {
     let encrypted = url.starts_with("https:");
     match look(url).await {
-        Seen::Http2 if encrypted => {
-            Some(format!("the server at {url} speaks plain HTTP; write {}", url.replacen("https:", "http:", 1)))
-        }
-        Seen::Tls if !encrypted => Some(format!(
+        Seen::Http2 if encrypted => Some(Problem::mistake(format!(
+            "the server at {url} speaks plain HTTP; write {}",
+            url.replacen("https:", "http:", 1)
+        ))),
+        Seen::Tls if !encrypted => Some(Problem::mistake(format!(
             "the server at {url} speaks TLS; write {}, and name its authority with --tls-ca FILE",
             url.replacen("http:", "https:", 1)
-        )),
-        Seen::Http1 => Some(format!("a web server answers at {url}, not a gRPC server; look at the port")),
+        ))),
+        Seen::Http1 => {
+            let text = format!("a web server answers at {url}, not a gRPC server; look at the port");
+            Some(Problem::mistake(text))
+        }
         Seen::Http2 | Seen::Tls => None,
-        Seen::Unknown => Some(format!("something at {url} takes connections and does not speak HTTP/2")),
-        Seen::Nobody(cause) => Some(format!("no server answers at {url}: {cause}")),
+        Seen::Unknown => {
+            Some(Problem::mistake(format!("something at {url} takes connections and does not speak HTTP/2")))
+        }
+        Seen::Nobody(cause) => Some(Problem { text: format!("no server answers at {url}: {cause}"), is_absence: true }),
     }
 }
 
 /// The problem that all replicas have in common; None: one of them is there.
-async fn common_problem(urls: &[String]) -> Option<String> {
+async fn common_problem(urls: &[String]) -> Option<Problem> {
     let mut looks = tokio::task::JoinSet::new();
-    for url in urls.iter().cloned() {
+    for url in urls {
+        let url = url.clone();
         looks.spawn(async move { problem(&url).await });
     }
     let mut problems = Vec::new();
     while let Some(found) = looks.join_next().await {
         problems.push(found.ok()??);
     }
-    Some(problems.join("; "))
+    let is_absence = problems.iter().all(|problem| problem.is_absence);
+    let text = problems.into_iter().map(|problem| problem.text).collect::<Vec<_>>().join("; ");
+    Some(Problem { text, is_absence })
 }
 
 const NEXT_STEP: &str = "is it running? start one with: absurd dev (or name another one with --url or ABSURD_URL)";
 
-/// What a command waits for.
+/// The thing that a command waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waits {
     /// An answer that is due at once: silence is told, and an absent server is given up soon.
@@ -141,7 +168,7 @@ impl ClientArgs {
         match check.await {
             Ok(status) => Ok(status),
             Err(error) => Err(match problem(url).await {
-                Some(problem) => anyhow::anyhow!("{problem}; {NEXT_STEP}"),
+                Some(problem) => problem.into_error(),
                 None => error.context(format!("the connection to {url} failed")),
             }),
         }
@@ -164,7 +191,7 @@ impl ClientArgs {
 
     async fn watched<T>(&self, waits: Waits, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
         let urls = self.urls()?;
-        let watch = async {
+        let watch = Box::pin(async {
             // When it was last seen, or first looked for.
             let mut seen = Instant::now();
             let mut told = None;
@@ -174,9 +201,9 @@ impl ClientArgs {
                 every = if waits != Waits::End { LOOK_EVERY } else { (every * 2).min(LOOK_RARELY) };
                 let found = match common_problem(&urls).await {
                     Some(problem) if waits != Waits::End && seen.elapsed() >= GIVE_UP => {
-                        return anyhow::anyhow!("{problem}; {NEXT_STEP}");
+                        return problem.into_error();
                     }
-                    Some(problem) => Some(format!("{problem}; trying again")),
+                    Some(problem) => Some(format!("{}; trying again", problem.text)),
                     None => {
                         seen = Instant::now();
                         self.unready(&urls, waits).await
@@ -189,7 +216,7 @@ impl ClientArgs {
                 }
                 told = found;
             }
-        };
+        });
         tokio::select! {
             biased;
             outcome = work => match outcome {
@@ -204,12 +231,12 @@ impl ClientArgs {
     pub(super) async fn cause(&self, error: &absurd_client::Error) -> String {
         let urls = self.urls().unwrap_or_default();
         match common_problem(&urls).await {
-            Some(problem) => problem,
+            Some(problem) => problem.text,
             None => format!("the connection to {} failed: {error}", urls.join(",")),
         }
     }
 
-    /// What to say about a server that is there and has not answered yet.
+    /// The words about a server that is there and has not answered yet.
     async fn unready(&self, urls: &[String], waits: Waits) -> Option<String> {
         for url in urls {
             if matches!(self.health_of(url).await, Ok(ServingStatus::NotServing)) {
@@ -225,7 +252,7 @@ async fn explained(error: anyhow::Error, urls: &[String]) -> anyhow::Error {
     let Some(call) = error.downcast_ref::<absurd_client::Error>() else { return error };
     match call.reason() {
         Reason::Transport => match common_problem(urls).await {
-            Some(problem) => anyhow::anyhow!("{problem}; {NEXT_STEP}"),
+            Some(problem) => problem.into_error(),
             None => error.context(format!("the connection to {} failed", urls.join(","))),
         },
         _ => error,

@@ -27,10 +27,10 @@ pub(super) fn serve(args: ServeArgs) -> anyhow::Result<()> {
             tracing::info!(applied = ?report.applied, doorbell = report.doorbell, "the database is up to date");
         }
         tracing::info!(
-            listen = %app.addr(),
-            metrics = app.metrics_addr().map(tracing::field::display),
-            database,
             version = env!("CARGO_PKG_VERSION"),
+            database,
+            metrics = app.metrics_addr().map(tracing::field::display),
+            listen = %app.addr(),
             "serving"
         );
         let outdated = tokio::select! {

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use absurd_client::{
-    AbsurdClient, CancellationRules, ConnectOptions, Error, Json, NewTask, Reason, SpawnOptions, Spawned,
+    AbsurdClient, CancellationRules, ConnectOptions, Error, Json, NewTask, Reason, SpawnOptions, Spawned, Start,
 };
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -111,7 +111,8 @@ impl SpawnArgs {
 
     fn options(&self) -> anyhow::Result<SpawnOptions> {
         Ok(SpawnOptions {
-            max_attempts: Some(self.max_attempts.unwrap_or(1)).filter(|_| !self.unlimited_attempts),
+            max_attempts: self.max_attempts,
+            unlimited_attempts: self.unlimited_attempts,
             retry_strategy: self.retry.map(|retry| retry.0),
             cancellation: CancellationRules {
                 max_delay: self.max_delay.map(|span| span.0),
@@ -119,6 +120,7 @@ impl SpawnArgs {
             },
             headers: self.headers()?,
             idempotency_key: self.key.clone(),
+            start: self.delay.map(|span| Start::After(span.0)).or(self.at.map(Start::At)),
             ..SpawnOptions::default()
         })
     }
@@ -126,7 +128,7 @@ impl SpawnArgs {
 
 /// Spawns a task, or many.
 pub(super) async fn run(args: SpawnArgs) -> anyhow::Result<()> {
-    let (params, options) = (args.params()?, args.options()?);
+    let (options, params) = (args.options()?, args.params()?);
     let task = || NewTask::with_json(&args.name, params.clone(), options.clone());
     if args.count > 1 {
         anyhow::ensure!(args.key.is_none(), "--key names one task: it does not go with --count");
@@ -134,12 +136,13 @@ pub(super) async fn run(args: SpawnArgs) -> anyhow::Result<()> {
         return args.client.work(spawn_many(&args.client, args.count, task)).await;
     }
     let client = args.client.client()?;
-    let spawned = args.client.reach(async { client.spawn_new_task(task()).await.map_err(helped(&client)) }).await?;
+    let spawning = Box::pin(async { client.spawn_new_task(task()).await.map_err(helped(&client)) });
+    let spawned = args.client.reach(spawning).await?;
     let Some(wait) = args.wait else {
         print_spawned(args.client.output, &spawned);
         return Ok(());
     };
-    // First of all: whoever stops waiting wants to know what for.
+    // Printed first, so that a caller who stops waiting can look the task up.
     note!("task {}", spawned.task_id);
     inspect::watch(&args.client, &client, spawned.task_id, Some(wait.0)).await
 }

@@ -1,11 +1,13 @@
 //! `absurd task`: what is done to a task by its id, and the list of tasks.
 
-use absurd_client::{AbsurdClient, CancelOutcome, ListOptions, RetryOptions, State};
+use absurd_client::{
+    AbsurdClient, CancelOutcome, FindOptions, FoundTasks, ListOptions, Reason, RetryOptions, State, TaskMatch,
+};
 use clap::{Args, Subcommand};
 use serde_json::json;
 use uuid::Uuid;
 
-use super::output::{self, Output, out};
+use super::output::{self, Output, note, out};
 use super::{ClientArgs, inspect, spawn};
 use crate::settings::Span;
 
@@ -19,8 +21,8 @@ pub(super) enum TaskCommand {
     #[command(
         alias = "show",
         after_help = "Examples:\n  absurd task get 01a2296c-7d2f-7b0a-9c7e-2f6a51c5d1aa\n  \
-            absurd task get 01a2296c            the first six or more characters of an id are enough, and so are the last\n  \
-            absurd task get 51c5d1aa -o json"
+            absurd task get 51c5d1aa            six or more characters of the end of an id are enough, or of its beginning\n  \
+            absurd task get 51c5d1aa -o json\n\nAn id begins with the time of its task, so that its end is unique sooner."
     )]
     Get(OneTask),
     /// List tasks, newest first
@@ -30,16 +32,16 @@ pub(super) enum TaskCommand {
     )]
     List(ListArgs),
     /// Cancel a task that has not ended
-    #[command(after_help = "Example:\n  absurd task cancel 01a2296c")]
+    #[command(after_help = "Example:\n  absurd task cancel 51c5d1aa")]
     Cancel(OneTask),
     /// Give a failed task another attempt
     #[command(
-        after_help = "Examples:\n  absurd task retry 01a2296c\n  absurd task retry 01a2296c --max-attempts 10\n  \
-        absurd task retry 01a2296c --spawn-new"
+        after_help = "Examples:\n  absurd task retry 51c5d1aa\n  absurd task retry 51c5d1aa --max-attempts 10\n  \
+        absurd task retry 51c5d1aa --spawn-new"
     )]
     Retry(RetryArgs),
     /// Follow a task to its end; the exit code says whether it completed
-    #[command(after_help = "Examples:\n  absurd task watch 01a2296c\n  absurd task watch 01a2296c --timeout 5m")]
+    #[command(after_help = "Examples:\n  absurd task watch 51c5d1aa\n  absurd task watch 51c5d1aa --timeout 5m")]
     Watch(WatchArgs),
 }
 
@@ -95,7 +97,7 @@ pub(super) struct WatchArgs {
 /// Carries it out.
 pub(super) async fn run(command: TaskCommand) -> anyhow::Result<()> {
     match command {
-        TaskCommand::Spawn(args) => spawn::run(*args).await,
+        TaskCommand::Spawn(args) => Box::pin(spawn::run(*args)).await,
         TaskCommand::Get(task) => {
             let args = &task.client;
             args.reach(async {
@@ -114,9 +116,55 @@ pub(super) async fn run(command: TaskCommand) -> anyhow::Result<()> {
     }
 }
 
-/// The task that a text names, and a client of its queue.
+/// Shortest part of an id that names a task.
+const PART_MIN: usize = 6;
+/// Candidates that are listed.
+const CANDIDATES: i32 = 20;
+
+/// The task that a text names, and a client of its queue: first in the queue of the command, then in all of them.
 async fn find(args: &ClientArgs, text: &str) -> anyhow::Result<(AbsurdClient, Uuid)> {
-    Ok((args.client()?, text.parse()?))
+    let digits = text.chars().filter(|character| *character != '-').count();
+    anyhow::ensure!(
+        text.chars().all(|character| character.is_ascii_hexdigit() || character == '-'),
+        "{text:?} is no id of a task: ids have hexadecimal digits and dashes; `absurd task list` shows them"
+    );
+    anyhow::ensure!(
+        digits >= PART_MIN,
+        "{text:?} is too short: the first or last {PART_MIN} characters of a task's id are needed, or more"
+    );
+    let client = args.client()?;
+    let queue = client.queue_name().to_owned();
+    let search = async |queue| client.find_tasks(text, FindOptions { queue, limit: CANDIDATES }).await;
+    let mut found = match search(Some(queue.clone())).await {
+        Err(error) if error.reason() == Reason::QueueNotFound && args.queue.is_none() => None,
+        outcome => Some(outcome?).filter(|found| !found.tasks.is_empty()),
+    };
+    if found.is_none() {
+        found = Some(search(None).await?);
+    }
+    let found = found.unwrap_or(FoundTasks { tasks: Vec::new(), complete: true });
+    match found.tasks.as_slice() {
+        [] if found.complete => anyhow::bail!("no queue has a task {text}"),
+        [] => anyhow::bail!("no task {text} was found; an older one needs the beginning of its id"),
+        [task] => {
+            let elsewhere = format!("task {} is in queue {:?}", task.task_id, task.queue);
+            if task.queue != queue {
+                anyhow::ensure!(args.queue.is_none(), "{elsewhere}, not in {queue:?}");
+                note!("{elsewhere}");
+            }
+            Ok((client.with_queue(task.queue.as_str()), task.task_id))
+        }
+        tasks => anyhow::bail!("{}", candidates(text, tasks, found.complete)),
+    }
+}
+
+fn candidates(text: &str, tasks: &[TaskMatch], complete: bool) -> String {
+    let more = if complete { "" } else { " or more" };
+    let mut message = format!("{text} names {}{more} tasks; write more of the id:", tasks.len());
+    for task in tasks {
+        message += &format!("\n  {}  {}  {}  queue {}", task.task_id, task.task_name, task.state, task.queue);
+    }
+    message
 }
 
 async fn cancel(task: &OneTask) -> anyhow::Result<()> {

@@ -271,7 +271,7 @@ async fn carry_out(work: Arc<Work>, task: ClaimedTask, over: watch::Receiver<boo
     }
 }
 
-/// Reports how it ended. What the server refuses for its content ends the run as a failure that names the refusal.
+/// Reports the end of an execution. A result that the server refuses for its content becomes a failure that names the refusal.
 async fn report(task: &ClaimedTask, end: End, over: watch::Receiver<bool>) -> (String, Result<(), Error>) {
     let reason = match end {
         End::Result(result) => match persist(task, &over, || task.complete_json(result.clone())).await {
@@ -415,7 +415,7 @@ async fn talk(child: &mut Child, params: Vec<u8>) -> End {
     }
 }
 
-/// Waits for the end of a program while its output is read; after it, not for whoever still holds the output open.
+/// Waits for the end of a program while its output is read; a process in the background that holds the output open does not count.
 pub(super) async fn until_exit(child: &mut Child, reading: impl Future<Output = ()>) -> std::io::Result<ExitStatus> {
     let mut reading = pin!(reading);
     let mut done = false;
@@ -444,7 +444,7 @@ pub(super) fn result(output: &[u8]) -> Json {
     }
 }
 
-/// What a program has printed.
+/// Output of a program.
 #[derive(Debug, Default)]
 pub(super) struct Captured {
     pub(super) bytes: Vec<u8>,

@@ -111,6 +111,15 @@ pub async fn check_for_migration(database: &Config, client: &Client) -> Result<F
     Ok(facts)
 }
 
+fn pooler() -> Error {
+    Error::Setup(
+        "the database URL leads to a pooler in transaction or statement mode (PgBouncer with pool_mode=transaction, or another \
+         one), under which sessions lose their settings, locks and prepared statements: give the URL of Postgres itself, or of \
+         a pool with pool_mode=session"
+            .into(),
+    )
+}
+
 /// Two sessions that are open at the same time have a backend each, unless a pooler hands backends around between transactions.
 async fn refuse_pooler(database: &Config, client: &Client) -> Result<(), Error> {
     // Where there is no room for a second session, nothing can be said.
@@ -126,16 +135,12 @@ async fn refuse_pooler(database: &Config, client: &Client) -> Result<(), Error> 
     };
     let Some(first) = backend(client).await else { return Ok(()) };
     for _ in 0..ROUNDS {
-        other.batch_execute("begin").await.map_err(|error| Error::Setup(fault::explain(&error)))?;
+        // In statement mode a pooler refuses transactions.
+        other.batch_execute("begin").await.map_err(|_| pooler())?;
         let (theirs, ours) = (backend(&other).await, backend(client).await);
         let _ = other.batch_execute("rollback").await;
         if theirs == Some(first) || ours.is_some_and(|ours| ours != first) {
-            return Err(Error::Setup(
-                "the database URL leads to a pooler in transaction mode (PgBouncer with pool_mode=transaction, or another \
-                 one), under which sessions lose their settings, locks and prepared statements: give the URL of Postgres \
-                 itself, or of a pool with pool_mode=session"
-                    .into(),
-            ));
+            return Err(pooler());
         }
     }
     let writer = other.query_one("select coalesce(current_setting('absurd_server.writer', true), '')", &[]).await;

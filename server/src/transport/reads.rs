@@ -15,9 +15,9 @@ use super::service::Service;
 use crate::domain::id::{IdPart, parse_uuid};
 use crate::domain::{Error, EventName, QueueName, RunId};
 use crate::scope::{Caller, Scope};
+use crate::store::Fault;
 use crate::store::event::WaitsOf;
 use crate::store::task::TaskSearch;
-use crate::store::{Fault, LOCK_WAIT_PATIENT};
 
 /// Longest search through all queues.
 const FIND_MAX: Duration = Duration::from_secs(5);
@@ -100,7 +100,7 @@ impl Service {
         } else {
             let scope = scope(&request.queue)?;
             let search = self
-                .search(&scope, &part, limit, left(deadline))
+                .search(&scope, &part, limit, left(deadline).min(LOCK_WAIT_PATIENT))
                 .await
                 .map_err(|fault| fault.into_read_error(&scope))?;
             found.add(&scope, &search);
