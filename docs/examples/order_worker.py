@@ -28,7 +28,11 @@ URL = os.environ.get("ABSURD_URL", "http://127.0.0.1:50051").removeprefix("http:
 QUEUE = os.environ.get("ABSURD_DEFAULT_QUEUE", "default")
 LEASE = 60
 # Without pings a dead connection is never noticed.
-PINGS = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 5_000)]
+PINGS = [
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
 
 # Reasons: the run belongs to this worker no longer.
 LOST = {"CLAIM_LOST", "CLAIM_EXPIRED", "TASK_CANCELLED", "RUN_NOT_RUNNING", "RUN_NOT_FOUND"}

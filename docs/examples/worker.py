@@ -28,7 +28,11 @@ URL = os.environ.get("ABSURD_URL", "http://127.0.0.1:50051").removeprefix("http:
 QUEUE = os.environ.get("ABSURD_DEFAULT_QUEUE", "default")
 CONCURRENCY = 4
 # Without pings a dead connection is used again for the next stream.
-PINGS = [("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 5_000)]
+PINGS = [
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
 # The server is away or busy. A repeated call has one effect.
 PASSING = {
     StatusCode.UNAVAILABLE,

@@ -387,8 +387,14 @@ fn the_guide_to_clients_shows_tested_code() {
         }
     }
     for entry in std::fs::read_dir(root().join("proto/absurd/v1")).unwrap() {
-        let name = entry.unwrap().file_name().to_string_lossy().replace(".proto", "_pb2");
-        assert!(guide.contains(&format!("`{name}`")), "the guide does not name the module {name}");
+        let path = entry.unwrap().path();
+        let module = format!("{}_pb2", path.file_stem().unwrap().to_string_lossy());
+        assert!(guide.contains(&format!("`{module}`")), "the guide does not name the module {module}");
+        let proto = std::fs::read_to_string(path).unwrap();
+        let messages = proto.lines().filter_map(|line| line.strip_prefix("message ")?.split_once(' '));
+        for (name, _) in messages.filter(|(name, _)| name.ends_with("Request")) {
+            assert!(guide.contains(&format!("`{name}`")), "the guide does not say that {module} holds {name}");
+        }
     }
     assert!(seen > 40, "{seen}");
 }

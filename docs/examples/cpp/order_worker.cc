@@ -287,6 +287,7 @@ int main(int argc, char** argv) {
   grpc::ChannelArguments pings;
   pings.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 10'000);
   pings.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 5'000);
+  pings.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   Worker worker(grpc::CreateCustomChannel(url, grpc::InsecureChannelCredentials(), pings));
   while (left != 0) {
     worker.work(left);

@@ -34,7 +34,7 @@ async fn a_refused_result_fails_its_attempt() {
          surrogate) echo '\"\\ud800\"';; deep) yes '[' | head -n 200 | tr -d '\\n'; yes ']' | head -n 200 | tr -d '\\n';; esac",
         ran.display()
     );
-    let mut worker = worker(&server.url(), &["--exec", &program, "--claim-timeout", "2s"]);
+    let mut worker = worker(&server.url(), &["--exec", &program]);
     for (name, reason) in [
         ("nul", "JSON_INVALID"),
         ("surrogate", "JSON_INVALID"),
