@@ -551,9 +551,7 @@ impl Tx {
     /// Rolls back; the connection goes back to the pool, unless it is lost.
     pub(crate) async fn rollback(mut self) {
         let lost = self.lost.load(Ordering::Relaxed);
-        if self.over.load(Ordering::Relaxed) && !lost {
-            drop(self.client.take());
-        } else if !lost && self.say("rollback").await.is_ok() {
+        if !lost && (self.over.load(Ordering::Relaxed) || self.say("rollback").await.is_ok()) {
             drop(self.client.take());
         }
     }

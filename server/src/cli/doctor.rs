@@ -255,7 +255,7 @@ async fn queues(store: &Store, names: &[&str]) -> anyhow::Result<Vec<Finding>> {
                 Ok(rows) => findings.extend(rows.iter().flat_map(|row| contents(queue, row))),
                 Err(Fault::Missing) => {}
                 Err(fault) => {
-                    findings.push(Finding::wrong(format!("cannot look at queue {queue:?}: {fault}"), "see the text"))
+                    findings.push(Finding::wrong(format!("cannot look at queue {queue:?}: {fault}"), "see the text"));
                 }
             }
         }

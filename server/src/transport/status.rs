@@ -73,6 +73,20 @@ pub fn message(error: &Error) -> String {
     text
 }
 
+/// After how long the same call may go better.
+fn retry_after(error: &Error) -> Option<Duration> {
+    match error {
+        Error::StreamLimit { .. } => Some(Duration::from_secs(1)),
+        Error::BacklogFull { .. } => Some(BACKLOG_DELAY),
+        Error::TooManyRequests { after } => Some(*after),
+        Error::DatabaseUnreachable(_) | Error::DatabaseBusy(_) => Some(BUSY_DELAY),
+        Error::QueueLocked { .. } => Some(LOCKED_DELAY),
+        Error::NotWritable(_) => Some(Duration::from_secs(2)),
+        Error::ShuttingDown => Some(Duration::from_millis(50)),
+        _ => None,
+    }
+}
+
 /// The status of an error.
 pub fn status(error: &Error) -> Status {
     let mut details = ErrorDetails::new();
@@ -99,33 +113,9 @@ pub fn status(error: &Error) -> Status {
         Error::RunNotFound(id) => {
             details.set_resource_info("run", id.to_string(), "", &message);
         }
-        Error::StreamLimit { .. } => {
-            details.set_retry_info(Some(Duration::from_secs(1)));
-        }
-        Error::BacklogFull { queue, .. } => {
-            details.set_retry_info(Some(BACKLOG_DELAY));
-            details.set_resource_info("queue", queue, "", &message);
-        }
-        Error::TooManyRequests { after } => {
-            details.set_retry_info(Some(*after));
-        }
         Error::DatabaseUnreachable(text) => {
             tracing::debug!(error = text, "unavailable");
-            details.set_retry_info(Some(Duration::from_millis(200)));
             "the database is not available; try again".clone_into(&mut message);
-        }
-        Error::DatabaseBusy(_) => {
-            details.set_retry_info(Some(BUSY_DELAY));
-        }
-        Error::QueueLocked { queue } => {
-            details.set_retry_info(Some(LOCKED_DELAY));
-            details.set_resource_info("queue", queue, "", &message);
-        }
-        Error::NotWritable(_) => {
-            details.set_retry_info(Some(Duration::from_secs(2)));
-        }
-        Error::ShuttingDown => {
-            details.set_retry_info(Some(Duration::from_millis(50)));
         }
         Error::Internal(text) => {
             let id = Uuid::new_v4().to_string();
@@ -142,7 +132,10 @@ pub fn status(error: &Error) -> Status {
         Error::TaskNotFailed { task, .. } => {
             metadata.insert("task_id".to_owned(), task.to_string());
         }
-        Error::DatabasePermission { queue: Some(queue), .. } | Error::QueueDamaged { queue, .. } => {
+        Error::BacklogFull { queue, .. }
+        | Error::QueueLocked { queue }
+        | Error::DatabasePermission { queue: Some(queue), .. }
+        | Error::QueueDamaged { queue, .. } => {
             details.set_resource_info("queue", queue, "", &message);
         }
         Error::DatabaseRefused(_)
@@ -152,11 +145,19 @@ pub fn status(error: &Error) -> Status {
         | Error::Setup(_)
         | Error::MaxAttemptsTooLow { .. }
         | Error::ItemSkipped
+        | Error::StreamLimit { .. }
+        | Error::TooManyRequests { .. }
+        | Error::DatabaseBusy(_)
+        | Error::NotWritable(_)
+        | Error::ShuttingDown
         | Error::DeadlineExceeded
         | Error::OutcomeUnknown => {}
     }
     metrics::refused(error.reason());
-    let pushback = details.retry_info().and_then(|retry| retry.retry_delay);
+    let pushback = retry_after(error);
+    if pushback.is_some() {
+        details.set_retry_info(pushback);
+    }
     details.set_error_info(error.reason(), DOMAIN, metadata);
     let mut status = Status::with_error_details(code(error), message, details);
     if let Some(delay) = pushback.filter(|_| code(error) == Code::ResourceExhausted) {
