@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::dispatch::random;
 use crate::domain::QueueName;
 use crate::engine::Engine;
-use crate::scope::Caller;
+use crate::scope::{Caller, Scope};
 use crate::store::upkeep::Round;
 
 /// Queues taken at once.
@@ -47,17 +47,10 @@ async fn round(engine: &Arc<Engine>, queue: &str) {
     let until = Instant::now() + QUEUE_MAX;
     let mut round = Round::default();
     // A locked queue would take a connection for as long as each of its parts waits.
-    let locked = engine.store.suspect(queue).await;
-    round.problem = locked.then(|| "another session has locked the queue's tables".to_owned());
-    while !locked {
-        match engine.store.upkeep_run(&scope, &mut round).await {
-            Ok(true) if Instant::now() < until => {}
-            Ok(_) => break,
-            Err(fault) => {
-                round.problem = Some(fault.into_error(&scope).to_string());
-                break;
-            }
-        }
+    if engine.store.suspect(queue).await {
+        round.problem = Some("another session has locked the queue's tables".to_owned());
+    } else {
+        carry_out(engine, &scope, &mut round, until).await;
     }
     if round.tasks + round.events + i64::from(round.partitions) > 0 {
         tracing::info!(
@@ -73,5 +66,19 @@ async fn round(engine: &Arc<Engine>, queue: &str) {
     }
     if let Err(fault) = engine.store.upkeep_note(&scope, &round).await {
         tracing::debug!(queue.name = queue, ?fault, "could not note how the upkeep went");
+    }
+}
+
+/// Carries out batches until nothing is left to do, or until the time is over.
+async fn carry_out(engine: &Arc<Engine>, scope: &Scope, round: &mut Round, until: Instant) {
+    loop {
+        match engine.store.upkeep_run(scope, round).await {
+            Ok(true) if Instant::now() < until => {}
+            Ok(_) => break,
+            Err(fault) => {
+                round.problem = Some(fault.into_error(scope).to_string());
+                break;
+            }
+        }
     }
 }

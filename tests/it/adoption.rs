@@ -122,7 +122,10 @@ async fn the_side_schema_comes_and_goes() {
     let (ok, text) = run(&["migrate", "--remove"]).await;
     assert!(ok, "{text}");
     let (_, text) = run(&["migrate", "--check"]).await;
-    assert!(text.contains("to apply: contract") && text.contains("installed by this program"), "{text}");
+    assert!(
+        text.contains("to apply: storage contract (version") && text.contains("installed by this program"),
+        "{text}"
+    );
     let (ok, text) = run(&["migrate"]).await;
     assert!(ok && text.contains("doorbell: on"), "{text}");
     works(&database).await;

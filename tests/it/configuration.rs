@@ -117,6 +117,9 @@ async fn a_file_that_is_wrong_shows_no_line_of_it() {
     }
 }
 
+/// Variables of the environment, and a database URL beside them; none: the environment stands alone.
+type Case<'a> = (Vec<(&'a str, &'a str)>, Option<&'a str>);
+
 /// Whatever libpq's own client makes of the environment, the program makes of it too.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_environment_of_libpq_means_what_it_means_to_psql() {
@@ -134,7 +137,7 @@ async fn the_environment_of_libpq_means_what_it_means_to_psql() {
     let services = services.display().to_string();
     let place = [("PGHOST", socket.as_str()), ("PGUSER", "absurd"), ("PGDATABASE", name.as_str())];
     let service = |name| [("PGSERVICEFILE", services.as_str()), ("PGSERVICE", name)];
-    let cases: Vec<(Vec<(&str, &str)>, Option<&str>)> = vec![
+    let cases: Vec<Case<'_>> = vec![
         (place.to_vec(), None),
         (vec![place[0], place[1]], Some("dbname=nowhere")),
         (vec![place[1], place[2]], Some("host=/nowhere")),

@@ -309,7 +309,7 @@ async fn a_library_that_does_not_load_is_named() {
     .await;
 }
 
-/// PgBouncer, as a service of the operating system runs it.
+/// `PgBouncer`, as a service of the operating system runs it.
 struct Bouncer {
     child: tokio::process::Child,
     home: tempfile::TempDir,

@@ -187,7 +187,9 @@ async fn calls_on_a_locked_queue_hold_no_connection() {
     for number in 0..10 {
         let (one, two, three, four) = (client.clone(), client.clone(), client.clone(), client.clone());
         let (task_id, run_id) = (run.task_id, run.run_id);
-        calls.spawn(async move { drop(one.spawn_task("n", &j!(number), SpawnOptions::default()).await.unwrap()) });
+        calls.spawn(async move {
+            let _ = one.spawn_task("n", &j!(number), SpawnOptions::default()).await.unwrap();
+        });
         calls.spawn(async move { drop(two.get_task_status(spawned.task_id).await.unwrap().unwrap()) });
         calls.spawn(async move {
             let _ = three.emit_event(&format!("e{number}"), &j!(1)).await.unwrap();

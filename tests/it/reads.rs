@@ -214,9 +214,13 @@ async fn no_answer_is_too_large_for_a_client() {
         let claim = client.claim_task(ClaimOptions::default()).await.unwrap().remove(0);
         client.set_checkpoint(claim.task_id, "s", &j!(1), claim.run_id, None).await.unwrap();
         match round {
-            0 => drop(claim.complete(&j!(1)).await.unwrap()),
-            1 => drop(claim.fail(&j!("x")).await.unwrap()),
-            _ => drop(claim.await_event("w", "e", None).await.unwrap()),
+            0 => claim.complete(&j!(1)).await.unwrap(),
+            1 => {
+                claim.fail(&j!("x")).await.unwrap();
+            }
+            _ => {
+                claim.await_event("w", "e", None).await.unwrap();
+            }
         }
     }
     // Text that compression does not shrink away, with characters of four bytes.

@@ -15,9 +15,9 @@ use super::service::Service;
 use crate::domain::id::{IdPart, parse_uuid};
 use crate::domain::{Error, EventName, QueueName, RunId};
 use crate::scope::{Caller, Scope};
-use crate::store::{Fault, LOCK_WAIT_PATIENT};
 use crate::store::event::WaitsOf;
 use crate::store::task::TaskSearch;
+use crate::store::{Fault, LOCK_WAIT_PATIENT};
 
 /// Longest search through all queues.
 const FIND_MAX: Duration = Duration::from_secs(5);

@@ -5,7 +5,9 @@ use std::time::Duration;
 use absurd_tests::Toxic;
 use tokio::time::Instant;
 
-use crate::fault::{kill_postgres, over, pause, poison, replace_workers, reset_workers, short_lease, stubborn};
+use crate::fault::{
+    break_other_queues, kill_postgres, over, pause, poison, replace_workers, reset_workers, short_lease, stubborn,
+};
 use crate::scenario::{Scenario, scenario};
 use crate::world::{Size, World};
 
@@ -76,6 +78,12 @@ pub(crate) fn bugs() -> Vec<Bug> {
             name: "a sweep of expired leases stops at its first error",
             planted: Some("FaintSweep"),
             scenario: scenario!("B-sweep", "poisoned runs, and workers killed", poison, size: short_lease),
+            found_by: &["C8", "C9"],
+        },
+        Bug {
+            name: "a look at many queues fails as a whole where one of them cannot be looked at",
+            planted: Some("OneForAll"),
+            scenario: scenario!("B-queue", "other queues are broken, and workers killed", break_other_queues, size: short_lease),
             found_by: &["C8", "C9"],
         },
     ]

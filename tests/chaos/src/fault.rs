@@ -660,3 +660,26 @@ pub(crate) async fn poison(world: &mut World, until: Instant) -> anyhow::Result<
     world.sql().await?.batch_execute(include_str!("poison.sql")).await?;
     kill_workers(world, until).await
 }
+
+/// Ways in which a queue cannot be looked at, as statements on the queue `K`.
+const BROKEN: [(&str, &str); 3] = [
+    ("renamed", "alter table absurd.r_K rename column available_at to then_at"),
+    ("unreadable", "alter table absurd.r_K rename to r_K_away; create view absurd.r_K as select 1 / 0 as run_id"),
+    ("halved", "drop table absurd.t_K cascade"),
+];
+
+/// Queues beside the one under load are broken or locked, while its workers are killed.
+pub(crate) async fn break_other_queues(world: &mut World, until: Instant) -> anyhow::Result<()> {
+    let sql = world.sql().await?;
+    for (queue, how) in BROKEN {
+        sql.batch_execute(&format!("select absurd.create_queue('{queue}'); {}", how.replace('K', queue))).await?;
+    }
+    sql.batch_execute(
+        "select absurd.create_queue('locked'); begin; lock table absurd.r_locked in access exclusive mode",
+    )
+    .await?;
+    world.deed("three other queues are broken, and one is locked").await;
+    let killed = kill_workers(world, until).await;
+    sql.batch_execute("rollback; select absurd.drop_queue('locked')").await?;
+    killed
+}
