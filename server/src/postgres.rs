@@ -129,7 +129,7 @@ impl Cluster {
 
     /// A URL for a database of this cluster; any Postgres client takes it, whatever its environment names.
     pub fn url(&self, database: &str) -> String {
-        format!("postgresql://{DATABASE}@/{database}?host={}&port=5432", self.socket.display())
+        format!("postgresql://{DATABASE}@/{database}?port=5432&host={}", self.socket.display())
     }
 
     /// Whether the server has ended by itself.

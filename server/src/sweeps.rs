@@ -123,7 +123,11 @@ async fn set_aside<'a>(
     tried: impl Iterator<Item = (RunId, Option<&'a Error>)>,
 ) {
     let refused = |(run_id, error): (RunId, Option<&Error>)| match error? {
-        Error::Internal(problem) | Error::Json { problem, .. } => Some((run_id, problem.clone())),
+        Error::Internal(problem)
+        | Error::DatabaseRefused(problem)
+        | Error::DatabaseBroken(problem)
+        | Error::QueueDamaged { problem, .. }
+        | Error::Json { problem, .. } => Some((run_id, problem.clone())),
         _ => None,
     };
     let found: Vec<_> = tried.filter_map(refused).collect();

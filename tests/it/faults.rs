@@ -320,11 +320,11 @@ async fn a_slow_reader_does_not_stop_its_neighbour() {
     let params = "x".repeat(200_000);
     let mut grpc = server.raw().await;
     let (_, slow) = open(&mut grpc, request(100)).await;
-    let big = (0..60).map(|_| NewTask::new("n", &params, SpawnOptions::default()).unwrap());
+    let big = (0..100).map(|_| NewTask::new("n", &params, SpawnOptions::default()).unwrap());
     for chunk in big.collect::<Vec<_>>().chunks(20) {
         client.spawn_tasks(chunk.to_vec()).await.unwrap();
     }
-    // What the slow stream holds is bounded; the rest goes to the one that reads, on the same connection.
+    // What the slow stream holds is bounded (4 MiB wait for it); the rest goes to the one that reads, on the same connection.
     let (_, mut quick) = open(&mut grpc, request(1)).await;
     let mut seen = HashSet::new();
     while seen.len() < 30 {

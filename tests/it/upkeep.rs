@@ -301,7 +301,7 @@ async fn runs_that_cannot_be_claimed_hold_up_nobody() {
     let pulled = ClaimOptions { qty: 10, ..ClaimOptions::default() };
     assert!(server.client().claim_task(pulled).await.unwrap().is_empty(), "the rest is poison");
     let count = async |query: &str| sql.query_one(query, &[]).await.unwrap().get::<_, i64>(0);
-    let noted = "select count(*) from absurd_server.quarantine where reason = 'claim' and problem like '%not today'";
+    let noted = "select count(*) from absurd_server.quarantine where reason = 'claim' and problem like '%not today%'";
     assert_eq!(count(noted).await, 40);
     let (good, found) = doctor(server.database()).await;
     let told = found.iter().filter(|finding| finding["what"].as_str().unwrap().contains("refuses to have it claimed"));
@@ -386,7 +386,7 @@ async fn tasks_that_cannot_be_cancelled_hold_up_nobody() {
     .await;
     eventually("all of them are set aside", || async {
         let count =
-            "select count(*) from absurd_server.quarantine where reason = 'policy' and problem like '%not today'";
+            "select count(*) from absurd_server.quarantine where reason = 'policy' and problem like '%not today%'";
         (sql.query_one(count, &[]).await.unwrap().get::<_, i64>(0) == 250).then_some(())
     })
     .await;
