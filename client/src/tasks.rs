@@ -257,7 +257,7 @@ pub struct TaskMatch {
     pub enqueue_at: Option<SystemTime>,
 }
 
-/// What a search has found.
+/// The tasks that a search has found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FoundTasks {
     /// Newest first.

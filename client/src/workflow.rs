@@ -259,7 +259,7 @@ impl AbsurdClient {
         WorkflowRun::from_wire(run).map(Some)
     }
 
-    /// A payload that did not fit into an answer, read in parts; or what is known already.
+    /// A payload: the one that is known already, or read in parts where it did not fit into an answer.
     async fn payload(
         &self,
         id: Uuid,

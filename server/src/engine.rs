@@ -50,6 +50,8 @@ pub struct Engine {
     pub in_use: InUse,
     /// Emissions that are gone on with.
     pub emissions: Emissions,
+    /// Held by the round that hangs missing doorbells.
+    pub(crate) hanging: tokio::sync::Mutex<()>,
     /// Counts of queues.
     pub counts: Counts,
     /// The live lines of `dev`.
@@ -97,6 +99,7 @@ impl Engine {
             sweeps: Sweeps::default(),
             in_use: InUse::default(),
             emissions: Emissions::default(),
+            hanging: tokio::sync::Mutex::default(),
             counts: Counts::default(),
             spawner: Committer::new(spawns.clone(), most),
             bulk: Turns::new(connections(Role::Work, store.options().connections_max) / 2),

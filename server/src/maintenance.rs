@@ -160,7 +160,11 @@ async fn wide(engine: &Arc<Engine>) -> tokio::task::JoinSet<()> {
         begun.spawn(async move { while sweeps.join_next().await.is_some() {} });
         // Queues made by plain SQL get their doorbell here.
         let engine = Arc::clone(engine);
-        begun.spawn(async move { engine.hang_doorbells(&names.iter().map(String::as_str).collect::<Vec<_>>()).await });
+        begun.spawn(async move {
+            // One round at a time: where many queues are locked, a round may outlast the tick.
+            let Ok(_round) = engine.hanging.try_lock() else { return };
+            engine.hang_doorbells(&names.iter().map(String::as_str).collect::<Vec<_>>()).await;
+        });
     }
 }
 

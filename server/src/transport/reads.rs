@@ -154,7 +154,7 @@ impl Service {
     }
 }
 
-/// What a search has found so far.
+/// The tasks that a search has found so far.
 struct Found {
     limit: usize,
     tasks: Vec<pb::TaskMatch>,
