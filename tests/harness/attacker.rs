@@ -9,6 +9,8 @@ use tokio::net::TcpStream;
 
 /// Frames that a flood sends at most.
 const FLOOD_MAX: u32 = 4_000_000;
+/// Frames in one write.
+const FLOOD_STEP: usize = 50;
 
 /// Frames without end that ask for nothing.
 #[derive(Debug, Clone, Copy)]
@@ -124,26 +126,34 @@ impl Attacker {
         while matches!(self.socket.read(&mut buffer).await, Ok(1..)) {}
     }
 
-    /// Sends frames of a kind until the server has had enough: how many it took; None when it takes millions of them.
+    /// Sends frames of a kind until the server has had enough: how many it took; None when it takes millions of them. Many frames
+    /// go in one write, so that a loaded machine floods too.
     pub async fn flood(&mut self, kind: Flood) -> io::Result<Option<u32>> {
         self.settings(&[]).await?;
         let mut buffer = vec![0; 64 * 1024];
-        for round in 0..FLOOD_MAX {
-            let stream = round * 2 + 1;
-            let sent = match kind {
-                Flood::Ping => self.frame(6, 0, 0, &[7; 8]).await,
-                Flood::Settings => self.frame(4, 0, 0, &[]).await,
-                Flood::Reset => {
-                    let opened = self.frame(1, 4, stream, &Self::headers("GetQueueStats")).await;
-                    opened.and(self.frame(3, 0, stream, &8_u32.to_be_bytes()).await)
-                }
-                Flood::Continuation if round == 0 => self.frame(1, 0, 1, &[0x83, 0x86]).await,
-                Flood::Continuation => self.frame(9, 0, 1, &[0, 1, b'a', 1, b'b']).await,
-            };
+        for first in (0..FLOOD_MAX).step_by(FLOOD_STEP) {
+            let step = first..first + u32::try_from(FLOOD_STEP).unwrap();
+            let bytes: Vec<u8> = step.flat_map(|round| Self::flooding(kind, round)).collect();
+            let sent = self.socket.write_all(&bytes).await;
             if sent.is_err() || matches!(self.socket.try_read(&mut buffer), Ok(0)) {
-                return Ok(Some(round));
+                return Ok(Some(first));
             }
         }
         Ok(None)
+    }
+
+    /// The frames of one round of a flood.
+    fn flooding(kind: Flood, round: u32) -> Vec<u8> {
+        let stream = round * 2 + 1;
+        match kind {
+            Flood::Ping => frame(6, 0, 0, &[7; 8]),
+            Flood::Settings => frame(4, 0, 0, &[]),
+            Flood::Reset => {
+                let opened = frame(1, 4, stream, &Self::headers("GetQueueStats"));
+                [opened, frame(3, 0, stream, &8_u32.to_be_bytes())].concat()
+            }
+            Flood::Continuation if round == 0 => frame(1, 0, 1, &[0x83, 0x86]),
+            Flood::Continuation => frame(9, 0, 1, &[0, 1, b'a', 1, b'b']),
+        }
     }
 }

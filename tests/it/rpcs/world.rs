@@ -132,7 +132,7 @@ impl World {
             Made { task: text(&answer["task"]["task_id"]), run: text(&answer["task"]["run_id"]), ..Made::default() }
         };
         let claim = async || {
-            let answer = self.ask("ClaimTask", j!({"queue": queue, "claim_timeout": "60s"})).await;
+            let answer = self.ask("ClaimTask", j!({"queue": queue, "claim_timeout": "3600s"})).await;
             let claimed = &answer["tasks"][0];
             Made {
                 task: text(&claimed["task_id"]),
