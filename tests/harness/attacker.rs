@@ -147,7 +147,8 @@ impl Attacker {
         let stream = round * 2 + 1;
         match kind {
             Flood::Ping => frame(6, 0, 0, &[7; 8]),
-            Flood::Settings => frame(4, 0, 0, &[]),
+            // Settings that nobody knows: empty ones are so small that a loaded machine cannot send a megabyte of them a second.
+            Flood::Settings => frame(4, 0, 0, &[0xf0, 0xf0, 0, 0, 0, 0].repeat(4)),
             Flood::Reset => {
                 let opened = frame(1, 4, stream, &Self::headers("GetQueueStats"));
                 [opened, frame(3, 0, stream, &8_u32.to_be_bytes())].concat()

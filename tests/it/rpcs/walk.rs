@@ -125,8 +125,10 @@ fn mutations(message: &DynamicMessage) -> Vec<(String, DynamicMessage)> {
 async fn walk(world: &World, index: usize, case: &Case) -> (usize, usize) {
     let (mut accepted, mut refused) = (0, 0);
     let base = async |accepted: usize| {
-        // A claim may be given back, a task be cancelled by its rules: that would look like something written.
-        let queue = if case.rpc.starts_with("Claim") || case.rpc.starts_with("Spawn") {
+        // A claim may be given back, a lease that was shortened may end, a task be cancelled by its rules: that would look like
+        // something written.
+        let moves_on = ["Claim", "Spawn", "Extend", "Set", "Save"];
+        let queue = if moves_on.iter().any(|prefix| case.rpc.starts_with(prefix)) {
             format!("w{index}-{accepted}")
         } else {
             format!("w{index}")
