@@ -223,6 +223,11 @@ impl ClaimedTask {
         runtime()?.block_on(self.inner.fail(reason))
     }
 
+    /// See [`crate::ClaimedTask::fail_for_good`].
+    pub fn fail_for_good<R: Serialize + ?Sized>(&self, reason: &R) -> Result<FailOutcome, Error> {
+        runtime()?.block_on(self.inner.fail_for_good(reason))
+    }
+
     /// See [`crate::ClaimedTask::set_checkpoint`].
     pub fn set_checkpoint<T: Serialize + ?Sized>(&self, name: &str, state: &T) -> Result<(), Error> {
         runtime()?.block_on(self.inner.set_checkpoint(name, state))

@@ -145,8 +145,17 @@ impl ClaimedTask {
 
     /// Fails the run with a reason that is JSON already.
     pub async fn fail_json(&self, reason: Json) -> Result<FailOutcome, Error> {
-        let reason = Some(reason.into_wire());
-        FailOutcome::from_wire(self.settle(Action::Fail(pb::FailAction { reason, retry_at: None })).await?.fail)
+        self.fail_with(reason, false).await
+    }
+
+    /// Fails the task with this attempt, whatever its limit of attempts says: trying again would change nothing.
+    pub async fn fail_for_good<T: Serialize + ?Sized>(&self, reason: &T) -> Result<FailOutcome, Error> {
+        self.fail_with(Json::from_text(claims::reason(reason)?.text), true).await
+    }
+
+    pub(crate) async fn fail_with(&self, reason: Json, no_retry: bool) -> Result<FailOutcome, Error> {
+        let action = pb::FailAction { reason: Some(reason.into_wire()), retry_at: None, no_retry };
+        FailOutcome::from_wire(self.settle(Action::Fail(action)).await?.fail)
     }
 
     /// Stores the result of a step; it comes along when the task is claimed again.

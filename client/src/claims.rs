@@ -196,7 +196,7 @@ impl AbsurdClient {
         retry_at: Option<SystemTime>,
     ) -> Result<FailOutcome, Error> {
         let reason = Some(self::reason(reason)?);
-        let action = Action::Fail(pb::FailAction { reason, retry_at: retry_at.map(Into::into) });
+        let action = Action::Fail(pb::FailAction { reason, retry_at: retry_at.map(Into::into), no_retry: false });
         FailOutcome::from_wire(self.settle(run_id, None, action).await?.fail)
     }
 

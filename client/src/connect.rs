@@ -114,9 +114,15 @@ impl ConnectOptions {
     }
 }
 
-/// Adds the scheme and the host that people leave out. The error repeats the scheme alone: a URL of another kind may hold a password.
+/// Adds the scheme and the host that people leave out. A URL with a login is refused, so no later message can repeat a
+/// password; the errors here repeat the scheme alone.
 fn whole_url(text: &str) -> Result<String, Error> {
+    let place = text.split_once("://").map_or(text, |(_, place)| place);
+    let has_login = place.split('/').next().is_some_and(|authority| authority.contains('@'));
     match text.split_once("://") {
+        None | Some(("http" | "https", _)) if has_login => {
+            Err(Error::argument("url", "must not hold a login: this service takes no user and password in its URL"))
+        }
         Some(("http" | "https", _)) => Ok(text.to_owned()),
         Some((scheme, _)) => {
             let problem = format!("the scheme {scheme:?} is not http or https; expected {DEFAULT_URL} or the like");
@@ -158,6 +164,10 @@ mod tests {
         assert_eq!(urls, expected);
         let error = ConnectOptions::new("postgresql://me:hunter2@db/app").urls().expect_err("a database");
         assert!(error.message().contains("postgresql") && !error.message().contains("hunter2"), "{error}");
+        for login in ["http://me:hunter2@db:50051", "me:hunter2@db", "http://db,https://hunter2@db/"] {
+            let error = ConnectOptions::new(login).urls().expect_err("a login");
+            assert!(error.message().contains("login") && !error.message().contains("hunter2"), "{error}");
+        }
         assert_eq!(ConnectOptions::new(" ,").urls().expect_err("none").field(), Some("url"));
     }
 }

@@ -105,8 +105,10 @@ pub struct App {
 }
 
 impl App {
-    /// Migrates if asked, checks the database, binds, and serves.
+    /// Reads the certificate, migrates if asked, checks the database, binds, and serves.
     pub async fn start(options: AppOptions) -> anyhow::Result<Self> {
+        // First: a wrong file must not be found after a migration.
+        let server = server(options.tls.as_ref(), options.limits.header_list_bytes_max)?;
         let migrated = match options.migrate {
             Some(how) => Some(migrate::migrate(&options.database, how).await.context("cannot migrate the database")?),
             None => None,
@@ -166,7 +168,7 @@ impl App {
         health.set(true).await;
         let (stop, stopped) = oneshot::channel();
         let test_clock = options.test_clock.then(|| TestClockServiceServer::new(TestClock::new(Arc::clone(&engine))));
-        let router = server(options.tls.as_ref(), options.limits.header_list_bytes_max)?
+        let router = server
             .layer(AdmissionLayer::new(options.admission))
             .layer(CompressionLayer)
             .layer(refusal::RefusalLayer { request_bytes_max: options.limits.request_bytes_max })
@@ -334,9 +336,13 @@ fn server(tls: Option<&(PathBuf, PathBuf)>, header_list_bytes_max: u32) -> anyho
         .initial_connection_window_size(gate::WINDOW_BYTES)
         .initial_stream_window_size(1024 * 1024);
     let Some((certificate, key)) = tls else { return Ok(server) };
-    let read = |path: &PathBuf| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
-    let identity = Identity::from_pem(read(certificate)?, read(key)?);
-    Ok(server.tls_config(ServerTlsConfig::new().identity(identity).timeout(Duration::from_secs(10)))?)
+    let read = |setting: &str, path: &PathBuf| {
+        std::fs::read(path).with_context(|| format!("{setting}: cannot read {}", path.display()))
+    };
+    let identity = Identity::from_pem(read("tls-cert", certificate)?, read("tls-key", key)?);
+    server.tls_config(ServerTlsConfig::new().identity(identity).timeout(Duration::from_secs(10))).with_context(|| {
+        format!("tls-cert {} and tls-key {} make no certificate of a server", certificate.display(), key.display())
+    })
 }
 
 /// The service. Its own answers are bounded; a claim stream's messages by what its client takes.

@@ -205,12 +205,12 @@ impl ClientArgs {
     }
 }
 
-/// Runs the command line; the exit code says how it went.
+/// Runs the command line; the exit code says how it went. No error shows a password.
 pub fn main() -> ExitCode {
     let outcome = carry_out(parsed().command);
     let written = output::finish();
     outcome.and_then(|code| written.map(|()| code)).unwrap_or_else(|error| {
-        note!("error: {error:#}");
+        note!("error: {}", masked(&format!("{error:#}")));
         ExitCode::FAILURE
     })
 }

@@ -34,16 +34,15 @@ async fn settings() -> BTreeMap<String, (String, String)> {
 }
 
 /// A value that a setting of a kind cannot have.
-fn wrong(name: &str, kind: &str) -> Option<String> {
-    Some(match kind {
+fn wrong(name: &str, kind: &str) -> String {
+    match kind {
         "URL" => format!("mysql://app:{CANARY}@h/d"),
         "FILTER" => "a=b=c".into(),
-        // Any text names a file.
-        "FILE" => return None,
+        "FILE" => "/nowhere/absurd.pem".into(),
         // Other than a truth, a number, a span, an address.
         _ if name == "listen" || name == "metrics-listen" => "no address".into(),
         _ => "perhaps".into(),
-    })
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -53,9 +52,10 @@ async fn every_wrong_value_is_named_and_no_password_is_shown() {
     let home = tempfile::tempdir().unwrap();
     let good = format!("postgresql://app:{CANARY}@127.0.0.1:1/d");
     for (name, (variable, kind)) in &settings {
-        let Some(value) = wrong(name, kind) else { continue };
+        let value = wrong(name, kind);
         let is_url = kind == "URL";
-        let quoted = if is_url || kind == "FILTER" { format!("'{value}'") } else { "['perhaps']".into() };
+        let is_text = is_url || ["FILTER", "FILE"].contains(&kind.as_str());
+        let quoted = if is_text { format!("'{value}'") } else { "['perhaps']".into() };
         let file = home.path().join(format!("{name}.toml"));
         let url = if name == "database-url" { String::new() } else { format!("database_url = '{good}'\n") };
         std::fs::write(&file, format!("# comment\n{url}{} = {quoted}\n", name.replace('-', "_"))).unwrap();
@@ -70,11 +70,18 @@ async fn every_wrong_value_is_named_and_no_password_is_shown() {
         }
         let mut toml = absurd(&["serve", "--config", file.to_str().unwrap()]);
         for (source, command) in [("flag", &mut flags), ("environment", &mut environment), ("file", &mut toml)] {
+            // Files that belong together: the others exist.
+            for (other, (variable, _)) in settings.iter().filter(|(_, (_, other))| kind == "FILE" && other == "FILE") {
+                if other != name {
+                    command.env(variable, &file);
+                }
+            }
             let (well, text) = said(command).await;
             let named = if is_url { text.contains("database URL is not valid") } else { text.contains(name.as_str()) };
             assert!(!well && (named || kind == "FILTER" && text.contains("log:")), "{source} {name}: {text}");
-            assert!(!text.contains(CANARY), "{source} {name}: {text}");
-            let place = source != "file" || is_url || kind == "FILTER" || text.contains(", line ");
+            let cause = kind != "FILE" || text.contains(&format!("{name}: cannot read {value}: No such file"));
+            assert!(cause && !text.contains(CANARY), "{source} {name}: {text}");
+            let place = source != "file" || is_text || text.contains(", line ");
             assert!(place, "{source} {name}: {text}");
         }
     }

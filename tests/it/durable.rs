@@ -164,6 +164,11 @@ async fn failures_are_recorded_as_all_sdks_do() {
         match how.as_str().unwrap() {
             "panic" => panic!("out of {}", "luck"),
             "named" => Err(TaskError::failure("PaymentDeclined", "no money").into()),
+            "final" => Err(TaskError::non_retryable(TaskError::failure("NoSuchOrder", "it is gone")).into()),
+            "final step" => {
+                let failed = ctx.step("s", async || Err::<(), _>(TaskError::non_retryable("gone"))).await;
+                failed.map(|()| j!(null)).map_err(BoxError::from)
+            }
             "io" => Err(BoxError::from(std::io::Error::other("disk full"))),
             "step" => {
                 let failed = ctx.step("s", async || Err::<(), _>(std::io::Error::other("disk full"))).await;
@@ -190,6 +195,13 @@ async fn failures_are_recorded_as_all_sdks_do() {
         let recorded = failure(&absurd, spawned.task_id).await;
         assert_eq!(recorded["name"], name, "{recorded}");
         assert!(recorded["message"].as_str().unwrap().starts_with(message), "{recorded}");
+    }
+    for (how, name, message) in [("final", "NoSuchOrder", "it is gone"), ("final step", "Error", "gone")] {
+        let spawned = absurd.spawn(&ANY, &j!(how)).max_attempts(5).await.unwrap();
+        let recorded = failure(&absurd, spawned.task_id).await;
+        assert_eq!((&recorded["name"], &recorded["message"]), (&j!(name), &j!(message)));
+        let task = absurd.client().get_task_status(spawned.task_id).await.unwrap().unwrap();
+        assert_eq!(task.attempts, 1, "another attempt would change nothing");
     }
     let spawned = absurd.spawn(&early, &j!(1)).max_attempts(1).await.unwrap();
     assert_eq!(failure(&absurd, spawned.task_id).await["message"], "panic: before its first await");

@@ -307,7 +307,7 @@ async fn bad_settlements_are_refused_each_on_its_own() {
             run_id: String::new(),
             claim_token: Some(held.claim_token().to_owned()),
             reason: json(reason),
-            retry_at: None,
+            ..Default::default()
         };
         grpc.fail_task(fail).await.unwrap();
         let stored = client.get_task_result(held.task_id).await.unwrap().failure.unwrap();

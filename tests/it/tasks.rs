@@ -117,7 +117,7 @@ async fn every_write_may_be_said_twice() {
         run_id: String::new(),
         claim_token: token,
         reason: json("{\"message\":\"x\"}"),
-        retry_at: None,
+        ..Default::default()
     };
     let failed = grpc.fail_task(fail.clone()).await.unwrap().into_inner().outcome.unwrap();
     let repeated = grpc.fail_task(fail).await.unwrap().into_inner().outcome.unwrap();
@@ -141,6 +141,40 @@ async fn every_write_may_be_said_twice() {
     }
     assert!(client.drop_queue().await.unwrap());
     assert!(!client.drop_queue().await.unwrap());
+}
+
+/// A failure that forbids another attempt ends its task, also where attempts are left or unlimited, and says so again when the
+/// call is repeated. Only `RetryTask` goes on from there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_final_failure_ends_its_task() {
+    let server = Server::start().await;
+    let client = server.client();
+    let mut grpc = server.raw().await;
+    for options in [SpawnOptions::default(), SpawnOptions::default().unlimited_attempts()] {
+        let spawned = client.spawn_task("t", &j!(1), options).await.unwrap();
+        let held = client.claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+        let mut fail = pb::FailTaskRequest {
+            queue: "q".into(),
+            claim_token: Some(held.claim_token().to_owned()),
+            reason: json("{\"message\":\"x\"}"),
+            retry_at: Some(prost_types::Timestamp { seconds: 4_000_000_000, nanos: 0 }),
+            no_retry: true,
+            ..Default::default()
+        };
+        let refused = grpc.fail_task(fail.clone()).await.unwrap_err();
+        assert!(refused.message().contains("retry_at"), "{refused}");
+        fail.retry_at = None;
+        for replayed in [false, true] {
+            let outcome = grpc.fail_task(fail.clone()).await.unwrap().into_inner().outcome.unwrap();
+            assert_eq!((outcome.replayed, outcome.task_state()), (replayed, pb::State::Failed));
+            assert_eq!((outcome.next_run_id, outcome.next_attempt), (None, None));
+        }
+        client.retry_task(spawned.task_id, RetryOptions::default()).await.unwrap();
+        let held = client.claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+        assert_eq!((held.task_id, held.attempt), (spawned.task_id, 2));
+        held.fail_for_good("once more").await.unwrap();
+        assert_eq!(client.get_task_status(spawned.task_id).await.unwrap().unwrap().state, State::Failed);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

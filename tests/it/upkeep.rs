@@ -124,6 +124,47 @@ async fn the_doctor_finds_what_is_wrong_and_its_cures_work() {
     assert!(left.is_empty() || left.contains("1 tasks have ended"), "the stuck task, now failed, has no run: {left}");
 }
 
+/// Every key and index that the contract's queues have is missed, in both kinds of storage, and the cures bring all back.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_doctor_misses_every_key_and_index() {
+    let database = Database::new().await;
+    let sql = database.connect().await;
+    let all = "select n.nspname || '.' || quote_ident(i.relname), k.conname is not null, x.indrelid::regclass::text,
+                      quote_ident(k.conname)
+                 from pg_index x join pg_class i on i.oid = x.indexrelid join pg_namespace n on n.oid = i.relnamespace
+                 join pg_class t on t.oid = x.indrelid and not t.relispartition
+                 left join pg_constraint k on k.conindid = x.indexrelid
+                where n.nspname = 'absurd' and substr(t.relname, 2) in ('_it''s \"q\"', '_parts')
+                  and t.relname not like 'i\\_%' and i.relname not like '%idempotency%'
+                order by 1";
+    sql.batch_execute(
+        "select absurd.create_queue('it''s \"q\"'); select absurd_server.install_doorbell('it''s \"q\"');
+         select absurd.create_queue('parts', 'partitioned'); select absurd_server.install_doorbell('parts')",
+    )
+    .await
+    .unwrap();
+    assert_eq!(doctor(&database).await, (true, vec![]));
+    let indexes = sql.query(all, &[]).await.unwrap();
+    assert_eq!(indexes.len(), 30);
+    for row in &indexes {
+        let (index, is_key, table): (&str, bool, &str) = (row.get(0), row.get(1), row.get(2));
+        let constraint: Option<&str> = row.get(3);
+        let drop = match constraint.filter(|_| is_key) {
+            Some(constraint) => format!("alter table {table} drop constraint {constraint}"),
+            None => format!("drop index {index}"),
+        };
+        sql.batch_execute(&drop).await.unwrap();
+    }
+    let (well, findings) = doctor(&database).await;
+    let missed: Vec<&Value> = findings.iter().filter(|finding| finding["what"].to_string().contains("valid")).collect();
+    assert_eq!((well, missed.len()), (false, indexes.len()), "{findings:?}");
+    for finding in missed {
+        sql.batch_execute(finding["mend"].as_str().unwrap()).await.unwrap();
+    }
+    assert_eq!(doctor(&database).await, (true, vec![]));
+    assert_eq!(sql.query(all, &[]).await.unwrap().len(), indexes.len());
+}
+
 /// Names that would share tables or indexes with another queue are refused, in either order (contract 12, B11).
 #[tokio::test(flavor = "multi_thread")]
 async fn colliding_names_are_refused() {

@@ -17,6 +17,8 @@ use crate::{Error, Json};
 pub(crate) enum Outcome {
     Completed(Json),
     Failed(Json),
+    /// Another attempt would not mend it.
+    FailedForGood(Json),
     Over(Signal),
     /// Its checkpoints could not be read; the run waits for the end of its lease.
     Unread(Error),
@@ -76,8 +78,9 @@ pub(crate) async fn drive(
 }
 
 fn failed(error: &BoxError) -> Outcome {
-    match error.downcast_ref::<TaskError>().and_then(TaskError::signal) {
-        Some(signal) => Outcome::Over(signal),
-        None => Outcome::Failed(recorded(error)),
+    match error.downcast_ref::<TaskError>() {
+        Some(TaskError::Signal(signal)) => Outcome::Over(*signal),
+        Some(TaskError::NonRetryable(_)) => Outcome::FailedForGood(recorded(error)),
+        Some(_) | None => Outcome::Failed(recorded(error)),
     }
 }

@@ -51,6 +51,8 @@ pub enum TaskError {
         /// What lies behind it.
         source: Option<BoxError>,
     },
+    /// A failure that another attempt would not mend: the task fails with this one, whatever its limit of attempts says.
+    NonRetryable(BoxError),
     /// A value could not be written as JSON, or a stored one not be read as the type that is asked for.
     Json {
         /// Where: the step, the event.
@@ -66,6 +68,11 @@ impl TaskError {
     /// A failure with a name of its own; the name and the message are recorded.
     pub fn failure(name: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Failure { name: name.into(), message: message.into(), source: None }
+    }
+
+    /// A failure that another attempt would not mend; recorded as the failure itself would be.
+    pub fn non_retryable(error: impl Into<BoxError>) -> Self {
+        Self::NonRetryable(error.into())
     }
 
     /// The signal, where it is one.
@@ -101,6 +108,7 @@ impl fmt::Display for TaskError {
             Self::Signal(signal) => signal.fmt(f),
             Self::Timeout { what } => write!(f, "{what} did not come in time"),
             Self::Failure { message, .. } => f.write_str(message),
+            Self::NonRetryable(error) => error.fmt(f),
             Self::Json { what, source } => write!(f, "{what}: {source}"),
             Self::Call(error) => error.fmt(f),
         }
@@ -111,6 +119,7 @@ impl std::error::Error for TaskError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Failure { source, .. } => source.as_deref().and_then(|source| source.source()),
+            Self::NonRetryable(error) => error.source(),
             Self::Json { source, .. } => Some(source),
             Self::Signal(_) | Self::Timeout { .. } | Self::Call(_) => None,
         }
@@ -122,12 +131,15 @@ const TEXT_MAX: usize = 16 * 1024;
 
 /// What is recorded of a failure: `name`, `message`, `traceback` (contract/sdk.md 1.11).
 pub(crate) fn recorded(error: &BoxError) -> crate::Json {
+    if let Some(TaskError::NonRetryable(error)) = error.downcast_ref::<TaskError>() {
+        return recorded(error);
+    }
     let name = match error.downcast_ref::<TaskError>() {
         Some(TaskError::Failure { name, .. }) => name.as_str(),
         Some(TaskError::Timeout { .. }) => "TimeoutError",
         Some(TaskError::Json { .. }) => "JsonError",
         Some(TaskError::Call(_)) => "CallError",
-        Some(TaskError::Signal(_)) | None => "Error",
+        Some(TaskError::Signal(_) | TaskError::NonRetryable(_)) | None => "Error",
     };
     let mut chain = Vec::new();
     let mut cause = error.source();
@@ -159,6 +171,9 @@ mod tests {
         let named: BoxError = Box::new(TaskError::failure("PaymentDeclined", "no money"));
         let stored: serde_json::Value = recorded(&named).to().expect("JSON");
         assert_eq!(stored, serde_json::json!({"name": "PaymentDeclined", "message": "no money", "traceback": null}));
+        let last: BoxError = Box::new(TaskError::non_retryable(TaskError::failure("NoSuchOrder", "it is gone")));
+        let stored: serde_json::Value = recorded(&last).to().expect("JSON");
+        assert_eq!(stored, serde_json::json!({"name": "NoSuchOrder", "message": "it is gone", "traceback": null}));
         let text: BoxError = "plain".into();
         assert_eq!(recorded(&text).to::<serde_json::Value>().expect("JSON")["message"], "plain");
     }

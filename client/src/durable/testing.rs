@@ -279,7 +279,7 @@ impl<R: DeserializeOwned> TestTask<R> {
                 Ok(result) => Progress::Completed(result),
                 Err(error) => failed("JsonError".into(), format!("the result is not what the test reads: {error}")),
             },
-            Outcome::Failed(reason) => {
+            Outcome::Failed(reason) | Outcome::FailedForGood(reason) => {
                 let reason: Value = reason.to().unwrap_or_default();
                 let text = |key: &str| reason[key].as_str().unwrap_or_default().to_owned();
                 failed(text("name"), text("message"))

@@ -315,6 +315,7 @@ async fn execute(
             completed => ("completing a task", completed),
         },
         Outcome::Failed(reason) => ("failing a task", task.fail_json(reason).await.map(drop)),
+        Outcome::FailedForGood(reason) => ("failing a task", task.fail_with(reason, true).await.map(drop)),
         Outcome::Over(signal) => {
             tracing::debug!(task.id = %task.task_id, %signal, "the execution is over");
             return;

@@ -6,11 +6,12 @@ with item as materialized (
                             $3::jsonb[],        -- reasons
                             $4::timestamptz[],  -- retry at; null: as the strategy says
                             $5::uuid[],         -- id of the next run, should there be one
-                            $6::boolean[])      -- sweep
-                with ordinality as i (run_id, digest, reason, retry_at, next_run_id, sweep, item)),
+                            $6::boolean[],      -- sweep
+                            $7::boolean[])      -- no further attempt, whatever the limit says
+                with ordinality as i (run_id, digest, reason, retry_at, next_run_id, sweep, no_retry, item)),
      clock as materialized (select absurd.current_time() as now),
      locked as materialized (
-       select r.run_id, r.task_id, r.attempt, r.state, i.item, i.retry_at, i.next_run_id, r.failure_reason,
+       select r.run_id, r.task_id, r.attempt, r.state, i.item, i.retry_at, i.no_retry, i.next_run_id, r.failure_reason,
               i.digest is null or coalesce(right(r.claimed_by, 23) = '#' || i.digest, false) as owned,
               case when i.sweep then r.state = 'running' and coalesce(r.claim_expires_at <= i.now, false)
                    when i.digest is null then r.state in ('running', 'sleeping')
@@ -35,7 +36,7 @@ with item as materialized (
              from {t} t where t.task_id = l.task_id for update {wait}) t),
      plan as materialized (
        select h.item, h.run_id, h.task_id, h.attempt, h.next_run_id, h.reason, h.cancellation, h.first_started_at,
-              case when h.max_attempts is null or h.attempt < h.max_attempts
+              case when not h.no_retry and (h.max_attempts is null or h.attempt < h.max_attempts)
                    then greatest(clock.now, coalesce(h.retry_at, clock.now
                                                      + absurd_server.retry_delay(h.retry_strategy, h.attempt)))
                         -- greatest() skips nulls: an unusable strategy must not become "now".

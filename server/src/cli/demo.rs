@@ -11,8 +11,8 @@ use anyhow::Context as _;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::output::{note, out};
-use super::{dev, runtime};
+use super::output::{Output, note, out};
+use super::{ClientArgs, dev, runtime};
 use crate::postgres::{Cluster, ClusterOptions};
 
 const QUEUE: &str = "demo";
@@ -75,7 +75,8 @@ async fn show(url: &str, home: &Path) -> anyhow::Result<()> {
     let started = Instant::now();
     let say = |text: &str| out!("{:>6} ms  {text}", started.elapsed().as_millis());
     let client = AbsurdClient::connect(&ConnectOptions::new(url))?.with_queue(QUEUE);
-    client.create_queue().await?;
+    let server = ClientArgs { url: url.to_owned(), queue: None, tls_ca: None, output: Output::Table };
+    server.reach(async { Ok(client.create_queue().await?) }).await?;
     let ledger = home.join("ledger");
     fs::write(&ledger, "")?;
     let order = format!("order-{}", std::process::id());

@@ -80,6 +80,7 @@ pub(super) async fn run(args: DoctorArgs) -> anyhow::Result<()> {
             }
         }
         findings.extend(store.doctor_access().await.map_err(told)?.iter().flat_map(|row| access(row, &known.role)));
+        findings.extend(store.doctor_indexes().await.map_err(told)?.iter().filter_map(|row| index(row, report.origin)));
         findings.extend(queues(&store, &names).await?);
         findings.extend(upkeep.iter().filter_map(problem));
         findings.extend(store.quarantine_list(BOUND).await.map_err(told)?.iter().map(set_aside));
@@ -175,6 +176,33 @@ fn access(row: &Row, role: &str) -> Vec<Finding> {
         ));
     }
     findings
+}
+
+/// A key or an index that is missing. Cleanup alone walks three of them, which upstream's tool does not make.
+fn index(row: &Row, origin: Origin) -> Option<Finding> {
+    let queue: &str = row.get("queue_name");
+    let kind: &str = row.get("kind");
+    let columns: &str = row.get("columns");
+    let quoted = |suffix: &str| format!("\"{kind}_{}{suffix}\"", queue.replace('"', "\"\""));
+    let table = format!("absurd.{}", quoted(""));
+    let Some(suffix) = row.get::<_, Option<&str>>("suffix") else {
+        return Some(Finding::wrong(
+            format!(
+                "queue {queue:?}: {table} has no valid key ({columns}): rows may double, and every call reads the table"
+            ),
+            format!("alter table {table} add primary key ({columns})"),
+        ));
+    };
+    let condition = row.get::<_, Option<&str>>("condition").map(|text| format!(" where {text}")).unwrap_or_default();
+    let name = quoted(&format!("_{suffix}"));
+    let mend =
+        format!("create index {name} on {table} ({columns}){condition}  -- drop index absurd.{name} if it is invalid");
+    let what = format!("queue {queue:?}: {table} has no valid index ({columns}){condition}");
+    match suffix {
+        "coi" | "fai" | "cai" if origin == Origin::Adopted => None,
+        "coi" | "fai" | "cai" => Some(Finding::note(format!("{what}: its cleanup reads the whole table"), mend)),
+        _ => Some(Finding::wrong(format!("{what}: calls read the whole table"), mend)),
+    }
 }
 
 fn snapshot(age: Duration) -> Option<Finding> {

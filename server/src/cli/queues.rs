@@ -2,12 +2,17 @@
 
 use std::time::Duration;
 
-use absurd_client::{Queue, QueueOptions, StorageMode};
+use absurd_client::{AbsurdClient, Queue, QueueOptions, QueueStats, StorageMode};
 use clap::{Args, Subcommand};
+use futures_util::StreamExt as _;
 use serde_json::json;
 
 use super::ClientArgs;
-use super::output::{self, Output, out};
+use super::output::{self, Output, note, out};
+use crate::store::queue::COUNT_MAX;
+
+/// Counts that are asked for at once.
+const COUNTS_AT_ONCE: usize = 8;
 
 /// `absurd queue ...`
 #[derive(Debug, Subcommand)]
@@ -21,9 +26,15 @@ pub(super) enum QueueCommand {
         #[command(flatten)]
         queue: OneQueue,
     },
-    /// List all queues
-    #[command(alias = "ls", after_help = "Examples:\n  absurd queue list\n  absurd queue list -o json")]
-    List(ClientArgs),
+    /// List all queues with their counts
+    #[command(alias = "ls", after_help = "Examples:\n  absurd queue list\n  absurd queue list --no-counts -o json")]
+    List {
+        /// Count nothing, which is quick however many queues there are
+        #[arg(long)]
+        no_counts: bool,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
     /// Drop a queue with all its tasks
     #[command(aliases = ["delete", "rm"], after_help = "Example:\n  absurd queue drop mails --yes")]
     Drop {
@@ -61,7 +72,7 @@ pub(super) async fn run(command: QueueCommand) -> anyhow::Result<()> {
             let args = queue.args()?;
             args.reach(create(&args, partitioned)).await
         }
-        QueueCommand::List(args) => args.reach(list(&args)).await,
+        QueueCommand::List { no_counts, client } => client.work(list(&client, !no_counts)).await,
         QueueCommand::Drop { yes, queue } => {
             let args = queue.args()?;
             let question = format!("Drop queue {:?} with all its tasks?", args.queue());
@@ -97,33 +108,81 @@ async fn drop(args: &ClientArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn list(args: &ClientArgs) -> anyhow::Result<()> {
-    let queues = args.client()?.list_queues().await?;
-    let mode = |queue: &Queue| match queue.storage_mode {
-        StorageMode::Partitioned => "partitioned",
-        StorageMode::Unpartitioned => "unpartitioned",
-    };
+async fn list(args: &ClientArgs, counts: bool) -> anyhow::Result<()> {
+    let client = args.client()?;
+    let queues = client.list_queues().await?;
+    let stats = if counts { Some(count_all(&client, &queues).await) } else { None };
     match args.output {
         Output::Table => {
+            let mut names = vec!["QUEUE", "STORAGE", "CREATED"];
+            names.extend(stats.iter().flat_map(|_| COLUMNS.map(|(_, column, _)| column)));
             let rows: Vec<Vec<String>> = queues
                 .iter()
-                .map(|queue| vec![queue.name.clone(), mode(queue).to_owned(), output::time(queue.created_at)])
-                .collect();
-            output::table(&["QUEUE", "STORAGE", "CREATED"], &rows);
-        }
-        Output::Json => output::json(
-            &queues
-                .iter()
-                .map(|queue| {
-                    json!({
-                        "queue": queue.name, "storage_mode": mode(queue),
-                        "created_at": output::json_time(queue.created_at),
-                    })
+                .enumerate()
+                .map(|(index, queue)| {
+                    let mut row = vec![queue.name.clone(), mode(queue).to_owned(), output::time(queue.created_at)];
+                    if let Some(stats) = &stats {
+                        row.extend(COLUMNS.map(|(_, _, count)| {
+                            stats[index].as_ref().map_or_else(|| "?".to_owned(), |stats| shown(stats, count(stats)))
+                        }));
+                    }
+                    row
                 })
-                .collect(),
-        ),
+                .collect();
+            output::table(&names, &rows);
+        }
+        Output::Json => {
+            let object = |(index, queue): (usize, &Queue)| {
+                let mut object = json!({
+                    "queue": queue.name, "storage_mode": mode(queue), "created_at": output::json_time(queue.created_at),
+                });
+                for (name, _, count) in COLUMNS.iter().filter(|_| stats.is_some()) {
+                    let stats = stats.as_ref().and_then(|stats| stats[index].as_ref());
+                    object[*name] = json!(stats.map(count));
+                }
+                object
+            };
+            output::json(&queues.iter().enumerate().map(object).collect());
+        }
     }
     Ok(())
+}
+
+fn mode(queue: &Queue) -> &'static str {
+    match queue.storage_mode {
+        StorageMode::Partitioned => "partitioned",
+        StorageMode::Unpartitioned => "unpartitioned",
+    }
+}
+
+/// A count's name in JSON, its column in a list, and where it stands.
+type Column = (&'static str, &'static str, fn(&QueueStats) -> i64);
+
+const COLUMNS: [Column; 5] = [
+    ("pending", "PENDING", |stats| stats.pending),
+    ("running", "RUNNING", |stats| stats.running),
+    ("sleeping", "SLEEPING", |stats| stats.sleeping),
+    ("completed", "COMPLETED", |stats| stats.completed),
+    ("cancelled", "CANCELLED", |stats| stats.cancelled),
+];
+
+/// A count as people read it: a capped one has a plus.
+fn shown(stats: &QueueStats, count: i64) -> String {
+    if stats.capped && count >= COUNT_MAX { format!("{count}+") } else { count.to_string() }
+}
+
+/// The counts of queues, a few at once and in the order of the queues. A queue that cannot be counted is None, and standard
+/// error says why.
+async fn count_all(client: &AbsurdClient, queues: &[Queue]) -> Vec<Option<QueueStats>> {
+    let counts = queues.iter().map(|queue| {
+        let client = client.with_queue(queue.name.as_str());
+        async move { client.get_queue_stats().await }
+    });
+    let answers: Vec<_> = futures_util::stream::iter(counts).buffered(COUNTS_AT_ONCE).collect().await;
+    let told = |(queue, answer): (&Queue, Result<QueueStats, absurd_client::Error>)| {
+        answer.map_err(|error| note!("queue {:?} cannot be counted: {error}", queue.name)).ok()
+    };
+    queues.iter().zip(answers).map(told).collect()
 }
 
 async fn stats(args: &ClientArgs) -> anyhow::Result<()> {
@@ -140,9 +199,8 @@ async fn stats(args: &ClientArgs) -> anyhow::Result<()> {
     ];
     match args.output {
         Output::Table => {
-            let more =
-                |count: i64| if stats.capped && count >= 100_000 { format!("{count}+") } else { count.to_string() };
-            let mut fields: Vec<(&str, String)> = counts.iter().map(|(_, name, count)| (*name, more(*count))).collect();
+            let mut fields: Vec<(&str, String)> =
+                counts.iter().map(|(_, name, count)| (*name, shown(&stats, *count))).collect();
             fields.push(("oldest waits", age.map_or_else(|| "none waits".into(), output::span)));
             output::record(&fields);
         }

@@ -101,7 +101,7 @@ pub(super) async fn run(command: TaskCommand) -> anyhow::Result<()> {
         TaskCommand::Get(task) => {
             let args = &task.client;
             args.reach(async {
-                let (client, id) = find(args, &task.task).await?;
+                let (client, id) = find_to_read(args, &task.task).await?;
                 inspect::get(args, &client, id).await
             })
             .await
@@ -110,7 +110,7 @@ pub(super) async fn run(command: TaskCommand) -> anyhow::Result<()> {
         TaskCommand::Cancel(task) => task.client.reach(cancel(&task)).await,
         TaskCommand::Retry(args) => args.task.client.reach(retry(&args)).await,
         TaskCommand::Watch(WatchArgs { timeout, task }) => {
-            let (client, id) = task.client.reach(find(&task.client, &task.task)).await?;
+            let (client, id) = task.client.reach(find_to_read(&task.client, &task.task)).await?;
             inspect::watch(&task.client, &client, id, timeout.map(|span| span.0)).await
         }
     }
@@ -121,8 +121,27 @@ const PART_MIN: usize = 6;
 /// Candidates that are listed.
 const CANDIDATES: i32 = 20;
 
-/// The task that a text names, and a client of its queue: first in the queue of the command, then in all of them.
-async fn find(args: &ClientArgs, text: &str) -> anyhow::Result<(AbsurdClient, Uuid)> {
+/// The digits of a whole id.
+const ID_DIGITS: usize = 32;
+
+/// The task that a command reads; see `find`.
+async fn find_to_read(args: &ClientArgs, text: &str) -> anyhow::Result<(AbsurdClient, Uuid)> {
+    find(args, text).await.map(|(client, id, _)| (client, id))
+}
+
+/// The task that a command changes. One that only part of the tasks were searched for may be another than the meant one.
+async fn find_to_change(args: &ClientArgs, text: &str) -> anyhow::Result<(AbsurdClient, Uuid)> {
+    let (client, id, sure) = find(args, text).await?;
+    anyhow::ensure!(
+        sure,
+        "not all tasks could be searched for {text}, and this changes one; if you mean it, write {id}"
+    );
+    Ok((client, id))
+}
+
+/// The task that a text names, a client of its queue, and whether no other task can be meant. It looks in the queue of the
+/// command first, then in all of them.
+async fn find(args: &ClientArgs, text: &str) -> anyhow::Result<(AbsurdClient, Uuid, bool)> {
     let digits = text.chars().filter(|character| *character != '-').count();
     anyhow::ensure!(
         text.chars().all(|character| character.is_ascii_hexdigit() || character == '-'),
@@ -152,7 +171,7 @@ async fn find(args: &ClientArgs, text: &str) -> anyhow::Result<(AbsurdClient, Uu
                 anyhow::ensure!(args.queue.is_none(), "{elsewhere}, not in {queue:?}");
                 note!("{elsewhere}");
             }
-            Ok((client.with_queue(task.queue.as_str()), task.task_id))
+            Ok((client.with_queue(task.queue.as_str()), task.task_id, found.complete || digits == ID_DIGITS))
         }
         tasks => anyhow::bail!("{}", candidates(text, tasks, found.complete)),
     }
@@ -168,7 +187,7 @@ fn candidates(text: &str, tasks: &[TaskMatch], complete: bool) -> String {
 }
 
 async fn cancel(task: &OneTask) -> anyhow::Result<()> {
-    let (client, id) = find(&task.client, &task.task).await?;
+    let (client, id) = find_to_change(&task.client, &task.task).await?;
     let CancelOutcome { cancelled, state } = client.cancel_task_by_id(id).await?;
     match task.client.output {
         Output::Table if cancelled => out!("cancelled"),
@@ -179,7 +198,7 @@ async fn cancel(task: &OneTask) -> anyhow::Result<()> {
 }
 
 async fn retry(args: &RetryArgs) -> anyhow::Result<()> {
-    let (client, id) = find(&args.task.client, &args.task.task).await?;
+    let (client, id) = find_to_change(&args.task.client, &args.task.task).await?;
     let options = RetryOptions { spawn_new: args.spawn_new, max_attempts: args.max_attempts };
     let spawned = client.retry_task(id, options).await?;
     spawn::print_spawned(args.task.client.output, &spawned);

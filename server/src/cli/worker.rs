@@ -30,7 +30,7 @@ Examples:
 The program gets the params on its standard input and these variables: ABSURD_TASK_ID ABSURD_RUN_ID ABSURD_TASK_NAME
 ABSURD_ATTEMPT ABSURD_QUEUE ABSURD_HEADERS. What it prints is the result: JSON as it is, other text as a JSON string,
 nothing as null. An exit code other than 0 fails the run, with the end of its standard error as the reason, and so does a result
-that the server refuses. The lease is kept as long as it runs; when the task is cancelled or the claim is lost, it is killed.
+that the server refuses; the code that --no-retry-code names fails the task, however many attempts are left. The lease is kept as long as it runs; when the task is cancelled or the claim is lost, it is killed.
 The task ends when its program does: what it has left in the background is killed.
 
 Ctrl-C or SIGTERM lets programs finish (--drain); the second one ends them at once. Tasks that do not finish go back to the queue
@@ -75,6 +75,9 @@ pub(super) struct WorkerArgs {
     /// How long to let programs finish when asked to stop
     #[arg(long, default_value = "30s", value_name = "SPAN")]
     drain: Span,
+    /// Exit code by which a program says that another attempt would not help: the task fails at once
+    #[arg(long, value_name = "CODE", value_parser = clap::value_parser!(i32).range(1..=255))]
+    no_retry_code: Option<i32>,
     /// Stop after this many tasks
     #[arg(long, value_name = "N")]
     max_tasks: Option<u64>,
@@ -273,6 +276,7 @@ async fn carry_out(work: Arc<Work>, task: ClaimedTask, over: watch::Receiver<boo
 
 /// Reports the end of an execution. A result that the server refuses for its content becomes a failure that names the refusal.
 async fn report(task: &ClaimedTask, end: End, over: watch::Receiver<bool>) -> (String, Result<(), Error>) {
+    let mut no_retry = false;
     let reason = match end {
         End::Result(result) => match persist(task, &over, || task.complete_json(result.clone())).await {
             Err(error) if !may_pass(&error) && !error.is_claim_over() => {
@@ -280,15 +284,21 @@ async fn report(task: &ClaimedTask, end: End, over: watch::Receiver<bool>) -> (S
             }
             said => return ("completed".into(), said),
         },
-        End::Failure(reason) => reason,
+        End::Failure { reason, no_retry: forbidden } => {
+            no_retry = forbidden;
+            reason
+        }
         End::Revoked(why) => return (format!("stopped: the claim is {why:?}").to_lowercase(), Ok(())),
         End::Over(Signal::Suspended) => return ("suspended".into(), Ok(())),
         End::Over(signal) => return (format!("stopped: {signal}"), Ok(())),
         End::Released(delay) => return ("given back".into(), task.release(delay).await),
     };
     let what = format!("failed: {}", reason["message"].as_str().unwrap_or("failed"));
-    let reason = Json::from(reason);
-    let said = persist(task, &over, || async { task.fail_json(reason.clone()).await.map(drop) }).await;
+    let fail = async || match no_retry {
+        true => task.fail_for_good(&reason).await.map(drop),
+        false => task.fail(&reason).await.map(drop),
+    };
+    let said = persist(task, &over, fail).await;
     (what, said)
 }
 
@@ -321,7 +331,11 @@ async fn persist<F: Future<Output = Result<(), Error>>>(
 /// How an execution ended.
 enum End {
     Result(Json),
-    Failure(serde_json::Value),
+    /// `no_retry`: the program says that another attempt would not help.
+    Failure {
+        reason: serde_json::Value,
+        no_retry: bool,
+    },
     Revoked(absurd_client::Revoked),
     Over(Signal),
     /// Given back, to be offered again after this long.
@@ -345,7 +359,7 @@ async fn execute(args: &WorkerArgs, task: &ClaimedTask, context: &Context, mut o
         // First: what a program prints after its run was suspended is no result.
         signal = context.over() => End::Over(signal),
         why = task.revoked() => End::Revoked(why),
-        end = talk(&mut child, params) => end,
+        end = talk(&mut child, params, args.no_retry_code) => end,
         _ = over.wait_for(|over| *over) => End::Released(Duration::ZERO),
         () = &mut serving => End::Released(Duration::ZERO),
     };
@@ -391,7 +405,7 @@ fn kill_group(id: Option<u32>) {
     }
 }
 
-async fn talk(child: &mut Child, params: Vec<u8>) -> End {
+async fn talk(child: &mut Child, params: Vec<u8>, no_retry_code: Option<i32>) -> End {
     let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let feed = async move {
         if let Some(mut stdin) = stdin {
@@ -407,7 +421,10 @@ async fn talk(child: &mut Child, params: Vec<u8>) -> End {
     let errors = String::from_utf8_lossy(&errors).replace('\0', "\u{fffd}");
     match status {
         Err(error) => failure("WaitError", &error.to_string(), &errors),
-        Ok(status) if !status.success() => failure("ExitError", &status.to_string(), &errors),
+        Ok(status) if !status.success() => {
+            let no_retry = no_retry_code.is_some() && status.code() == no_retry_code;
+            End::Failure { reason: reason("ExitError", &status.to_string(), &errors), no_retry }
+        }
         Ok(_) if output.is_over => {
             failure("OutputError", &format!("more than {OUTPUT_BYTES_MAX} bytes of output"), &errors)
         }
@@ -479,9 +496,14 @@ async fn tail(from: Option<impl AsyncRead + Unpin>, kept: &mut Vec<u8>) {
 }
 
 fn failure(name: &str, message: &str, errors: &str) -> End {
+    End::Failure { reason: reason(name, message, errors), no_retry: false }
+}
+
+/// What is recorded of a failure. The last line of standard error says most.
+fn reason(name: &str, message: &str, errors: &str) -> serde_json::Value {
     let last = errors.lines().rev().find(|line| !line.trim().is_empty());
     let message = last.map_or_else(|| message.to_owned(), |last| format!("{message}: {last}"));
-    End::Failure(json!({"name": name, "message": message, "traceback": errors}))
+    json!({"name": name, "message": message, "traceback": errors})
 }
 
 #[cfg(test)]

@@ -180,7 +180,7 @@ impl Dispatcher {
         let writes = returns.into_iter().map(|back| {
             let run = RunRef { run_id: back.token.run_id, digest: Some(back.token.digest()) };
             if spent.contains(&back.token.run_id) {
-                return (run, Write::Fail { reason: Some(no_sign_of_life()), retry_at: None });
+                return (run, Write::Fail { reason: Some(no_sign_of_life()), retry_at: None, no_retry: false });
             }
             let write = Write::Release {
                 available_at: Some(back.token.was_available_at),

@@ -34,6 +34,8 @@ pub enum Write {
         reason: Option<JsonText>,
         /// Instead of the strategy's time.
         retry_at: Option<Instant>,
+        /// Whether no attempt follows, whatever the task's limit says.
+        no_retry: bool,
     },
     /// Fails it if its lease has run out.
     Expire,
@@ -81,9 +83,9 @@ impl Write {
     /// The same failure with a reason that a database of any encoding takes, where this write is one with another reason. A
     /// failure is recorded whatever its reason holds.
     pub(crate) fn in_ascii(&self) -> Option<Self> {
-        let Self::Fail { reason: Some(reason), retry_at } = self else { return None };
+        let Self::Fail { reason: Some(reason), retry_at, no_retry } = self else { return None };
         let ascii = reason.to_ascii();
-        (ascii != *reason).then_some(Self::Fail { reason: Some(ascii), retry_at: *retry_at })
+        (ascii != *reason).then_some(Self::Fail { reason: Some(ascii), retry_at: *retry_at, no_retry: *no_retry })
     }
 
     /// Which statement carries it out.
@@ -199,7 +201,9 @@ async fn fail(
         .collect();
     let next: Vec<Uuid> = items.iter().map(|_| store.mint_id()).collect();
     let sweep: Vec<bool> = items.iter().map(|(_, write)| matches!(write, Write::Expire)).collect();
-    via.rows(&RUN_FAIL, wait, scope, &[&runs, &digests, &reasons, &retry_at, &next, &sweep]).await
+    let no_retry: Vec<bool> =
+        items.iter().map(|(_, write)| matches!(write, Write::Fail { no_retry: true, .. })).collect();
+    via.rows(&RUN_FAIL, wait, scope, &[&runs, &digests, &reasons, &retry_at, &next, &sweep, &no_retry]).await
 }
 
 async fn release(

@@ -105,6 +105,7 @@ pub async fn migrate(database: &Config, options: Options) -> Result<Report, Erro
 /// Says what [`migrate`] would do, and does nothing.
 pub async fn check(database: &Config, options: Options) -> Result<Report, Error> {
     let client = connect(database).await?;
+    super::connect::check_for_migration(database, &client).await?;
     let origin = origin(&client).await?;
     let versions = versions(&client, origin).await?;
     versions.refuse_newer()?;

@@ -18,6 +18,7 @@ const LEASE: &[&str] = &[
 const UPKEEP: &[&str] = &[
     "doctor_access",
     "doctor_database",
+    "doctor_indexes",
     "doctor_queue",
     "doctor_registry",
     "doctor_upkeep",
@@ -168,6 +169,7 @@ statements! {
     DOORBELL_RING = "doorbell_ring";
     DOCTOR_ACCESS = "doctor_access";
     DOCTOR_DATABASE = "doctor_database";
+    DOCTOR_INDEXES = "doctor_indexes";
     DOCTOR_QUEUE = "doctor_queue";
     DOCTOR_REGISTRY = "doctor_registry";
     DOCTOR_UPKEEP = "doctor_upkeep";

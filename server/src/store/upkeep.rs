@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio_postgres::Row;
 
 use super::statement::{
-    DOCTOR_ACCESS, DOCTOR_DATABASE, DOCTOR_QUEUE, DOCTOR_REGISTRY, DOCTOR_UPKEEP, SNAPSHOT_AGE, UPKEEP_NOTE,
-    UPKEEP_RUN, UPKEEP_TAKE,
+    DOCTOR_ACCESS, DOCTOR_DATABASE, DOCTOR_INDEXES, DOCTOR_QUEUE, DOCTOR_REGISTRY, DOCTOR_UPKEEP, SNAPSHOT_AGE,
+    UPKEEP_NOTE, UPKEEP_RUN, UPKEEP_TAKE,
 };
 use super::{Fault, Store, Wait};
 use crate::scope::Scope;
@@ -65,6 +65,11 @@ impl Store {
     /// The tables of all queues: what the role of the server may not do with them, and what others have put on them.
     pub async fn doctor_access(&self) -> Result<Vec<Row>, Fault> {
         self.rows(&DOCTOR_ACCESS, Wait::Skip, None, &[]).await
+    }
+
+    /// Keys and indexes that queues should have and do not have.
+    pub async fn doctor_indexes(&self) -> Result<Vec<Row>, Fault> {
+        self.rows(&DOCTOR_INDEXES, Wait::Skip, None, &[]).await
     }
 
     /// Queues without tables, tables without a queue.

@@ -144,8 +144,12 @@ pub fn complete(result: Option<pb::Json>, limits: &Limits) -> Result<Write, Erro
 }
 
 /// Fails. The reason is cleaned, never refused.
-pub fn fail(reason: Option<pb::Json>, retry_at: Option<&Timestamp>) -> Result<Write, Error> {
+pub fn fail(reason: Option<pb::Json>, retry_at: Option<&Timestamp>, no_retry: bool) -> Result<Write, Error> {
+    if no_retry && retry_at.is_some() {
+        return Err(Error::invalid("retry_at", "must be absent beside no_retry"));
+    }
     Ok(Write::Fail {
+        no_retry,
         reason: reason.map(|json| JsonText::reason(&json.text)),
         retry_at: retry_at.map(|at| instant("retry_at", at)).transpose()?,
     })
@@ -180,7 +184,7 @@ pub fn settle_item(item: pb::SettleItem, limits: &Limits) -> Result<(RunRef, Wri
     let (run, token) = run_ref(&item.run_id, item.claim_token.as_deref(), limits)?;
     let write = match item.action {
         Some(Action::Complete(action)) => complete(action.result, limits),
-        Some(Action::Fail(action)) => fail(action.reason, action.retry_at.as_ref()),
+        Some(Action::Fail(action)) => fail(action.reason, action.retry_at.as_ref(), action.no_retry),
         Some(Action::Checkpoint(action)) => checkpoint(action, limits),
         Some(Action::Extend(action)) => extend(action.extend_by),
         Some(Action::Release(action)) => release(action.delay, token.as_ref()),

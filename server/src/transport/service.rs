@@ -229,7 +229,7 @@ impl AbsurdService for Service {
         let deadline = deadline(&request);
         let request = request.into_inner();
         let run = self.run(&request.run_id, request.claim_token.as_deref());
-        let write = convert::fail(request.reason, request.retry_at.as_ref());
+        let write = convert::fail(request.reason, request.retry_at.as_ref(), request.no_retry);
         let settled = self.settle_one(&request.queue, run, write, deadline).await;
         reply(settled.map(|settled| pb::FailTaskResponse { outcome: convert::pb_fail_outcome(&settled) }))
     }

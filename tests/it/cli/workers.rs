@@ -54,6 +54,22 @@ async fn a_refused_result_fails_its_attempt() {
     assert_eq!(worker.exit_code().await, Some(0));
 }
 
+/// A program says by its exit code that another attempt would not help.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_exit_code_fails_the_task_at_once() {
+    let server = Server::start().await;
+    let client = server.client();
+    let worker = worker(&server.url(), &["--no-retry-code", "65", "--exec", "echo hopeless >&2; exit $(cat)"]);
+    for (code, attempts) in [(65, 1), (64, 2)] {
+        let options = SpawnOptions::default().max_attempts(2).retry(RetryStrategy::Immediate);
+        let spawned = client.spawn_task("t", &code, options).await.unwrap();
+        let failure = failure(&client, spawned.task_id).await;
+        assert_eq!(failure["message"], format!("exit status: {code}: hopeless"));
+        assert_eq!(client.get_task_status(spawned.task_id).await.unwrap().unwrap().attempts, attempts);
+    }
+    drop(worker);
+}
+
 /// A process that inherits a program's output holds neither its task nor its step nor its failure; it is killed with the program.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_ends_with_its_program() {
