@@ -15,7 +15,7 @@ import psycopg
 
 import machine
 import report
-from peers import COUNTER, HERE, OURS_LEFT, PEERS, TARGET, Adapter, Server, prepare, slug
+from peers import COUNTER, HERE, OURS_LEFT, PEERS, TARGET, Adapter, Server, add_before, prepare, slug
 
 MEASURES = ["limits", "spawn", "batch", "drain", "steady", "latency", "idle", "steps"]
 
@@ -25,6 +25,8 @@ def arguments():
         description="Ours beside peers, on this machine.",
         epilog="examples: bench/run | bench/run --quick --only 'ours;pg-boss' --measures drain | bench/run --out mine.json")
     parser.add_argument("--quick", action="store_true", help="one round, smaller")
+    parser.add_argument("--rounds", type=int, help="rounds of each measure (default: 3; 10 with --against)")
+    parser.add_argument("--against", metavar="FOLDER", help="measure ours beside the programs of an earlier commit (bench/run against)")
     parser.add_argument("--only", default="", help="peers, by the beginnings of their names, separated by ;")
     parser.add_argument("--measures", default=",".join(MEASURES), help="default: %(default)s")
     parser.add_argument("--keep", action="store_true", help="keep what the file has of other measures")
@@ -34,7 +36,11 @@ def arguments():
 
 class Bench:
     def __init__(self, asked):
-        self.rounds = 1 if asked.quick else 3
+        self.against = asked.against
+        if self.against:
+            add_before(Path(self.against))
+            asked.only = asked.only or "ours;before"
+        self.rounds = 1 if asked.quick else asked.rounds or (10 if self.against else 3)
         self.scale = 0.2 if asked.quick else 1
         beginnings = [part for part in asked.only.split(";") if part]
         self.peers = [peer for peer in PEERS if not beginnings or any(peer.startswith(part) for part in beginnings)]
@@ -86,7 +92,9 @@ class Bench:
         if measure not in self.measures:
             return
         for number in range(rounds or self.rounds):
-            for peer in self.peers if peers is None else [peer for peer in peers if peer in self.peers]:
+            turn = self.peers if peers is None else [peer for peer in peers if peer in self.peers]
+            # Whoever comes second finds a warmer machine: in turn.
+            for peer in reversed(turn) if self.against and number % 2 else turn:
                 try:
                     act(peer)
                 except Exception as error:  # noqa: BLE001 - one peer's trouble is not the others'
@@ -280,7 +288,7 @@ class Bench:
         self.each("idle", self.measure_idle, rounds=1)
         self.results["about"]["seconds"] = round(time.time() - started)
         self.save()
-        print(report.table(self.results))
+        print(report.changes(self.results) if self.against else report.table(self.results))
 
 
 if __name__ == "__main__":

@@ -64,6 +64,14 @@ PEERS = {
 }
 
 
+def add_before(target):
+    """Ours as an earlier commit had it, from the folder of its programs, beside each of ours."""
+    for peer in [peer for peer in PEERS if peer.startswith("ours")]:
+        program, *arguments = PEERS[peer]["command"]
+        PEERS[peer.replace("ours", "before")] = PEERS[peer] | {
+            "command": [str(target / Path(program).name), *arguments], "target": target}
+
+
 def slug(peer):
     return "".join(letter if letter.isalnum() else "_" for letter in peer.lower())
 
@@ -120,7 +128,7 @@ class Server:
         self.process = None
         if PEERS[peer].get("server"):
             self.process = subprocess.Popen(
-                [str(TARGET / "absurd"), "serve", "--migrate", "--listen", listen, "--log", "warn",
+                [str(PEERS[peer].get("target", TARGET) / "absurd"), "serve", "--migrate", "--listen", listen, "--log", "warn",
                  "--database-url", machine.url(database)],
                 stdout=subprocess.DEVNULL, stderr=open(HOME / "errors.log", "ab"))
             host, port = listen.split(":")

@@ -1,6 +1,7 @@
 """Results as a table in Markdown, with ratios of ours to the best peer: `python report.py results.json`."""
 
 import json
+import random
 import statistics
 import sys
 
@@ -55,6 +56,36 @@ def table(results):
             store = statistics.median(found["store"]) if found["store"] else None
             share = statistics.median(b / a for a, b in zip(found["sql"], found["store"])) if store else None
             lines.append(f"| {name} | {figure(sql)} | {figure(store)} | {figure(share)} |")
+    for what, errors in results["failed"].items():
+        lines += ["", f"{what} failed {len(errors)} times: {errors[0]}"]
+    return "\n".join(lines)
+
+
+def interval(ratios):
+    """Bounds of the median with 95 % confidence, by drawing the rounds again 10,000 times."""
+    draw = random.Random(1)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(10_000))
+    return medians[250], medians[-251]
+
+
+def changes(results):
+    """Ours to an earlier commit's, round by round: above 1 is better now."""
+    peers, about = results["peers"], results["about"]
+    lines = [f"{about['date']}, commit {about['commit']}, {about['cores']} cores, Postgres {about['postgres']}, "
+             f"{about['rounds']} rounds: now to before, median and 95 % interval; above 1 is better now.", "",
+             "| | before | now | ratio | interval |", "|---|---|---|---|---|"]
+    for ours in [peer for peer in peers if peer.startswith("ours")]:
+        before = peers.get(ours.replace("ours", "before"), {})
+        for measure, name, title in COLUMNS:
+            pairs = [(now[name], then[name]) for now, then in zip(peers[ours].get(measure, []), before.get(measure, []))]
+            pairs = [(now, then) for now, then in pairs if now and then]
+            if pairs:
+                ratios = [then / now if name in LESS_IS_BETTER else now / then for now, then in pairs]
+                low, high = interval(ratios)
+                worse = " **worse**" if high < 0.97 else ""
+                then, now = (figure(statistics.median(side)) for side in ([b for _, b in pairs], [a for a, _ in pairs]))
+                lines.append(f"| {ours[6:]}: {title} | {then} | {now} | {statistics.median(ratios):.3f} | "
+                             f"{low:.3f} to {high:.3f}{worse} |")
     for what, errors in results["failed"].items():
         lines += ["", f"{what} failed {len(errors)} times: {errors[0]}"]
     return "\n".join(lines)
