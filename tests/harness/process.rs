@@ -16,16 +16,26 @@ pub fn root() -> PathBuf {
 pub fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
-        let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
-        let built = std::process::Command::new(cargo)
-            .args(["build", "--quiet", "--package", "absurd-server", "--bin", "absurd"])
-            .current_dir(root())
-            .status();
+        // All of the workspace: the program alone would have other features of its dependencies, and build them anew.
+        let built = cargo().args(["build", "--quiet", "--workspace", "--bins", "--examples"]).status();
         assert!(built.is_ok_and(|status| status.success()), "cargo build of the absurd program failed");
         // This test runs from target/<profile>/deps; the program was built for the dev profile.
         let target = std::env::current_exe().unwrap().ancestors().nth(3).unwrap().to_owned();
         target.join("debug/absurd")
     })
+}
+
+/// Cargo, at the workspace's root. What cargo tells a test of its package would make build scripts run again, and everything
+/// above them be built anew.
+fn cargo() -> std::process::Command {
+    let mut command = std::process::Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".into()));
+    for (name, _) in
+        std::env::vars().filter(|(name, _)| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_"))
+    {
+        command.env_remove(name);
+    }
+    command.current_dir(root());
+    command
 }
 
 /// A command line of the program, without the variables of whoever runs the tests.

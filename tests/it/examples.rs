@@ -1,29 +1,17 @@
 //! The client's examples, run as a reader would run them: what they print is what they promise.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use absurd_tests::{Server, in_time, root};
-use tokio::sync::OnceCell;
+use absurd_tests::{Server, binary, in_time, root};
 
-/// Builds the examples once, as a reader's `cargo run` would, and says where they lie. Nothing bounds a build's time but
-/// the machine's own speed, so no test's patience counts here.
-async fn built() -> &'static Path {
-    static BUILT: OnceCell<PathBuf> = OnceCell::const_new();
-    BUILT
-        .get_or_init(|| async {
-            let mut command = tokio::process::Command::new(env!("CARGO"));
-            command.args(["build", "--quiet", "--workspace", "--examples"]).current_dir(root());
-            let output = command.output().await.unwrap();
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-            let itself = std::env::current_exe().unwrap();
-            itself.parent().and_then(Path::parent).unwrap().join("examples")
-        })
-        .await
+/// Where the examples lie, which are built with the program.
+fn built() -> PathBuf {
+    binary().parent().unwrap().join("examples")
 }
 
 /// Runs an example on a server of its own and returns what it prints.
 async fn run(name: &str) -> String {
-    let program = built().await.join(name);
+    let program = built().join(name);
     let server = Server::start().await;
     let mut command = tokio::process::Command::new(program);
     command.current_dir(root());

@@ -150,7 +150,8 @@ impl How {
 
 /// Builds the server, as this program was built; its path.
 fn build() -> anyhow::Result<PathBuf> {
-    build_with(&[])?;
+    // All of the workspace, as tests build it: the server alone would have other features of its dependencies.
+    build_with(&["--workspace", "--bins", "--examples"])?;
     Ok(std::env::current_exe()?.with_file_name("absurd"))
 }
 
@@ -158,16 +159,28 @@ fn build() -> anyhow::Result<PathBuf> {
 fn build_planted() -> anyhow::Result<PathBuf> {
     println!("building the server with planted bugs");
     let target = std::env::current_exe()?.ancestors().nth(2).context("a target folder")?.join("planted");
-    build_with(&["--features", "planted-bugs", "--target-dir", &target.to_string_lossy()])?;
+    let target_dir = target.to_string_lossy();
+    build_with(&[
+        "--package",
+        "absurd-server",
+        "--bin",
+        "absurd",
+        "--features",
+        "planted-bugs",
+        "--target-dir",
+        &target_dir,
+    ])?;
     Ok(target.join(if cfg!(debug_assertions) { "debug" } else { "release" }).join("absurd"))
 }
 
 fn build_with(flags: &[&str]) -> anyhow::Result<()> {
     let mut cargo = std::process::Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo
-        .args(["build", "--quiet", "--package", "absurd-server", "--bin", "absurd"])
-        .args(flags)
-        .current_dir(env!("CARGO_MANIFEST_DIR"));
+    // What cargo tells the programs that it runs would make build scripts run again, and everything above them be built anew.
+    let told = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+    for (name, _) in std::env::vars().filter(|(name, _)| told(name)) {
+        cargo.env_remove(name);
+    }
+    cargo.args(["build", "--quiet"]).args(flags).current_dir(env!("CARGO_MANIFEST_DIR"));
     if !cfg!(debug_assertions) {
         cargo.arg("--release");
     }
