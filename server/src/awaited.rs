@@ -99,7 +99,7 @@ async fn look(engine: &Engine) -> Result<(), Fault> {
         }
     }
     match settle_all(engine, None).await {
-        Err(fault) if !fault.is_passing() => settle_apart(engine, &fault).await,
+        Err(fault) if !fault.is_passing() || fault.is_too_much() => settle_apart(engine, &fault).await,
         done => done,
     }
 }

@@ -17,7 +17,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::Instant;
 
-use crate::domain::Error;
+use crate::domain::{Error, QueueName};
 use crate::metrics;
 use crate::scope::Scope;
 use crate::store::{Access, Fault, LOCK_WAIT_PATIENT, Store};
@@ -115,8 +115,19 @@ struct Shared<B: Batch> {
     /// A lane exists while tasks drive it.
     lanes: Mutex<HashMap<B::Key, Lane<B>>>,
     slow: Semaphore,
+    /// Of the places for slow items those of one queue: its held rows must not keep another queue's items waiting.
+    slow_of: Mutex<HashMap<QueueName, Arc<Semaphore>>>,
     room: Arc<Semaphore>,
     room_max: usize,
+}
+
+impl<B: Batch> Shared<B> {
+    /// The places for slow items of a queue. Those of queues without any are forgotten.
+    fn slow_of(&self, queue: &QueueName) -> Arc<Semaphore> {
+        let mut all = self.slow_of.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|_, places| Arc::strong_count(places) > 1);
+        Arc::clone(all.entry(queue.clone()).or_insert_with(|| Arc::new(Semaphore::new(SLOW_MAX / 2))))
+    }
 }
 
 /// Gathers items into batches, one batch in flight per key.
@@ -144,6 +155,7 @@ impl<B: Batch> Committer<B> {
                 batch,
                 lanes: Mutex::new(HashMap::new()),
                 slow: Semaphore::new(SLOW_MAX),
+                slow_of: Mutex::default(),
                 room: Arc::new(Semaphore::new(waiting_max)),
                 room_max: waiting_max,
             }),
@@ -276,13 +288,17 @@ async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry
         );
         match executed {
             Ok(outcomes) => settle(shared, key, part, outcomes),
-            Err(fault) if fault.is_refusal() && part.len() > 1 => {
+            Err(fault) if (fault.is_refusal() || fault.is_too_much()) && part.len() > 1 => {
                 let second = part.split_off(part.len() / 2);
                 parts.push(second);
                 parts.push(part);
             }
-            Err(Fault::Locked) => {
+            // One item that takes too long must not hold up those behind it.
+            Err(fault) if matches!(fault, Fault::Locked) || fault.is_too_much() => {
                 for entry in part {
+                    if fault.is_too_much() {
+                        entry.late.note(&fault, B::scope(key));
+                    }
                     slow_lane(shared, key, entry);
                 }
             }
@@ -343,8 +359,9 @@ fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B
                 let _ = enqueue(&shared, key, entry, false);
                 return;
             }
+            let of_queue = shared.slow_of(B::scope(&key).queue());
             let permit = tokio::select! {
-                permit = shared.slow.acquire() => permit,
+                permits = async { (of_queue.acquire().await, shared.slow.acquire().await) } => permits,
                 () = entry.answer.closed() => return,
                 () = tokio::time::sleep_until(entry.deadline) => {
                     let _ = entry.answer.send(Err(entry.late.error()));
@@ -376,7 +393,6 @@ fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::QueueName;
     use crate::scope::Caller;
     use crate::store::tests::nowhere;
 

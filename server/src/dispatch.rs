@@ -9,7 +9,7 @@ pub mod state;
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -29,6 +29,7 @@ use crate::store::quarantine::Reason;
 use crate::store::run::Claimed;
 use crate::store::tick::QueueTick;
 use crate::store::{Fault, Store};
+use crate::tally::{Counted, Tally};
 use outbox::{Message, Outbox};
 use state::{Plan, Pull, Return, Spans, State, StreamId, StreamOptions, Turn};
 
@@ -64,6 +65,8 @@ struct Queue {
     scope: Scope,
     state: Mutex<State>,
     bell: Notify,
+    /// Held by the search for claims whose answer was lost: one at a time takes a connection.
+    searching: tokio::sync::Mutex<()>,
 }
 
 impl Queue {
@@ -81,9 +84,9 @@ struct Shared {
     options: DispatchOptions,
     queues: Mutex<HashMap<QueueName, Arc<Queue>>>,
     next_id: AtomicU64,
-    streams: AtomicUsize,
+    streams: Tally,
     /// Releases and hand-overs that are under way; a stopping server waits for them.
-    releasing: AtomicUsize,
+    releasing: Tally,
     closing: AtomicBool,
 }
 
@@ -113,6 +116,7 @@ pub struct Stream {
     queue: Arc<Queue>,
     outbox: Arc<Outbox>,
     shared: Arc<Shared>,
+    _counted: Counted,
 }
 
 impl Stream {
@@ -135,7 +139,6 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         let leftover = self.queue.lock().close(self.id);
-        self.shared.streams.fetch_sub(1, Ordering::Relaxed);
         self.queue.bell.notify_one();
         Dispatcher { shared: Arc::clone(&self.shared) }.clear_up(&self.queue, leftover);
     }
@@ -159,8 +162,8 @@ impl Dispatcher {
                 options,
                 queues: Mutex::new(HashMap::new()),
                 next_id: AtomicU64::new(1),
-                streams: AtomicUsize::new(0),
-                releasing: AtomicUsize::new(0),
+                streams: Tally::default(),
+                releasing: Tally::default(),
                 closing: AtomicBool::new(false),
             }),
         }
@@ -184,8 +187,12 @@ impl Dispatcher {
     fn with_queue<T>(&self, scope: &Scope, act: impl FnOnce(&mut State) -> T) -> (Arc<Queue>, T) {
         let mut queues = self.queues();
         let queue = queues.entry(scope.queue().clone()).or_insert_with(|| {
-            let queue =
-                Arc::new(Queue { scope: scope.clone(), state: Mutex::new(State::default()), bell: Notify::new() });
+            let queue = Arc::new(Queue {
+                scope: scope.clone(),
+                state: Mutex::new(State::default()),
+                bell: Notify::new(),
+                searching: tokio::sync::Mutex::default(),
+            });
             tokio::spawn(self.clone().run(Arc::clone(&queue)));
             queue
         });
@@ -213,12 +220,10 @@ impl Dispatcher {
         if self.shared.closing.load(Ordering::Relaxed) {
             return Err(Error::ShuttingDown);
         }
-        let count = self.shared.streams.fetch_add(1, Ordering::Relaxed);
-        if count >= self.shared.options.streams_max {
-            self.shared.streams.fetch_sub(1, Ordering::Relaxed);
-            let limit = self.shared.options.streams_max;
-            return Err(Error::StreamLimit { whose: "this replica has", limit, flag: "--max-streams" });
-        }
+        let limit = self.shared.options.streams_max;
+        let counted = self.shared.streams.begin_within(limit);
+        let refused = || Error::StreamLimit { whose: "this replica has", limit, flag: "--max-streams" };
+        let counted = counted.ok_or_else(refused)?;
         let verdicts = self.take_over(scope, &held).await;
         let kept: Vec<(ClaimToken, Option<DbTime>)> = held
             .iter()
@@ -234,7 +239,7 @@ impl Dispatcher {
         let (queue, ()) = self.with_queue(scope, |state| {
             state.open(id, options, Arc::clone(&outbox), kept, Instant::now(), spans, age);
         });
-        let stream = Stream { id, queue, outbox, shared: Arc::clone(&self.shared) };
+        let stream = Stream { id, queue, outbox, shared: Arc::clone(&self.shared), _counted: counted };
         // A shutdown that began meanwhile may not have seen this stream.
         if self.shared.closing.load(Ordering::SeqCst) {
             return Err(Error::ShuttingDown);
@@ -413,7 +418,7 @@ impl Dispatcher {
 
     /// Streams of this replica.
     pub fn streams(&self) -> usize {
-        self.shared.streams.load(Ordering::Relaxed)
+        self.shared.streams.now()
     }
 
     /// Streams on a queue.
@@ -468,9 +473,7 @@ impl Dispatcher {
             self.give_back(queue, returns);
         }
         let until = Instant::now() + limit;
-        while Instant::now() < until
-            && (self.shared.releasing.load(Ordering::Relaxed) > 0 || self.shared.streams.load(Ordering::Relaxed) > 0)
-        {
+        while Instant::now() < until && (self.shared.releasing.now() > 0 || self.shared.streams.now() > 0) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -557,14 +560,15 @@ impl Dispatcher {
         };
         let loaded = readable(self.shared.store.run_load_checkpoints(scope, &mut claims, CHECKPOINT_BUDGET)).await;
         if let Err(fault) = loaded {
-            tracing::warn!(queue.name = %scope.queue(), ?fault, "could not read checkpoints; giving the claims back");
-            let returns = claims.drain(..).map(|(_, claim)| Return {
-                token: claim.token,
-                delay: Duration::ZERO,
-                delivered: false,
-                too_large: None,
-            });
-            self.give_back(queue, returns.collect());
+            tracing::warn!(
+                queue.name = %scope.queue(), problem = fault.problem(),
+                "could not read checkpoints; giving the claims of resumed tasks back"
+            );
+            // Later: at once they would come to the same trouble.
+            let resumed = claims.extract_if(.., |(_, claim)| claim.resumed);
+            let returns = resumed.map(|(_, claim)| Return { delay: UNREAD_DELAY, ..Return::undelivered(claim.token) });
+            let returns = returns.collect();
+            self.give_back(queue, returns);
         }
         metrics::claimed(claims.len());
         queue.lock().claims_work();
@@ -581,10 +585,11 @@ impl Dispatcher {
         if !matches!(fault, Fault::Locked) {
             tracing::warn!(queue.name = %scope.queue(), problem = fault.problem(), "could not claim; will try again");
         }
-        if matches!(fault, Fault::Unknown(_) | Fault::Timeout) {
+        // A statement that ran out of its time was rolled back.
+        if matches!(fault, Fault::Unknown(_)) {
             self.find_lost_claims(queue, plan.slots.clone(), since);
         }
-        let passes = fault.is_passing() || matches!(fault, Fault::Locked);
+        let passes = fault.is_passing() && !fault.is_too_much();
         let mut state = queue.lock();
         state.claims_fail(passes, Instant::now());
         state.fail_pulls(&plan, &fault.into_read_error(scope));
@@ -620,12 +625,17 @@ impl Dispatcher {
                 Err(fault) if fault.is_refusal() && tries < TRIES_MAX && part > 1 => part /= 2,
                 Err(fault) if fault.is_refusal() && tries < TRIES_MAX && passed_over.len() < PASSED_OVER_MAX => {
                     let worker = &slots[0].worker_id;
-                    let refused = store.run_refused(scope, worker, &plan.names, plan.cursor, &passed_over).await?;
+                    let refused = store.run_refused(scope, worker, &plan.names, plan.cursor, &passed_over).await;
+                    let refused = match refused {
+                        Ok(refused) => refused,
+                        Err(fault) if all.is_empty() => return Err(fault),
+                        Err(_) => break,
+                    };
                     passed_over.extend(refused.iter().map(|(run_id, _)| *run_id));
                     self.pass_over(queue, refused).await;
                 }
                 // What was claimed before is not given up for what cannot be.
-                Err(fault) if all.claims.is_empty() && all.unreadable.is_empty() => return Err(fault),
+                Err(fault) if all.is_empty() => return Err(fault),
                 Err(_) => break,
             }
         }
@@ -670,6 +680,8 @@ fn put_off() -> Duration {
     Duration::from_secs(15).mul_f64(1.0 + random())
 }
 
+/// How long a resumed task waits whose checkpoints could not be read.
+const UNREAD_DELAY: Duration = Duration::from_secs(5);
 /// Claim statements of one plan, where runs are refused.
 const TRIES_MAX: usize = 64;
 /// Runs of a queue that are passed over at the same time.

@@ -141,7 +141,7 @@ impl Engine {
     pub async fn spawn(&self, scope: &Scope, task: NewTask, deadline: Deadline) -> Result<Spawned, Error> {
         let name = task.name.as_str().to_owned();
         let keyed = task.idempotency_key.is_some();
-        self.backlog.admit(&self.store, scope, usize::from(task.start.is_none())).await?;
+        self.admit(scope, usize::from(task.start.is_none()), deadline).await?;
         let spawned = self.spawner.submit((scope.clone(), keyed), task, deadline).await?;
         self.spawned(scope, &spawned, name);
         Ok(spawned)
@@ -157,7 +157,7 @@ impl Engine {
         let tasks: Arc<[NewTask]> = tasks.into();
         // A task for later is no backlog yet.
         let at_once = tasks.iter().filter(|task| task.start.is_none()).count();
-        self.backlog.admit(&self.store, scope, at_once).await?;
+        self.admit(scope, at_once, deadline).await?;
         let left = deadline.saturating_duration_since(Deadline::now());
         let turn = self.bulk.take(tasks.len(), left).await.map_err(|after| match deadline > Deadline::now() {
             true => Error::TooManyRequests { after },
@@ -181,6 +181,16 @@ impl Engine {
     }
 
     /// On a task of its own: a caller that goes away must not leave tasks claimed for workers that never hear of them.
+    /// Lets tasks in, or says that the queue is full. The count that this needs waits for a locked queue.
+    async fn admit(&self, scope: &Scope, tasks: usize, deadline: Deadline) -> Result<(), Error> {
+        let queue = scope.queue().as_str();
+        let late = |_| match self.store.is_locked(queue) {
+            true => Error::QueueLocked { queue: queue.to_owned() },
+            false => Error::DeadlineExceeded,
+        };
+        tokio::time::timeout_at(deadline, self.backlog.admit(&self.store, scope, tasks)).await.map_err(late)?
+    }
+
     async fn spawn_once(
         &self,
         scope: &Scope,
@@ -357,7 +367,8 @@ impl Engine {
     ) -> Result<Awaited, Error> {
         self.dispatcher.alive(scope.queue(), wait.run.run_id, None);
         let attempt = |lock_wait| self.store.task_await(scope, wait, awaited, lock_wait);
-        let outcome = commit::until_free(&self.store, deadline, scope, attempt).await;
+        let other = Caller::anonymous().scope(awaited.0.clone());
+        let outcome = commit::until_free(&self.store, deadline, &[scope, &other], attempt).await;
         let outcome = outcome.and_then(|done| done.unwrap_or_else(|fault| Err(fault.into_error(scope))));
         if matches!(outcome, Ok(Awaited::Suspended(_))) {
             self.awaited.begun();
@@ -443,7 +454,7 @@ impl Engine {
         deadline: Deadline,
     ) -> Result<(bool, State), Error> {
         let attempt = |lock_wait| self.store.task_cancel(scope, task_id, lock_wait);
-        let done = commit::until_free(&self.store, deadline, scope, attempt).await?;
+        let done = commit::until_free(&self.store, deadline, &[scope], attempt).await?;
         let (done, state) = done.map_err(|fault| fault.into_error(scope))??;
         if done {
             self.ended(scope, task_id, state);
@@ -459,7 +470,7 @@ impl Engine {
         deadline: Deadline,
     ) -> Result<(bool, State, TaskId), Error> {
         let attempt = |lock_wait| self.store.task_cancel_by_run(scope, run_id, lock_wait);
-        let done = commit::until_free(&self.store, deadline, scope, attempt).await?;
+        let done = commit::until_free(&self.store, deadline, &[scope], attempt).await?;
         let (done, state, task_id) = done.map_err(|fault| fault.into_error(scope))??;
         if done {
             self.ended(scope, task_id, state);

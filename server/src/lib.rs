@@ -28,6 +28,7 @@ pub mod scope;
 pub mod settings;
 pub mod store;
 pub mod sweeps;
+pub mod tally;
 pub mod transport;
 pub mod upkeep;
 pub mod wait;

@@ -26,6 +26,8 @@ const SLOW_TIMES: u32 = 5;
 const PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(30));
 /// Looks at troubled queues at the same time: each takes a connection.
 const APART_MAX: usize = 1;
+/// The same after a look at many queues has failed.
+const ALONE_MAX: usize = 2;
 /// Queues in one statement.
 const QUEUES_MAX: usize = 500;
 
@@ -39,6 +41,15 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// The trouble of a queue whose look ends in this fault; None: the fault says nothing of the queue.
+    fn of(fault: &Fault) -> Option<Self> {
+        match fault {
+            fault if fault.is_too_much() => Some(Self::Slow),
+            fault if fault.is_passing() => None,
+            _ => Some(Self::Unreadable),
+        }
+    }
+
     /// As the label of a metric.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -102,7 +113,15 @@ impl Looks {
         let mut ticks = Vec::with_capacity(well.len());
         // An empty look too reads the clock.
         for part in well.chunks(QUEUES_MAX).chain(well.is_empty().then_some(&[][..])) {
-            ticks.extend(self.at_well(part).await?);
+            match self.at_well(part).await {
+                Ok(found) => ticks.extend(found),
+                // What the parts before have found is not given up for this one.
+                Err(fault) if !ticks.is_empty() => {
+                    tracing::debug!(?fault, "could not look at a part of the queues");
+                    break;
+                }
+                Err(fault) => return Err(fault),
+            }
         }
         Ok(ticks)
     }
@@ -118,11 +137,13 @@ impl Looks {
                 self.judge(&found);
                 Ok(found)
             }
-            Err(fault) if fault.is_passing() || queues.len() < 2 => {
-                if let ([queue], false) = (queues, fault.is_passing()) {
-                    self.mark(queue, Kind::Unreadable, &fault.problem());
-                    self.tick(&[]).await?;
+            // Postgres is away, or was for a moment: that says nothing of the queues.
+            Err(fault) if Kind::of(&fault).is_none() => Err(fault),
+            Err(fault) if queues.len() < 2 => {
+                for queue in queues {
+                    self.mark_fault(queue, &fault);
                 }
+                self.tick(&[]).await?;
                 Err(fault)
             }
             Err(fault) => {
@@ -132,16 +153,23 @@ impl Looks {
                     "a look at many queues failed; looking at each alone"
                 );
                 self.tick(&[]).await?;
-                let alone = queues.iter().map(|queue| async move {
-                    let found = self.tick(&[queue]).await;
-                    if let Err(fault) = found.as_ref().map(|found| self.judge(found)) {
-                        self.mark(queue, Kind::Unreadable, &fault.problem());
-                    }
-                    found.unwrap_or_default()
-                });
-                Ok(futures_util::future::join_all(alone).await.into_iter().flatten().collect())
+                let mut found = Vec::new();
+                for some in queues.chunks(ALONE_MAX) {
+                    let looks = futures_util::future::join_all(some.iter().map(|queue| self.at_alone(queue))).await;
+                    found.extend(looks.into_iter().flatten());
+                }
+                Ok(found)
             }
         }
+    }
+
+    async fn at_alone(&self, queue: &str) -> Vec<QueueTick> {
+        let found = self.tick(&[queue]).await;
+        match &found {
+            Ok(found) => self.judge(found),
+            Err(fault) => self.mark_fault(queue, fault),
+        }
+        found.unwrap_or_default()
     }
 
     async fn tick(&self, queues: &[&str]) -> Result<Vec<QueueTick>, Fault> {
@@ -160,13 +188,21 @@ impl Looks {
     fn judge(&self, ticks: &[QueueTick]) {
         let mut times: Vec<Duration> = ticks.iter().map(|tick| tick.took).collect();
         times.sort_unstable();
-        let usual = times.get(times.len() / 2).copied().unwrap_or_default();
+        // The lower one of two in the middle: of two queues the quicker one says what is usual.
+        let usual = times.get(times.len().saturating_sub(1) / 2).copied().unwrap_or_default();
         for tick in ticks {
             if let Some(problem) = &tick.problem {
                 self.mark(&tick.queue, Kind::Unreadable, problem);
             } else if ticks.len() > 1 && tick.took > SLOW && tick.took > usual * SLOW_TIMES {
                 self.mark(&tick.queue, Kind::Slow, &format!("its look took {:?}", tick.took));
             }
+        }
+    }
+
+    /// Sets a queue apart whose look failed by a fault that may be the queue's.
+    fn mark_fault(&self, queue: &str, fault: &Fault) {
+        if let Some(kind) = Kind::of(fault) {
+            self.mark(queue, kind, &fault.problem());
         }
     }
 
@@ -224,9 +260,7 @@ impl Looks {
                 self.lock().remove(queue);
                 tracing::info!(queue.name = queue, "the queue can be looked at again");
             }
-            // Postgres was away: that says nothing of the queue.
-            Err(fault) if fault.is_passing() => {}
-            Err(fault) => self.mark(queue, Kind::Unreadable, &fault.problem()),
+            Err(fault) => self.mark_fault(queue, fault),
         }
     }
 }

@@ -388,37 +388,109 @@ pub fn resolve_database(url: Option<&Secret>) -> anyhow::Result<tokio_postgres::
 }
 
 /// Replaces passwords of URLs and `password=` parts in a text that somebody else has made, such as a message about the
-/// command line.
+/// command line. A text that only may be a password is replaced too.
 pub fn masked(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     loop {
         let url = rest.find("://").map(|at| at + 3);
-        let word = rest.find("password=").map(|at| at + 9);
+        let word = after_password(rest);
         let Some(at) = url.into_iter().chain(word).min() else { break };
         let (before, after) = rest.split_at(at);
         out.push_str(before);
-        let is_url = Some(at) == url;
-        let end = after.find(|next: char| next.is_whitespace() || next == '"').unwrap_or(after.len());
-        let (part, left) = after.split_at(end);
-        match part.rsplit_once('@').filter(|_| is_url) {
-            Some((login, place)) => {
-                let user = login.split_once(':').map_or(login, |(user, _)| user);
-                out.push_str(user);
-                out.push_str(if user.len() < login.len() { ":***@" } else { "@" });
-                out.push_str(place.split_once('?').map_or(place, |(place, _)| place));
-            }
-            None if is_url => out.push_str(part.split_once('?').map_or(part, |(place, _)| place)),
-            None => out.push_str("***"),
-        }
+        let (shown, left) = if Some(at) == url { masked_url(after) } else { masked_word(after) };
+        out.push_str(&shown);
         rest = left;
     }
     out + rest
 }
 
+/// Where the value of the first `password =` begins.
+fn after_password(text: &str) -> Option<usize> {
+    text.match_indices("password").find_map(|(at, word)| {
+        let rest = text[at + word.len()..].trim_start();
+        let value = rest.strip_prefix('=')?.trim_start();
+        Some(text.len() - value.len())
+    })
+}
+
+/// A value of libpq's: in single quotes, in which a backslash keeps the next character, or up to a blank.
+fn masked_word(value: &str) -> (String, &str) {
+    let end = match value.strip_prefix('\'') {
+        Some(quoted) => {
+            let mut kept = false;
+            let close = |next: char| {
+                let closes = next == '\'' && !kept;
+                kept = next == '\\' && !kept;
+                closes
+            };
+            quoted.find(close).map_or(value.len(), |at| at + 2)
+        }
+        None => value.find(|next: char| next.is_whitespace() || "\"'".contains(next)).unwrap_or(value.len()),
+    };
+    ("***".into(), &value[end..])
+}
+
+/// What follows `://`: the user, the place and the path are shown, a password and the options are not.
+fn masked_url(text: &str) -> (String, &str) {
+    let line = &text[..text.find(['\n', '"']).unwrap_or(text.len())];
+    let word = line.find(|next: char| next.is_whitespace() || next == '\'').unwrap_or(line.len());
+    let authority = &line[..line[..word].find(['/', '?']).unwrap_or(word)];
+    // A blank or a slash in a password that nobody has escaped: the login goes on up to the last @.
+    let login = match line[..word].rfind('@') {
+        Some(at) => Some(at),
+        None if !names_places(authority) => line.rfind('@').or(Some(word)),
+        None => None,
+    };
+    let (mut shown, place) = match login {
+        Some(at) => {
+            let user = line[..at].split_once(':').map_or(&line[..at], |(user, _)| user);
+            let masked = if user.len() < at { ":***" } else { "" };
+            let sign = if line[at..].starts_with('@') { "@" } else { "" };
+            (format!("{user}{masked}{sign}"), at + sign.len())
+        }
+        None => (String::new(), 0),
+    };
+    let end = line[place..].find(|next: char| next.is_whitespace() || next == '\'').map_or(line.len(), |at| place + at);
+    let end = end.max(place);
+    let rest = &line[place..end];
+    shown.push_str(rest.split_once('?').map_or(rest, |(rest, _)| rest));
+    (shown, &text[end..])
+}
+
+/// Whether an authority without a login is a list of hosts, with ports or without.
+fn names_places(authority: &str) -> bool {
+    // A message goes on behind the URL.
+    authority.trim_end_matches([':', ';', ',', '.', ')']).split(',').all(|place| {
+        let port = place.rsplit_once(':').filter(|_| !place.ends_with(']')).map_or("", |(_, port)| port);
+        port.chars().all(|digit| digit.is_ascii_digit()) && (place.starts_with('[') || place.matches(':').count() < 2)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_password_is_repeated_and_places_are() {
+        for (text, shown) in [
+            ("postgresql://me:hunter2@db:5432/app", "postgresql://me:***@db:5432/app"),
+            ("postgresql://me@db/app", "postgresql://me@db/app"),
+            ("argument 'postgresql://me:my hunter2@h/d' found", "argument 'postgresql://me:***@h/d' found"),
+            ("argument 'postgresql://me:hunter2' found", "argument 'postgresql://me:***' found"),
+            ("postgresql://me:hunter/2@h/d", "postgresql://me:***@h/d"),
+            ("postgresql://me:hun@ter2@h/d?password=hunter2", "postgresql://me:***@h/d"),
+            ("no server at http://127.0.0.1:1: refused", "no server at http://127.0.0.1:1: refused"),
+            ("(try http://localhost:1); or http://[::1]:", "(try http://localhost:1); or http://[::1]:"),
+            ("at http://[::1]:50051, https://a:1,b:2/c", "at http://[::1]:50051, https://a:1,b:2/c"),
+            ("host=h password=hunter2 user=me", "host=h password=*** user=me"),
+            ("host=h password = 'my \\' hunter2' user=me", "host=h password = *** user=me"),
+            ("host=h password='my hunter2", "host=h password=***"),
+            ("the password is wrong", "the password is wrong"),
+        ] {
+            assert_eq!(masked(text), shown);
+        }
+    }
 
     #[test]
     fn an_unknown_key_in_a_file_is_an_error() {

@@ -1,7 +1,7 @@
 //! Waiting for tasks to end: on hints, and on one batched read per second for all waiters of this replica.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore, oneshot};
@@ -12,6 +12,7 @@ use crate::looks::Looks;
 use crate::per_queue::OneEach;
 use crate::store::Store;
 use crate::store::task::TaskEnd;
+use crate::tally::Tally;
 
 /// Between reads.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -27,7 +28,6 @@ type Key = (QueueName, TaskId);
 #[derive(Debug, Default)]
 struct Inside {
     waiters: HashMap<Key, Vec<oneshot::Sender<TaskEnd>>>,
-    count: usize,
     /// Tasks said to have ended.
     ended: Vec<Key>,
 }
@@ -36,6 +36,7 @@ struct Inside {
 #[derive(Debug)]
 pub struct Waits {
     inside: Mutex<Inside>,
+    count: Tally,
     bell: Notify,
     /// Queues that are read apart from the others.
     reading: OneEach,
@@ -46,6 +47,7 @@ impl Default for Waits {
     fn default() -> Self {
         Self {
             inside: Mutex::default(),
+            count: Tally::default(),
             bell: Notify::default(),
             reading: OneEach::default(),
             apart: Semaphore::new(APART_MAX),
@@ -53,41 +55,54 @@ impl Default for Waits {
     }
 }
 
+/// A caller that waits. Dropped, also half-way, it is in no list any more.
+struct Waiter<'a> {
+    waits: &'a Waits,
+    key: Key,
+    told: oneshot::Receiver<TaskEnd>,
+}
+
+impl Drop for Waiter<'_> {
+    fn drop(&mut self) {
+        self.told.close();
+        let mut inside = self.waits.lock();
+        if let Some(waiters) = inside.waiters.get_mut(&self.key) {
+            waiters.retain(|waiter| !waiter.is_closed());
+            if waiters.is_empty() {
+                inside.waiters.remove(&self.key);
+            }
+        }
+    }
+}
+
 impl Waits {
     /// Waits until the task has ended; `None` when the time is up first.
     pub async fn wait(&self, queue: &QueueName, task_id: TaskId, until: Instant) -> Result<Option<TaskEnd>, Error> {
+        let busy = || Error::TooManyRequests { after: Duration::from_secs(1) };
+        let _counted = self.count.begin_within(WAITERS_MAX).ok_or_else(busy)?;
         let (tell, told) = oneshot::channel();
-        {
-            let mut inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
-            if inside.count >= WAITERS_MAX {
-                return Err(Error::TooManyRequests { after: Duration::from_secs(1) });
-            }
-            inside.count += 1;
-            inside.waiters.entry((queue.clone(), task_id)).or_default().push(tell);
-        }
+        let mut waiter = Waiter { waits: self, key: (queue.clone(), task_id), told };
+        self.lock().waiters.entry(waiter.key.clone()).or_default().push(tell);
         self.bell.notify_one();
-        let told = tokio::time::timeout_at(until, told).await;
-        let mut inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
-        inside.count = inside.count.saturating_sub(1);
-        match told {
+        match tokio::time::timeout_at(until, &mut waiter.told).await {
             Ok(Ok(end)) => Ok(Some(end)),
             Ok(Err(_)) => Err(Error::ShuttingDown),
-            Err(_) => {
-                let key = (queue.clone(), task_id);
-                if let Some(waiters) = inside.waiters.get_mut(&key) {
-                    waiters.retain(|waiter| !waiter.is_closed());
-                    if waiters.is_empty() {
-                        inside.waiters.remove(&key);
-                    }
-                }
-                Ok(None)
-            }
+            Err(_) => Ok(None),
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inside> {
+        self.inside.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Callers that wait.
+    pub fn count(&self) -> usize {
+        self.count.now()
     }
 
     /// A task has ended here.
     pub fn ended(&self, queue: &QueueName, task_id: TaskId) {
-        let mut inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inside = self.lock();
         let key = (queue.clone(), task_id);
         if inside.waiters.contains_key(&key) {
             inside.ended.push(key);
@@ -98,14 +113,14 @@ impl Waits {
 
     /// Ends all waits, because the server stops.
     pub fn close(&self) {
-        self.inside.lock().unwrap_or_else(PoisonError::into_inner).waiters.clear();
+        self.lock().waiters.clear();
     }
 
     /// Reads for ever. Queues that are not well are read apart from the others.
     pub async fn run(self: &Arc<Self>, store: &Store, looks: &Looks) {
         let mut read_at = Instant::now();
         loop {
-            let waiting = !self.inside.lock().unwrap_or_else(PoisonError::into_inner).waiters.is_empty();
+            let waiting = !self.lock().waiters.is_empty();
             if waiting {
                 tokio::select! {
                     () = self.bell.notified() => {}
@@ -115,7 +130,7 @@ impl Waits {
                 self.bell.notified().await;
             }
             let keys: Vec<Key> = {
-                let mut inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut inside = self.lock();
                 if Instant::now() >= read_at {
                     read_at = Instant::now() + PERIOD;
                     inside.ended.clear();
@@ -129,7 +144,7 @@ impl Waits {
             for keys in together.chunks(READ_MAX) {
                 match store.task_ended(keys).await {
                     Ok(ends) => self.tell(ends),
-                    Err(fault) if fault.is_passing() => {
+                    Err(fault) if fault.is_passing() && !fault.is_too_much() => {
                         tracing::debug!(?fault, "could not read the ends of awaited tasks");
                     }
                     // Some queue takes too long: each by itself.
@@ -165,7 +180,7 @@ impl Waits {
     }
 
     fn tell(&self, ends: Vec<(String, TaskEnd)>) {
-        let mut inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inside = self.lock();
         for (queue, end) in ends {
             let Ok(queue) = QueueName::parse("queue", &queue) else { continue };
             for waiter in inside.waiters.remove(&(queue, end.task_id)).unwrap_or_default() {

@@ -203,6 +203,16 @@ async fn failures_are_recorded_as_all_sdks_do() {
         let task = absurd.client().get_task_status(spawned.task_id).await.unwrap().unwrap();
         assert_eq!(task.attempts, 1, "another attempt would change nothing");
     }
+    // So is a result that a rule of the database's owner refuses.
+    let sql = server.database().connect().await;
+    sql.batch_execute("alter table absurd.r_q add constraint mine check (result is null or result <> '\"mine\"')")
+        .await
+        .unwrap();
+    let mine = absurd.register("mine", |_: Context, _: Value| async { Ok::<_, BoxError>("mine") });
+    let spawned = absurd.spawn(&mine, &j!(1)).max_attempts(1).await.unwrap();
+    let recorded = failure(&absurd, spawned.task_id).await;
+    assert_eq!(recorded["name"], "ResultRefused", "{recorded}");
+    assert!(recorded["message"].as_str().unwrap().contains("mine"), "{recorded}");
     let spawned = absurd.spawn(&early, &j!(1)).max_attempts(1).await.unwrap();
     assert_eq!(failure(&absurd, spawned.task_id).await["message"], "panic: before its first await");
     worker.stop().await;

@@ -303,3 +303,132 @@ async fn a_server_is_healthy_only_after_its_queue_is_there() {
     assert_eq!(sql.query_one(hung, &[]).await.unwrap().get::<_, i64>(0), 2);
     app.shut_down().await.unwrap();
 }
+
+/// A queue whose look runs into the time limit of its statement is set apart as slow: the leases of its neighbour end, and the
+/// replica serves.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_look_that_takes_too_long_stops_no_other() {
+    let (server, admin) = server_of_a_plain_role().await;
+    let mut streams = Vec::new();
+    for queue in ["slow", "q"] {
+        let client = server.client().with_queue(queue);
+        client.create_queue().await.unwrap();
+        let options = StreamOptions { task_names: vec!["nobody".into()], ..StreamOptions::default() };
+        streams.push(client.claim_stream(options).await.unwrap());
+        // A row for the view to take long over.
+        client.spawn_task("other", &j!(1), SpawnOptions::default().max_attempts(2)).await.unwrap();
+    }
+    let role = format!("app_{}", server.database().name());
+    admin
+        .batch_execute(&format!(
+            "alter table absurd.r_slow rename to r_away;
+             create view absurd.r_slow as select r.* from absurd.r_away r, (select pg_sleep(60)) s;
+             alter view absurd.r_slow owner to {role}"
+        ))
+        .await
+        .unwrap();
+    let slow =
+        || async { (metric(&server, "absurd_queue_trouble{queue=\"slow\",kind=\"slow\"}").await > 0.0).then_some(()) };
+    eventually("the slow queue is set apart", slow).await;
+    let client = server.client().with_queue("q");
+    let claim = ClaimOptions::default().claim_timeout(Duration::from_secs(1));
+    let task_id = client.claim_task(claim).await.unwrap().remove(0).task_id;
+    let again = || async { client.claim_task(ClaimOptions::default()).await.unwrap().pop() };
+    assert_eq!(eventually("the lapsed lease ends", again).await.task_id, task_id);
+    assert!(is_serving(&server).await);
+}
+
+/// A trigger that costs 30 ms a row makes a full batch run into its time limit; in smaller ones everything gets through, and a
+/// neighbour does at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_takes_too_long_is_halved() {
+    let server = Server::start().await;
+    let client = server.client();
+    let sql = server.database().connect().await;
+    sql.batch_execute(
+        "create function slow() returns trigger language plpgsql as $$ begin perform pg_sleep(0.03); return new; end $$;
+         create trigger slow before insert on absurd.t_q for each row execute function slow()",
+    )
+    .await
+    .unwrap();
+    server.client().with_queue("other").create_queue().await.unwrap();
+    let mut spawns = tokio::task::JoinSet::new();
+    for number in 0..600 {
+        let client = client.clone();
+        spawns.spawn(async move { client.spawn_task("n", &j!(number), SpawnOptions::default()).await });
+    }
+    tokio::task::yield_now().await;
+    let other = client.with_queue("other");
+    in_time("the neighbour's", other.spawn_task("n", &j!(1), SpawnOptions::default())).await.unwrap();
+    while let Some(spawned) = in_time("all spawns end", spawns.join_next()).await {
+        spawned.unwrap().unwrap();
+    }
+}
+
+/// A run that wants to wait for a task of a locked queue is told which queue keeps it, once its time is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn awaiting_a_task_of_a_locked_queue_names_that_queue() {
+    let server = Server::start().await;
+    let other = server.client().with_queue("other");
+    other.create_queue().await.unwrap();
+    let child = other.spawn_task("child", &j!(1), SpawnOptions::default()).await.unwrap();
+    server.client().spawn_task("parent", &j!(1), SpawnOptions::default()).await.unwrap();
+    let run = server.client().claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+    let session = lock(server.database(), &["other".to_owned()], "access exclusive").await;
+    let wait = absurd_proto::v1::AwaitTaskRequest {
+        queue: "q".into(),
+        claim_token: Some(run.claim_token().to_owned()),
+        step_name: "child".into(),
+        awaited_queue: "other".into(),
+        awaited_task_id: child.task_id.to_string(),
+        ..Default::default()
+    };
+    let mut request = tonic::Request::new(wait.clone());
+    request.set_timeout(Duration::from_secs(3));
+    let refused = server.raw().await.await_task(request).await.unwrap_err();
+    let info = refused.get_details_error_info().unwrap();
+    assert_eq!(info.reason, "QUEUE_LOCKED", "{refused:?}");
+    assert!(refused.message().contains("\"other\""), "{refused}");
+    session.batch_execute("commit").await.unwrap();
+    in_time("the queue is free", server.raw().await.await_task(wait)).await.unwrap();
+}
+
+/// More runs than one look takes wait on a queue that refuses their wake-ups: a run of another queue is woken all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn wake_ups_that_are_refused_starve_no_other_queue() {
+    let database = Database::new().await;
+    let sql = database.connect().await;
+    sql.batch_execute(
+        "select absurd.create_queue(name) from unnest(array['awaited', 'refuses', 'waits']) name;
+         create function refuse() returns trigger language plpgsql as $$ begin raise 'no'; end $$;
+         create trigger refuse before insert on absurd.e_refuses for each row execute function refuse();
+         insert into absurd_server.awaited_task (queue_name, task_id, waiting_queue, event_name)
+           select 'awaited', gen_random_uuid(), queue, 'e' || number
+             from (values ('refuses', 700), ('waits', 1)) v (queue, count), generate_series(1, count) number",
+    )
+    .await
+    .unwrap();
+    let rows = sql.query("select * from absurd_server.settle_awaited(null, null, 500)", &[]).await.unwrap();
+    assert_eq!(rows.iter().map(|row| row.get::<_, &str>(0)).collect::<Vec<_>>(), ["waits"]);
+}
+
+/// Checkpoints that cannot be read keep their own task waiting, and no task that has none.
+#[tokio::test(flavor = "multi_thread")]
+async fn unreadable_checkpoints_keep_only_their_own_task() {
+    let server = Server::start().await;
+    let client = server.client();
+    let sql = server.database().connect().await;
+    let resumed = client.spawn_task("resumed", &j!(1), SpawnOptions::default().max_attempts(5)).await.unwrap();
+    let run = client.claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+    run.set_checkpoint("s", &j!(1)).await.unwrap();
+    sql.batch_execute("alter table absurd.c_q rename column state to away").await.unwrap();
+    run.fail(&j!("again")).await.unwrap();
+    let fresh = client.spawn_task("fresh", &j!(1), SpawnOptions::default()).await.unwrap();
+    let both = || ClaimOptions { qty: 2, ..ClaimOptions::default().wait(Duration::from_secs(20)) };
+    let got = in_time("the fresh task is claimed", client.claim_task(both())).await.unwrap();
+    assert_eq!(got.iter().map(|task| task.task_id).collect::<Vec<_>>(), [fresh.task_id]);
+    sql.batch_execute("alter table absurd.c_q rename column away to state").await.unwrap();
+    let mended = || async { client.claim_task(both()).await.unwrap().pop() };
+    let task = eventually("the other one follows once that is mended", mended).await;
+    assert_eq!((task.task_id, task.checkpoint("s").is_some()), (resumed.task_id, true));
+}

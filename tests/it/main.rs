@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::too_many_lines, reason = "a test tells one story and fails by panicking")]
 
+mod abandoned;
 mod adoption;
 mod better;
 mod checkpoints;

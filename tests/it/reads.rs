@@ -380,6 +380,28 @@ async fn pages_of_long_names_end_early_and_lose_nothing() {
 }
 
 /// A number counts with the digits that are stored for it, wherever JSON is taken.
+/// A row that alone is more than a page holds ends its page, and not the list.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_fills_a_page_hides_no_row_after_it() {
+    let server = Server::start().await;
+    let client = server.client();
+    let sql = server.database().connect().await;
+    let spawned = client.spawn_task("n", &j!(1), SpawnOptions::default()).await.unwrap();
+    let run = client.claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+    for bytes in (3 * 1024 * 1024 - 200..3 * 1024 * 1024 + 64).step_by(24) {
+        sql.execute("delete from absurd.c_q", &[]).await.unwrap();
+        let steps = [("a", bytes), ("b", 10), ("c", 10)];
+        for (name, bytes) in steps {
+            let state = format!("\"{}\"", "x".repeat(bytes));
+            let insert = "insert into absurd.c_q (task_id, checkpoint_name, state, owner_run_id, status, updated_at)
+                          values ($1, $2, $3::text::jsonb, $4, 'committed', now())";
+            sql.execute(insert, &[&spawned.task_id, &name, &state, &run.run_id]).await.unwrap();
+        }
+        let read = client.get_all_checkpoints(spawned.task_id, run.run_id).await.unwrap();
+        assert_eq!(read.len(), steps.len(), "{bytes} bytes");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn exponents_are_held_to_the_size_limit() {
     let server = Server::start().await;

@@ -332,7 +332,8 @@ async fn execute(
 
 /// Whether a result will never be taken, however often it is sent.
 fn is_refused(error: &Error) -> bool {
-    matches!(error.reason(), Reason::JsonInvalid | Reason::PayloadTooLarge | Reason::InvalidArgument)
+    use Reason::{DatabaseRefused, InvalidArgument, JsonInvalid, PayloadTooLarge};
+    matches!(error.reason(), JsonInvalid | PayloadTooLarge | InvalidArgument | DatabaseRefused)
 }
 
 fn headers(task: &ClaimedTask) -> Result<Map<String, serde_json::Value>, serde_json::Error> {

@@ -250,6 +250,18 @@ fn may_pass(error: &Error) -> bool {
     error.is_passing() || error.reason() == Reason::DeadlineExceeded
 }
 
+/// Whether the server refuses what the outcome holds: the same outcome is refused again.
+fn is_refused(error: &Error) -> bool {
+    use Reason::{DatabaseRefused, InvalidArgument, JsonInvalid, PayloadTooLarge};
+    matches!(error.reason(), JsonInvalid | PayloadTooLarge | InvalidArgument | DatabaseRefused)
+}
+
+/// Whether an operator has to mend the database first. It says nothing of the outcome, which is good for later.
+fn is_for_operators(error: &Error) -> bool {
+    use Reason::{DatabaseBroken, DatabasePermission, QueueDamaged, SchemaMissing};
+    matches!(error.reason(), DatabaseBroken | DatabasePermission | QueueDamaged | SchemaMissing)
+}
+
 /// What all executions share.
 struct Work {
     args: WorkerArgs,
@@ -279,7 +291,7 @@ async fn report(task: &ClaimedTask, end: End, over: watch::Receiver<bool>) -> (S
     let mut no_retry = false;
     let reason = match end {
         End::Result(result) => match persist(task, &over, || task.complete_json(result.clone())).await {
-            Err(error) if !may_pass(&error) && !error.is_claim_over() => {
+            Err(error) if is_refused(&error) => {
                 json!({"name": "ResultRefused", "message": error.to_string(), "traceback": null})
             }
             said => return ("completed".into(), said),
@@ -313,7 +325,7 @@ async fn persist<F: Future<Output = Result<(), Error>>>(
     let mut told = false;
     loop {
         let error = match call().await {
-            Err(error) if may_pass(&error) => error,
+            Err(error) if may_pass(&error) || is_for_operators(&error) => error,
             said => return said,
         };
         if !told {

@@ -29,13 +29,13 @@ impl Late {
     }
 
     /// A try met locks of others: waits until the queue's tables are free, where it is those, else for a moment.
-    pub(crate) async fn wait_for_locks(&self, store: &Store, scope: &Scope) {
-        let queue = scope.queue().as_str();
-        if store.is_locked(queue) {
-            self.note(&Fault::Locked, scope);
-            store.wait_for(queue, Access::Free).await;
-        } else {
-            tokio::time::sleep(PAUSE).await;
+    pub(crate) async fn wait_for_locks(&self, store: &Store, scopes: &[&Scope]) {
+        match scopes.iter().find(|scope| store.is_locked(scope.queue().as_str())) {
+            Some(scope) => {
+                self.note(&Fault::Locked, scope);
+                store.wait_for(scope.queue().as_str(), Access::Free).await;
+            }
+            None => tokio::time::sleep(PAUSE).await,
         }
     }
 
@@ -63,23 +63,24 @@ pub(crate) async fn until<T, F: Future<Output = Result<T, Fault>>>(
     scope: &Scope,
     attempt: impl Fn(Duration) -> F,
 ) -> Result<Result<T, Fault>, Error> {
-    retry(store, deadline, scope, Fault::is_passing, attempt).await
+    retry(store, deadline, &[scope], Fault::is_passing, attempt).await
 }
 
-/// The same for work that may be done once only: nothing but a lock, which leaves nothing done, is tried again.
+/// The same for work that may be done once only, on one queue or several: nothing but a lock, which leaves nothing done, is
+/// tried again.
 pub(crate) async fn until_free<T, F: Future<Output = Result<T, Fault>>>(
     store: &Store,
     deadline: Instant,
-    scope: &Scope,
+    scopes: &[&Scope],
     attempt: impl Fn(Duration) -> F,
 ) -> Result<Result<T, Fault>, Error> {
-    retry(store, deadline, scope, |_| false, attempt).await
+    retry(store, deadline, scopes, |_| false, attempt).await
 }
 
 async fn retry<T, F: Future<Output = Result<T, Fault>>>(
     store: &Store,
     deadline: Instant,
-    scope: &Scope,
+    scopes: &[&Scope],
     passes: impl Fn(&Fault) -> bool,
     attempt: impl Fn(Duration) -> F,
 ) -> Result<Result<T, Fault>, Error> {
@@ -91,10 +92,10 @@ async fn retry<T, F: Future<Output = Result<T, Fault>>>(
             match attempt(left.min(lock_wait)).await {
                 Err(Fault::Locked) => {
                     lock_wait = LOCK_WAIT_PATIENT;
-                    late.wait_for_locks(store, scope).await;
+                    late.wait_for_locks(store, scopes).await;
                 }
                 Err(fault) if passes(&fault) => {
-                    late.note(&fault, scope);
+                    scopes.first().iter().for_each(|scope| late.note(&fault, scope));
                     tokio::time::sleep(PAUSE).await;
                 }
                 done => return done,

@@ -38,7 +38,7 @@ pub(crate) async fn sequence(
             Ok(outcomes) => break outcomes,
             Err((_, Fault::Locked)) => {
                 lock_wait = LOCK_WAIT_PATIENT;
-                let _ = tokio::time::timeout_at(deadline, late.wait_for_locks(store, scope)).await;
+                let _ = tokio::time::timeout_at(deadline, late.wait_for_locks(store, &[scope])).await;
             }
             Err((_, fault)) if fault.is_passing() => {
                 late.note(&fault, scope);

@@ -2,7 +2,6 @@
 //! are worth. All of it runs beside the queue's loop, which waits for none of it.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -32,6 +31,7 @@ impl Dispatcher {
         // The reckoned clock may be off by as much as a round trip; look a little further back.
         let since = since.map_or(DbTime::from_micros(0), |at| DbTime::from_micros(at.micros() - 10_000_000));
         tokio::spawn(async move {
+            let _turn = queue.searching.lock().await;
             for _ in 0..120 {
                 tokio::time::sleep(Duration::from_millis(500)).await;
                 match dispatcher.shared.store.run_list_claimed(&queue.scope, &slots, since).await {
@@ -128,10 +128,10 @@ impl Dispatcher {
         }
         let dispatcher = self.clone();
         let queue = Arc::clone(queue);
-        self.shared.releasing.fetch_add(1, Ordering::Relaxed);
+        let counted = self.shared.releasing.begin();
         tokio::spawn(async move {
             dispatcher.give_back_now(&queue, returns).await;
-            dispatcher.shared.releasing.fetch_sub(1, Ordering::Relaxed);
+            drop(counted);
         });
     }
 

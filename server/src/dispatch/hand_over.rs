@@ -2,7 +2,6 @@
 //! pushed as soon as it is committed. Never past older work: the statement that makes it looks (`task_spawn.sql`).
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use tokio::time::Instant;
 
@@ -12,6 +11,7 @@ use crate::domain::{Claim, Instant as DbTime};
 use crate::scope::Scope;
 use crate::store::run::Slot;
 use crate::store::task::{NewTask, Slotted};
+use crate::tally::Counted;
 
 /// Credit set aside for tasks; what was not used is free again when this is dropped. A stopping server waits for that. Whoever
 /// has one must not be dropped half-way: what it has spawned by then would be claimed by nobody.
@@ -23,6 +23,7 @@ pub(crate) struct HandOver {
     /// One per task.
     taken: Vec<Option<(StreamId, Slot)>>,
     since: Option<DbTime>,
+    _counted: Counted,
 }
 
 impl Dispatcher {
@@ -33,8 +34,8 @@ impl Dispatcher {
         let at_once = |task: &NewTask| task.cancellation.is_none() && task.start.is_none();
         let mut names = tasks.iter().map(|task| at_once(task).then(|| task.name.as_str()));
         let taken = queue.as_ref().map_or_else(Vec::new, |queue| queue.lock().set_aside(&mut names));
-        self.shared.releasing.fetch_add(1, Ordering::Relaxed);
-        HandOver { dispatcher: self.clone(), queue, taken, since: self.shared.store.now() }
+        let counted = self.shared.releasing.begin();
+        HandOver { dispatcher: self.clone(), queue, taken, since: self.shared.store.now(), _counted: counted }
     }
 }
 
@@ -86,6 +87,5 @@ impl HandOver {
 impl Drop for HandOver {
     fn drop(&mut self) {
         self.put_back();
-        self.dispatcher.shared.releasing.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -91,6 +91,8 @@ impl Store {
             &task_id,
             &timeout,
         ];
+        // The other queue too may be locked; no connection is held meanwhile.
+        self.admit(awaited_queue.as_str())?;
         let tx = self.begin(lock_wait).await?;
         let outcome = match tx.rows(&TASK_AWAIT, Wait::Block, Some(scope), &params).await {
             Ok(rows) => match rows.first() {
@@ -106,6 +108,9 @@ impl Store {
             Ok(Ok(awaited)) => tx.commit().await.map(|()| Ok(awaited)),
             refused => {
                 tx.rollback().await;
+                if matches!(refused, Err(Fault::Locked)) {
+                    self.suspect(awaited_queue.as_str()).await;
+                }
                 refused
             }
         }

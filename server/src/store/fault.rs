@@ -191,6 +191,11 @@ impl Fault {
         )
     }
 
+    /// Whether the statement asked too much of Postgres: less of the same work may succeed at once.
+    pub fn is_too_much(&self) -> bool {
+        matches!(self, Self::Timeout | Self::Exhausted(_))
+    }
+
     /// Whether Postgres refused what some row holds, or what becomes of it: without that row the same statement may succeed.
     pub fn is_refusal(&self) -> bool {
         matches!(

@@ -77,6 +77,11 @@ pub struct Claimed {
 impl Claimed {
     /// Nothing, so far.
     pub const NONE: Self = Self { claims: Vec::new(), cursor: Cursor::HEAD, more: false, unreadable: Vec::new() };
+
+    /// Whether nothing was claimed.
+    pub fn is_empty(&self) -> bool {
+        self.claims.is_empty() && self.unreadable.is_empty()
+    }
 }
 
 /// What a check says about a claim.

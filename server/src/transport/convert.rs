@@ -1,5 +1,6 @@
 //! Wire messages to valid values and back. Past this file nothing is checked again.
 
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use absurd_proto::v1 as pb;
@@ -234,16 +235,15 @@ pub fn chosen_id(field: &str, text: &str, store: &Store) -> Result<Uuid, Error> 
     Ok(id)
 }
 
-/// The pauses of a task whose spawn asks for none and bounds no attempts.
-const DEFAULT_PAUSES: RetryStrategy = RetryStrategy::Exponential {
-    base: Some(Duration::from_secs(1)),
-    factor: Some(2.0),
-    max: Some(Duration::from_secs(5 * 60)),
-};
+/// The pauses of a task whose spawn asks for none and bounds no attempts, as stored.
+static DEFAULT_PAUSES: LazyLock<JsonText> = LazyLock::new(|| {
+    let (base, max) = (Some(Duration::from_secs(1)), Some(Duration::from_secs(5 * 60)));
+    RetryStrategy::Exponential { base, factor: Some(2.0), max }.to_json()
+});
 
 /// How often a new task is tried, and with which pauses. A spawn that says neither must not fail hot for ever.
-fn retries(task: &pb::NewTask, limits: &Limits) -> Result<(Option<i32>, Option<RetryStrategy>), Error> {
-    let asked = task.retry_strategy.map(strategy).transpose()?;
+fn retries(task: &pb::NewTask, limits: &Limits) -> Result<(Option<i32>, Option<JsonText>), Error> {
+    let asked = task.retry_strategy.map(strategy).transpose()?.map(RetryStrategy::to_json);
     match task.max_attempts {
         Some(attempts) if attempts < 1 => Err(Error::invalid("max_attempts", "must be at least 1")),
         Some(_) if task.unlimited_attempts => {
@@ -252,7 +252,7 @@ fn retries(task: &pb::NewTask, limits: &Limits) -> Result<(Option<i32>, Option<R
         Some(attempts) => Ok((Some(attempts), asked)),
         None => {
             let attempts = (!task.unlimited_attempts).then_some(limits.default_max_attempts);
-            Ok((attempts, Some(asked.unwrap_or(DEFAULT_PAUSES))))
+            Ok((attempts, Some(asked.unwrap_or_else(|| DEFAULT_PAUSES.clone()))))
         }
     }
 }
@@ -313,7 +313,7 @@ pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<New
         name: TaskName::parse("task_name", &task.task_name)?,
         params: json("params", task.params, limits.payload())?,
         headers,
-        retry_strategy: retry_strategy.map(RetryStrategy::to_json),
+        retry_strategy,
         max_attempts,
         cancellation: cancellation.map(CancellationPolicy::to_json),
         idempotency_key: task.idempotency_key.map(|key| parse_idempotency_key("idempotency_key", &key)).transpose()?,

@@ -44,10 +44,10 @@ pub(super) fn parse_pair<T: FromStr, U: FromStr>(token: &str) -> Result<(T, U), 
 }
 
 /// The rows of a page whose statement may have read the first row of the next one (`beyond`), and the row after which that
-/// page begins, if there is one.
+/// page begins, if there is one. A row that alone is more than a page holds is a page of its own, and others may follow it.
 pub(super) fn cut(rows: &[Row], limit: i64) -> (&[Row], Option<&Row>) {
-    let beyond = rows.len() > 1 && rows.last().is_some_and(|row| row.get("beyond"));
-    let page = &rows[..rows.len() - usize::from(beyond)];
+    let beyond = rows.last().is_some_and(|row| row.get("beyond"));
+    let page = &rows[..rows.len() - usize::from(beyond && rows.len() > 1)];
     let full = beyond || i64::try_from(rows.len()).is_ok_and(|count| count == limit);
     (page, page.last().filter(|_| full))
 }

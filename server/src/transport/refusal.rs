@@ -49,10 +49,10 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let path = request.uri().path().to_owned();
+        let uri = request.uri().clone();
         let answer = self.inner.call(request);
         let most = self.request_bytes_max;
-        Box::pin(async move { answer.await.map(|response| reasoned(&response, &path, most).unwrap_or(response)) })
+        Box::pin(async move { answer.await.map(|response| reasoned(&response, uri.path(), most).unwrap_or(response)) })
     }
 }
 

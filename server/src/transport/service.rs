@@ -111,7 +111,7 @@ fn reply<T>(outcome: Result<T, Error>) -> Reply<T> {
     outcome.map(Response::new).map_err(|error| status(&error))
 }
 
-async fn in_time<T>(deadline: Instant, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+pub(super) async fn in_time<T>(deadline: Instant, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     tokio::time::timeout_at(deadline, work).await.unwrap_or(Err(Error::DeadlineExceeded))
 }
 

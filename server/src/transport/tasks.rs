@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::convert::{self, chosen_id, duration_between, pb_spawned, pb_state, scope, state_filter};
 use super::deadline::DEADLINE;
 use super::page_token;
-use super::service::{AWAIT_MAX, Service};
+use super::service::{AWAIT_MAX, Service, in_time};
 use crate::domain::Error;
 use crate::domain::id::parse_uuid;
 
@@ -63,7 +63,9 @@ impl Service {
         let scope = scope(&request.queue)?;
         let task_id = parse_uuid("task_id", &request.task_id)?;
         let timeout = duration_between("timeout", request.timeout, Duration::ZERO, AWAIT_MAX)?.unwrap_or(DEADLINE);
-        let now = self.engine.store.task_result(&scope, task_id, None).await?;
+        // A locked queue is read as soon as it is free, but no call waits for that beyond its own time.
+        let bound = deadline.min(Instant::now() + timeout.max(DEADLINE));
+        let now = in_time(bound, self.engine.store.task_result(&scope, task_id, None)).await?;
         if now.state.is_some_and(crate::domain::State::is_terminal) || timeout.is_zero() {
             let done = now.state.is_some_and(crate::domain::State::is_terminal);
             return Ok(pb::AwaitTaskResultResponse { done, result: Some(convert::pb_task_end(now)) });
@@ -75,7 +77,12 @@ impl Service {
             }
             Some(_) => Err(Error::TaskNotFound(task_id)),
             None => {
-                let end = self.engine.store.task_result(&scope, task_id, None).await?;
+                let bound = deadline.min(Instant::now() + DEADLINE);
+                let read = in_time(bound, self.engine.store.task_result(&scope, task_id, None)).await;
+                let end = match read {
+                    Err(Error::DeadlineExceeded) => now,
+                    read => read?,
+                };
                 let done = end.state.is_some_and(crate::domain::State::is_terminal);
                 Ok(pb::AwaitTaskResultResponse { done, result: Some(convert::pb_task_end(end)) })
             }

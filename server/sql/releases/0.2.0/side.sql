@@ -915,7 +915,8 @@ $$;
 
 -- Wakes the runs whose tasks have ended, or are gone: those of `p_tasks`, or all. Each on its own, so that one that fails
 -- holds up no other, nor does one whose rows are held by somebody's open transaction: its turn comes again. A queue that
--- cannot be looked at, or written to, is left out, and costs the others no waiting. Says which queues have woken runs.
+-- cannot be looked at, or written to, is left out, and costs the others no waiting. Each waiting queue has a share of the limit,
+-- so that none uses up another's. Says which queues have woken runs.
 create or replace function absurd_server.settle_awaited(p_queue text, p_tasks uuid[], p_limit integer)
 returns table (waiting_queue text)
 language plpgsql set lock_timeout = '100ms' as $$
@@ -923,6 +924,7 @@ language plpgsql set lock_timeout = '100ms' as $$
 declare
   v_queue text;
   v_ended text;
+  v_waiting text[];
   v_row record;
   v_snapshot jsonb;
   v_closed text[] := '{}';
@@ -941,21 +943,28 @@ begin
         v_ended := format('not exists (select from absurd.%I t where t.task_id = a.task_id
                                           and t.state not in (''completed'', ''failed'', ''cancelled''))', 't_' || v_queue);
       end if;
+      select array_agg(distinct a.waiting_queue) into v_waiting
+        from absurd_server.awaited_task a
+       where a.queue_name = v_queue and (p_tasks is null or a.task_id = any (p_tasks)) and a.waiting_queue <> all (v_closed);
+      for i in 1 .. coalesce(cardinality(v_waiting), 0) loop
+        if v_waiting[i] <> all (v_open) then
+          if absurd_server.queue_access(v_waiting[i]) in ('reads', 'locked', 'unusable') then
+            v_closed := v_closed || v_waiting[i];
+          else
+            v_open := v_open || v_waiting[i];
+          end if;
+        end if;
+      end loop;
       for v_row in
         execute format(
-          'select a.task_id, a.waiting_queue, a.event_name from absurd_server.awaited_task a
-            where a.queue_name = $1 and ($2 is null or a.task_id = any ($2)) and a.waiting_queue <> all ($4) and %s
-            limit $3 for update skip locked', v_ended)
-        using v_queue, p_tasks, p_limit, v_closed
+          'select x.* from unnest($4) w (name)
+            cross join lateral (
+              select a.task_id, a.waiting_queue, a.event_name from absurd_server.awaited_task a
+               where a.queue_name = $1 and a.waiting_queue = w.name and ($2 is null or a.task_id = any ($2)) and %s
+               limit $3 for update skip locked) x', v_ended)
+        using v_queue, p_tasks, greatest(p_limit / greatest(cardinality(v_waiting), 1), 20),
+              array(select w from unnest(v_waiting) w where w = any (v_open))
       loop
-        continue when v_row.waiting_queue = any (v_closed);
-        if v_row.waiting_queue <> all (v_open) then
-          if absurd_server.queue_access(v_row.waiting_queue) in ('reads', 'locked', 'unusable') then
-            v_closed := v_closed || v_row.waiting_queue;
-            continue;
-          end if;
-          v_open := v_open || v_row.waiting_queue;
-        end if;
         begin
           v_snapshot := null;
           if v_ended <> 'true' then
