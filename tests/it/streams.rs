@@ -29,8 +29,18 @@ pub(crate) async fn open(grpc: &mut Grpc, request: pb::ClaimStreamRequest) -> (p
     }
 }
 
-pub(crate) async fn next(messages: &mut Messages) -> Message {
+async fn next_of_any_kind(messages: &mut Messages) -> Message {
     in_time("a message arrives", messages.message()).await.unwrap().expect("no end yet").message.unwrap()
+}
+
+/// The next message that is no heartbeat.
+pub(crate) async fn next(messages: &mut Messages) -> Message {
+    loop {
+        match next_of_any_kind(messages).await {
+            Message::Heartbeat(_) => {}
+            message => return message,
+        }
+    }
 }
 
 pub(crate) async fn next_task(messages: &mut Messages) -> pb::ClaimedTask {
@@ -159,9 +169,11 @@ async fn heartbeats_come_and_the_age_ends_a_stream_politely() {
     let server = Server::start_with(Database::new().await, with(settings)).await;
     let mut grpc = server.raw().await;
     let (_, mut messages) = open(&mut grpc, request(2)).await;
+    let first = next_of_any_kind(&mut messages).await;
+    assert!(matches!(first, Message::Heartbeat(heartbeat) if heartbeat.credit == 2), "the first one comes at once");
     let mut heartbeats = 0;
     let ending = loop {
-        match next(&mut messages).await {
+        match next_of_any_kind(&mut messages).await {
             Message::Heartbeat(heartbeat) => {
                 assert_eq!((heartbeat.in_flight, heartbeat.credit), (0, 2));
                 heartbeats += 1;
@@ -467,7 +479,7 @@ async fn max_in_flight_is_the_only_window() {
         }
         let told = async {
             loop {
-                if let Message::Heartbeat(heartbeat) = next(&mut messages).await
+                if let Message::Heartbeat(heartbeat) = next_of_any_kind(&mut messages).await
                     && heartbeat.in_flight == count
                 {
                     return heartbeat;

@@ -285,7 +285,7 @@ impl State {
             let held = Held { expires_at, taken: true, alive: true, start_by: None, token };
             self.insert(id, held, now);
         }
-        self.timers.push(Reverse((now + spans.heartbeat, Timer::Heartbeat(id))));
+        self.beat(id, now, spans);
         self.timers.push(Reverse((now + age, Timer::Age(id))));
         self.work = true;
         self.requeue(id);
@@ -524,6 +524,16 @@ impl State {
         timer.into_iter().chain(available).min()
     }
 
+    /// Tells a stream how it stands, now and again after a while. The first time comes with its opening: a client need not wait
+    /// for its credit.
+    fn beat(&mut self, id: StreamId, now: Instant, spans: Spans) {
+        if let Some(stream) = self.streams.get(&id) {
+            let heartbeat = Message::Heartbeat { in_flight: stream.runs.len(), credit: stream.told_credit() };
+            let _ = stream.outbox.push(heartbeat);
+            self.timers.push(Reverse((now + spans.heartbeat, Timer::Heartbeat(id))));
+        }
+    }
+
     fn fire(&mut self, timer: Timer, now: Instant, spans: Spans, turn: &mut Turn) {
         match timer {
             Timer::Heartbeat(id) => {
@@ -532,9 +542,7 @@ impl State {
                         turn.leftovers.push(self.close(id));
                         return;
                     }
-                    let heartbeat = Message::Heartbeat { in_flight: stream.runs.len(), credit: stream.told_credit() };
-                    let _ = stream.outbox.push(heartbeat);
-                    self.timers.push(Reverse((now + spans.heartbeat, Timer::Heartbeat(id))));
+                    self.beat(id, now, spans);
                 }
             }
             Timer::Age(id) => self.end(id, EndReason::MaxAge, Duration::ZERO),

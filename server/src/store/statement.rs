@@ -240,6 +240,7 @@ statements! {
     TASK_SEARCH = "task_search";
     TASK_SPAWN = "task_spawn";
     TASK_SPAWN_CLAIMED = "task_spawn_claimed";
+    TASK_SPAWN_LATER = "task_spawn_later";
     TICK = "tick";
     UPKEEP_NOTE = "upkeep_note";
     UPKEEP_RUN = "upkeep_run";

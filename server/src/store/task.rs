@@ -10,7 +10,7 @@ use super::run::Slot;
 use super::statement::{
     KEY_RESERVE, QUEUE_GET, RUN_LOCK, Statement, TASK_CANCEL, TASK_CANCELLED, TASK_ENDED, TASK_FIND, TASK_FIND_KEYED,
     TASK_GET, TASK_LIST, TASK_LIST_CANCELLABLE, TASK_LIST_EDGE, TASK_RESPAWN, TASK_RESULT, TASK_RETRY, TASK_SEARCH,
-    TASK_SPAWN, TASK_SPAWN_CLAIMED,
+    TASK_SPAWN, TASK_SPAWN_CLAIMED, TASK_SPAWN_LATER,
 };
 use super::suspend::When;
 use super::text::{ANSWER_BYTES_MAX, FIELD_BYTES_MAX, HEADERS_BYTES_MAX, Part, cut};
@@ -556,9 +556,17 @@ impl<'a> Columns<'a> {
         columns
     }
 
-    /// Slots cost a look at what waits.
+    /// Slots cost a look at what waits, starts a comparison for each task. Beside a task with a start no slot is used.
     fn statement(&self) -> &'static Statement {
-        if self.has_slots() { &TASK_SPAWN_CLAIMED } else { &TASK_SPAWN }
+        match (self.has_starts(), self.has_slots()) {
+            (true, _) => &TASK_SPAWN_LATER,
+            (false, true) => &TASK_SPAWN_CLAIMED,
+            (false, false) => &TASK_SPAWN,
+        }
+    }
+
+    fn has_starts(&self) -> bool {
+        self.starts.iter().any(Option::is_some) || self.delays.iter().any(Option::is_some)
     }
 
     fn has_slots(&self) -> bool {
@@ -576,10 +584,10 @@ impl<'a> Columns<'a> {
             &self.max_attempts,
             &self.cancellations,
             &self.keys,
-            &self.starts,
-            &self.delays,
         ];
-        if self.has_slots() {
+        if self.has_starts() {
+            params.extend([&self.starts as &(dyn postgres_types::ToSql + Sync), &self.delays]);
+        } else if self.has_slots() {
             params.extend([&self.workers as &(dyn postgres_types::ToSql + Sync), &self.digests, &self.leases]);
         }
         params
