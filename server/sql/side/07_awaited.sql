@@ -141,11 +141,14 @@ begin
       end loop;
       for v_row in
         execute format(
-          'select x.* from unnest($4) w (name)
-            cross join lateral (
-              select a.task_id, a.waiting_queue, a.event_name from absurd_server.awaited_task a
-               where a.queue_name = $1 and a.waiting_queue = w.name and ($2 is null or a.task_id = any ($2)) and %s
-               limit $3 for update skip locked) x', v_ended)
+          'select a.task_id, a.waiting_queue, a.event_name
+             from (select a.*, row_number() over (partition by a.waiting_queue) as place
+                     from absurd_server.awaited_task a
+                    where a.queue_name = $1 and a.waiting_queue = any ($4) and ($2 is null or a.task_id = any ($2))
+                      and %s) x
+             join absurd_server.awaited_task a using (queue_name, task_id, waiting_queue, event_name)
+            where x.place <= $3
+              for update of a skip locked', v_ended)
         using v_queue, p_tasks, greatest(p_limit / greatest(cardinality(v_waiting), 1), 20),
               array(select w from unnest(v_waiting) w where w = any (v_open))
       loop
