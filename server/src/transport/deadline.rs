@@ -10,10 +10,13 @@ use crate::domain::Error;
 /// Time of a call that names no deadline.
 pub(super) const DEADLINE: Duration = Duration::from_secs(30);
 
+/// Longest time that an answer needs to reach a caller before its deadline, on a busy machine and network.
+const MARGIN_MAX: Duration = Duration::from_millis(250);
+
 /// When a call must be answered: a little before the transport would cut it off, which it does with another code.
 pub(super) fn deadline<T>(request: &Request<T>) -> Instant {
     let asked = request.metadata().get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(timeout);
-    Instant::now() + asked.map_or(DEADLINE, |asked| asked.saturating_sub((asked / 10).min(Duration::from_millis(100))))
+    Instant::now() + asked.map_or(DEADLINE, |asked| asked.saturating_sub((asked / 10).min(MARGIN_MAX)))
 }
 
 /// What is left until then; never more than [`DEADLINE`].
