@@ -115,7 +115,7 @@ impl Looks {
         for part in well.chunks(QUEUES_MAX).chain(well.is_empty().then_some(&[][..])) {
             match self.at_well(part).await {
                 Ok(found) => ticks.extend(found),
-                // What the parts before have found is not given up for this one.
+                // The ticks of the parts before are not given up for this one.
                 Err(fault) if !ticks.is_empty() => {
                     tracing::debug!(?fault, "could not look at a part of the queues");
                     break;
@@ -188,7 +188,7 @@ impl Looks {
     fn judge(&self, ticks: &[QueueTick]) {
         let mut times: Vec<Duration> = ticks.iter().map(|tick| tick.took).collect();
         times.sort_unstable();
-        // The lower one of two in the middle: of two queues the quicker one says what is usual.
+        // The lower one of two in the middle: the quicker one of two queues sets the measure.
         let usual = times.get(times.len().saturating_sub(1) / 2).copied().unwrap_or_default();
         for tick in ticks {
             if let Some(problem) = &tick.problem {

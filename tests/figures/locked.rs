@@ -1,4 +1,4 @@
-//! 20 of 200 queues locked against everybody for a minute: what the other 180 notice of it. It fails where a bound is not kept.
+//! 20 of 200 queues locked against everybody for a minute, and the times of the other 180. It fails where a bound is not kept.
 //!
 //! `cargo run --release -p absurd-tests --example locked_figures [SECONDS]`
 //!

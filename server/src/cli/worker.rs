@@ -250,7 +250,7 @@ fn may_pass(error: &Error) -> bool {
     error.is_passing() || error.reason() == Reason::DeadlineExceeded
 }
 
-/// Whether the server refuses what the outcome holds: the same outcome is refused again.
+/// Whether the server refuses the outcome for its content: the same outcome is refused again.
 fn is_refused(error: &Error) -> bool {
     use Reason::{DatabaseRefused, InvalidArgument, JsonInvalid, PayloadTooLarge};
     matches!(error.reason(), JsonInvalid | PayloadTooLarge | InvalidArgument | DatabaseRefused)
@@ -511,7 +511,7 @@ fn failure(name: &str, message: &str, errors: &str) -> End {
     End::Failure { reason: reason(name, message, errors), no_retry: false }
 }
 
-/// What is recorded of a failure. The last line of standard error says most.
+/// The record of a failure. The last line of standard error says most.
 fn reason(name: &str, message: &str, errors: &str) -> serde_json::Value {
     let last = errors.lines().rev().find(|line| !line.trim().is_empty());
     let message = last.map_or_else(|| message.to_owned(), |last| format!("{message}: {last}"));
