@@ -1,4 +1,4 @@
-//! A tally of what is under way. Each thing counts from its beginning until its guard is dropped, wherever that happens: a
+//! A tally of things under way. Each of them counts from its beginning until its guard is dropped, also half-way: a
 //! caller that goes away at an await leaves nothing behind.
 
 use std::sync::Arc;

@@ -7,7 +7,7 @@ with item as materialized (
                             $4::timestamptz[],  -- retry at; null: as the strategy says
                             $5::uuid[],         -- id of the next run, should there be one
                             $6::boolean[],      -- sweep
-                            $7::boolean[])      -- no further attempt, whatever the limit says
+                            $7::boolean[])      -- no further attempt
                 with ordinality as i (run_id, digest, reason, retry_at, next_run_id, sweep, no_retry, item)),
      clock as materialized (select absurd.current_time() as now),
      locked as materialized (

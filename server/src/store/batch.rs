@@ -34,7 +34,7 @@ pub enum Write {
         reason: Option<JsonText>,
         /// Instead of the strategy's time.
         retry_at: Option<Instant>,
-        /// Whether no attempt follows, whatever the task's limit says.
+        /// Whether no attempt follows, also where the task's limit leaves some.
         no_retry: bool,
     },
     /// Fails it if its lease has run out.
