@@ -45,6 +45,8 @@ const SERVICE: &str = "absurd.v1.AbsurdService";
 const PART_PAUSE: Duration = Duration::from_secs(1);
 /// The database counts as gone when its clock was last read this long ago.
 const DATABASE_SILENCE: Duration = Duration::from_secs(6);
+/// The database's clock is read anew, whatever looks do, once its last reading is so old.
+const CLOCK_LATE: Duration = Duration::from_secs(2);
 /// Between rounds of upkeep.
 const UPKEEP_EVERY: Duration = Duration::from_secs(3600);
 
@@ -282,12 +284,19 @@ where
     }
 }
 
-/// Health follows the database: the tick reads its clock, so that no query of its own is needed. It does not follow single
-/// queues: a queue that cannot be read is no reason to restart a replica.
+/// Health follows the database: looks at queues read its clock, and where they are late, a statement of its own does. It does not
+/// follow single queues: a queue that cannot be read, or whose look takes long, is no reason to restart a replica.
 async fn watch_database(store: &Store, health: &Health, outdated: &Notify) {
     let mut healthy = true;
+    // One at a time: a database that hangs keeps each of them.
+    let mut reading = JoinSet::new();
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
+        while reading.try_join_next().is_some() {}
+        if reading.is_empty() && store.clock_age().is_none_or(|age| age >= CLOCK_LATE) {
+            let store = store.clone();
+            reading.spawn(async move { drop(store.clock().await) });
+        }
         let old = store.min_server() > migrate::SERVER_GENERATION;
         if old {
             outdated.notify_one();

@@ -305,10 +305,13 @@ async fn a_server_is_healthy_only_after_its_queue_is_there() {
 }
 
 /// A queue whose look runs into the time limit of its statement is set apart as slow: the leases of its neighbour end, and the
-/// replica serves.
+/// replica serves all the while.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_look_that_takes_too_long_stops_no_other() {
     let (server, admin) = server_of_a_plain_role().await;
+    let channel = Endpoint::from_shared(server.url()).unwrap().connect().await.unwrap();
+    let mut health = HealthClient::new(channel).watch(HealthCheckRequest::default()).await.unwrap().into_inner();
+    assert_eq!(health.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
     let mut streams = Vec::new();
     for queue in ["slow", "q"] {
         let client = server.client().with_queue(queue);
@@ -336,6 +339,8 @@ async fn a_look_that_takes_too_long_stops_no_other() {
     let again = || async { client.claim_task(ClaimOptions::default()).await.unwrap().pop() };
     assert_eq!(eventually("the lapsed lease ends", again).await.task_id, task_id);
     assert!(is_serving(&server).await);
+    let told = tokio::time::timeout(Duration::ZERO, health.message()).await;
+    assert!(told.is_err(), "health changed meanwhile: {told:?}");
 }
 
 /// A trigger that costs 30 ms a row makes a full batch run into its time limit; in smaller ones everything gets through, and a
