@@ -1187,9 +1187,10 @@ begin
               and not exists (select from absurd.%I r
                                where r.run_id = q.run_id
                                  and case q.reason when ''lease'' then r.state = ''running''
-                                                   when ''size'' then r.state = ''pending''
-                                                   when ''claim'' then r.state in (''pending'', ''sleeping'')
-                                                   else r.state in (''pending'', ''sleeping'', ''running'') end)',
+                                                   when ''policy''
+                                                     then r.state in (''pending'', ''sleeping'', ''running'')
+                                                   -- One that is too large is put off: it sleeps.
+                                                   else r.state in (''pending'', ''sleeping'') end)',
           'r_' || v_queue) using v_queue;
       end if;
     exception when others then
