@@ -361,7 +361,7 @@ async fn a_task_too_large_for_a_stream_is_put_off_not_lost() {
     })
     .await;
     assert_eq!((sleeping.get::<_, bool>(0), sleeping.get::<_, i32>(1)), (true, 1));
-    // The chore that forgets what has moved on leaves it: put off, it is as large as before.
+    // The chore forgets entries of runs that have moved on; a task that is put off is as large as before, and its entry stays.
     sql.batch_execute("select absurd_server.quarantine_forget()").await.unwrap();
     let told = "select reason, problem from absurd_server.quarantine where queue_name = 'q'";
     let told = sql.query_one(told, &[]).await.unwrap();
