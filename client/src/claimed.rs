@@ -50,14 +50,14 @@ pub struct ClaimedTask {
 
 impl ClaimedTask {
     pub(crate) fn new(client: &AbsurdClient, task: pb::ClaimedTask, keeper: Option<u64>) -> Result<Self, Error> {
-        let run_id = wire::id(&task.run_id)?;
+        let (run_id, task_id) = (wire::id(&task.run_id)?, wire::id(&task.task_id)?);
         let revoked = client.shared.registry.insert(run_id, task.claim_token.clone(), keeper);
         Ok(Self {
             client: client.clone(),
             token: task.claim_token,
             revoked,
             run_id,
-            task_id: wire::id(&task.task_id)?,
+            task_id,
             attempt: task.attempt,
             task_name: task.task_name,
             params: Json::from_wire(task.params),

@@ -129,6 +129,7 @@ impl AbsurdClient {
             asked.failed(&error);
             error
         })?;
+        asked.worked();
         let response = response.into_inner();
         response.tasks.into_iter().map(|task| ClaimedTask::new(self, task, None)).collect()
     }
@@ -149,13 +150,7 @@ impl AbsurdClient {
         let token = token.or_else(|| self.shared.registry.token(run_id));
         let item = pb::SettleItem { run_id: run_id.to_string(), claim_token: token.clone(), action: Some(action) };
         let outcome = self.shared.settler.submit(self.queue_name(), item, self.deadline()).await;
-        let over = match &outcome {
-            Ok(_) => ends,
-            Err(error) => error.is_claim_over(),
-        };
-        if over {
-            self.shared.registry.remove(run_id, token.as_deref());
-        }
+        self.over_when(run_id, token.as_deref(), &outcome, |_| ends);
         outcome
     }
 

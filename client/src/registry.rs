@@ -28,6 +28,17 @@ struct Held {
     revoked: watch::Sender<Option<Revoked>>,
 }
 
+impl Held {
+    /// The first word counts.
+    fn tell(&self, why: Revoked) {
+        self.revoked.send_if_modified(|told| {
+            let first = told.is_none();
+            told.get_or_insert(why);
+            first
+        });
+    }
+}
+
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
@@ -39,16 +50,22 @@ impl Registry {
         self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Remembers a claim; `keeper` is the stream that keeps its lease.
+    /// Remembers a claim; `keeper` is the stream that keeps its lease. An older claim of the run that is still at work is lost.
     pub(crate) fn insert(&self, run_id: Uuid, token: String, keeper: Option<u64>) -> watch::Receiver<Option<Revoked>> {
-        let (revoked, watched) = watch::channel(None);
         let mut claims = self.lock();
+        if let Some(known) = claims.get_mut(&run_id).filter(|known| known.token == token) {
+            known.keeper = keeper;
+            return known.revoked.subscribe();
+        }
+        let (revoked, watched) = watch::channel(None);
         if claims.len() >= CLAIMS_MAX
             && let Some(old) = claims.iter().find(|(_, held)| held.keeper.is_none()).map(|(run, _)| *run)
         {
             claims.remove(&old);
         }
-        claims.insert(run_id, Held { token, keeper, revoked });
+        if let Some(older) = claims.insert(run_id, Held { token, keeper, revoked }) {
+            older.tell(Revoked::Lost);
+        }
         watched
     }
 
@@ -82,13 +99,89 @@ impl Registry {
         }
     }
 
-    /// The claim does not hold any more; whoever works on the run hears of it.
+    /// The claim does not hold any more; whoever works on the run hears of it. Its token stays known: without one, a late word
+    /// about the run would pass for the newer claim's.
     pub(crate) fn revoke(&self, run_id: Uuid, token: &str, why: Revoked) {
-        let mut claims = self.lock();
-        if claims.get(&run_id).is_some_and(|held| held.token == token)
-            && let Some(held) = claims.remove(&run_id)
-        {
-            held.revoked.send_replace(Some(why));
+        if let Some(held) = self.lock().get_mut(&run_id).filter(|held| held.token == token) {
+            held.keeper = None;
+            held.tell(why);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A verdict on an older claim of a run changes nothing about a newer claim of it.
+    #[test]
+    fn a_verdict_on_an_older_claim_leaves_the_newer_one_alone() {
+        let (registry, run_id) = (Registry::default(), Uuid::now_v7());
+        registry.insert(run_id, "older".into(), Some(1));
+        let newer = registry.insert(run_id, "newer".into(), Some(1));
+        registry.abandon(run_id, "older");
+        registry.remove(run_id, Some("older"));
+        registry.revoke(run_id, "older", Revoked::Lost);
+        assert_eq!(registry.kept_by(1), [(run_id, "newer".to_owned())]);
+        assert_eq!(*newer.borrow(), None);
+        registry.revoke(run_id, "newer", Revoked::Expired);
+        registry.revoke(run_id, "newer", Revoked::Lost);
+        assert_eq!(*newer.borrow(), Some(Revoked::Expired), "the first word counts");
+        assert!(registry.kept_by(1).is_empty());
+        assert_eq!(registry.token(run_id).as_deref(), Some("newer"), "a late word about the run shows it");
+    }
+
+    /// An abandoned claim's lease is nobody's to keep, and its token stays known until the claim is removed.
+    #[test]
+    fn an_abandoned_claim_keeps_its_token() {
+        let (registry, run_id) = (Registry::default(), Uuid::now_v7());
+        registry.insert(run_id, "token".into(), Some(1));
+        registry.abandon(run_id, "token");
+        assert!(registry.kept_by(1).is_empty());
+        assert_eq!(registry.token(run_id).as_deref(), Some("token"));
+        registry.remove(run_id, Some("token"));
+        assert_eq!(registry.token(run_id), None);
+    }
+
+    /// Where there are too many claims, those are forgotten whose lease nobody keeps; the newest is remembered.
+    #[test]
+    fn too_many_claims_push_out_none_that_is_kept() {
+        let registry = Registry::default();
+        let insert = |keeper| {
+            let run_id = Uuid::now_v7();
+            registry.insert(run_id, String::new(), keeper);
+            run_id
+        };
+        for _ in 0..CLAIMS_MAX / 2 {
+            insert(Some(1));
+            insert(None);
+        }
+        for _ in 0..100 {
+            let newest = insert(None);
+            assert!(registry.token(newest).is_some());
+        }
+        assert_eq!(registry.lock().len(), CLAIMS_MAX);
+        assert_eq!(registry.kept_by(1).len(), CLAIMS_MAX / 2);
+    }
+
+    /// A run that is claimed again while its older claim is at work: whoever works on the older claim hears that it is lost.
+    #[test]
+    fn a_claim_that_another_one_replaces_is_lost() {
+        let (registry, run_id) = (Registry::default(), Uuid::now_v7());
+        let older = registry.insert(run_id, "older".into(), Some(1));
+        registry.insert(run_id, "newer".into(), Some(1));
+        assert_eq!(*older.borrow(), Some(Revoked::Lost));
+    }
+
+    /// A claim that arrives twice is one claim: whoever works on it hears of no loss, and it is kept as before.
+    #[test]
+    fn a_claim_that_arrives_twice_is_not_lost() {
+        let (registry, run_id) = (Registry::default(), Uuid::now_v7());
+        let first = registry.insert(run_id, "token".into(), Some(1));
+        registry.insert(run_id, "token".into(), Some(1));
+        assert_eq!(*first.borrow(), None);
+        assert_eq!(registry.kept_by(1), [(run_id, "token".to_owned())]);
+        registry.revoke(run_id, "token", Revoked::Lost);
+        assert_eq!(*first.borrow(), Some(Revoked::Lost), "whoever took it first hears of its end");
     }
 }

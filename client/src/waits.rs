@@ -325,10 +325,18 @@ impl AbsurdClient {
         snapshot.into_result(wait.task_id).map(AwaitedTask::Ended).ok_or_else(wire::unclear)
     }
 
-    /// Forgets a claim that a call has ended, or that the server says is over.
-    fn over_when<R>(&self, run_id: Uuid, token: Option<&str>, outcome: &Result<R, Error>, ends: impl Fn(&R) -> bool) {
-        if outcome.as_ref().map_or_else(Error::is_claim_over, ends) {
-            self.shared.registry.remove(run_id, token);
+    /// Forgets a claim that a call has ended. The token of one that the server says is over stays known.
+    pub(crate) fn over_when<R>(
+        &self,
+        run_id: Uuid,
+        token: Option<&str>,
+        outcome: &Result<R, Error>,
+        ends: impl Fn(&R) -> bool,
+    ) {
+        match (outcome, token) {
+            (Ok(answer), _) if ends(answer) => self.shared.registry.remove(run_id, token),
+            (Err(error), Some(token)) if error.is_claim_over() => self.shared.registry.abandon(run_id, token),
+            _ => {}
         }
     }
 
