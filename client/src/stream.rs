@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use absurd_proto::v1 as pb;
 use absurd_proto::v1::claim_stream_response::Message;
+use futures_util::future::join_all;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -22,6 +23,8 @@ use crate::{AbsurdClient, Error, Reason, wire};
 const EXTEND_MAX: usize = 1000;
 /// Longest time for telling the server that a stream is about to end.
 const DRAIN_MAX: Duration = Duration::from_secs(2);
+/// A stream that was open for so long is opened again at once; one that breaks sooner, ever more rarely.
+const STEADY: Duration = Duration::from_secs(10);
 /// Longest time for a stream's first message.
 const OPEN_MAX: Duration = Duration::from_secs(15);
 
@@ -101,7 +104,7 @@ impl ClaimStream {
         let until = client.deadline();
         let mut backoff = Backoff::call();
         let first = loop {
-            match inside.connect().await {
+            match inside.connect(OPEN_MAX.min(until.saturating_duration_since(Instant::now()))).await {
                 Ok(first) => break first,
                 Err(error) => {
                     let wait = backoff.after(&error);
@@ -150,12 +153,13 @@ impl ClaimStream {
         while let Some(task) = self.tasks.recv().await {
             undelivered.push(task);
         }
-        for task in &undelivered {
+        let giving = undelivered.iter().map(|task| async move {
             let released = tokio::time::timeout_at(until, task.release(Duration::ZERO)).await;
             if !matches!(released, Ok(Ok(()))) {
                 tracing::debug!(run.id = %task.run_id, "a task could not be given back; its lease will run out");
             }
-        }
+        });
+        join_all(giving).await;
         drop(undelivered);
         let registry = &self.inside.client.shared.registry;
         while Instant::now() < until && !registry.kept_by(self.inside.id).is_empty() {
@@ -189,8 +193,8 @@ impl Inside {
         }
     }
 
-    /// Opens the stream and reads its first message.
-    async fn connect(&self) -> Result<Connected, Error> {
+    /// Opens the stream and reads its first message, within a limit.
+    async fn connect(&self, limit: Duration) -> Result<Connected, Error> {
         let held = self.client.shared.registry.kept_by(self.id);
         let asked = self.client.shared.replicas.ask();
         let opening = async {
@@ -200,7 +204,7 @@ impl Inside {
                 _ => Err(wire::unclear()),
             }
         };
-        let opened = tokio::time::timeout(OPEN_MAX, opening).await.unwrap_or_else(|_| Err(no_answer()));
+        let opened = tokio::time::timeout(limit, opening).await.unwrap_or_else(|_| Err(no_answer()));
         match &opened {
             Ok(_) => asked.worked(),
             Err(error) => drop(asked.failed(error)),
@@ -248,14 +252,21 @@ async fn drive(inside: Arc<Inside>, first: Connected, tell: mpsc::UnboundedSende
     while !*closing.borrow_and_update() {
         let wait = match connected.take() {
             Some(open) => {
-                backoff.reset();
-                tokio::select! {
-                    wait = read(&inside, open, &tell) => wait,
+                let began = Instant::now();
+                let end = tokio::select! {
+                    end = read(&inside, open, &tell) => end,
                     _ = closing.changed() => return,
+                };
+                if began.elapsed() > STEADY {
+                    backoff.reset();
+                }
+                match end {
+                    End::Told(wait) => wait,
+                    End::Broke(error) => backoff.after(&error),
                 }
             }
             None => tokio::select! {
-                result = inside.connect() => match result {
+                result = inside.connect(OPEN_MAX) => match result {
                     Ok(open) => {
                         inside.trouble.send_replace(None);
                         connected = Some(open);
@@ -278,22 +289,29 @@ async fn drive(inside: Arc<Inside>, first: Connected, tell: mpsc::UnboundedSende
     }
 }
 
-/// Reads one connection to its end; says how long to wait before the next.
-async fn read(inside: &Inside, mut open: Connected, tell: &mpsc::UnboundedSender<ClaimedTask>) -> Duration {
-    let jitter = Duration::from_millis(50).mul_f64(1.0 + random());
+/// How a connection of the stream ended.
+enum End {
+    /// As the server said, which also says how long to wait before the next one.
+    Told(Duration),
+    /// By this fault.
+    Broke(Error),
+}
+
+/// Reads one connection to its end.
+async fn read(inside: &Inside, mut open: Connected, tell: &mpsc::UnboundedSender<ClaimedTask>) -> End {
+    let broken = |why: &str| End::Broke(Error::new(Reason::Transport, tonic::Code::Unavailable, why));
     loop {
         let message = match tokio::time::timeout(open.silence_max, open.messages.message()).await {
             Ok(Ok(Some(response))) => response.message,
-            Ok(Ok(None)) => return jitter,
+            Ok(Ok(None)) => return broken("the claim stream ended"),
             Ok(Err(status)) => {
                 let error = Error::from(status);
                 tracing::debug!(%error, "the claim stream broke; connecting again");
-                let lasting = !error.is_passing();
-                return if lasting { Duration::from_secs(1).mul_f64(1.0 + random()) } else { jitter };
+                return End::Broke(error);
             }
             Err(_) => {
                 tracing::debug!("the claim stream has gone silent; connecting again");
-                return jitter;
+                return broken("the claim stream has gone silent");
             }
         };
         match message {
@@ -312,10 +330,11 @@ async fn read(inside: &Inside, mut open: Connected, tell: &mpsc::UnboundedSender
             }
             Some(Message::Ending(ending)) if ending.reason() == pb::EndReason::Drained => {
                 inside.closing.send_replace(true);
-                return Duration::ZERO;
+                return End::Told(Duration::ZERO);
             }
             Some(Message::Ending(ending)) => {
-                return wire::span(ending.reconnect_after.as_ref()).unwrap_or_default() + jitter;
+                let jitter = Duration::from_millis(50).mul_f64(1.0 + random());
+                return End::Told(wire::span(ending.reconnect_after.as_ref()).unwrap_or_default() + jitter);
             }
             Some(Message::Heartbeat(_) | Message::Opened(_)) | None => {}
         }
@@ -337,9 +356,8 @@ async fn keep(inside: Arc<Inside>) {
         }
         due = Instant::now() + *inside.extend_every.borrow();
         let held = inside.client.shared.registry.kept_by(inside.id);
-        for held in held.chunks(EXTEND_MAX) {
-            extend(&inside, held).await;
-        }
+        // At once: a call that hangs takes no other call's time.
+        join_all(held.chunks(EXTEND_MAX).map(|held| extend(&inside, held))).await;
     }
 }
 
