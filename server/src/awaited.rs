@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -23,6 +23,10 @@ const SELDOM: Duration = Duration::from_secs(15);
 const LOOK_SHARE: u32 = 50;
 /// Tasks whose end is told of in one statement, for each queue.
 const SETTLED_MAX: i32 = 500;
+/// The fewest: where wake-ups take longer than a statement may, fewer of them share one.
+const SETTLED_MIN: i32 = 20;
+/// A look at a queue that takes less than this may take on more wake-ups the next time.
+const QUICK: Duration = Duration::from_secs(2);
 /// Hints that are kept; what is beyond them waits for the next look.
 const HINTS_MAX: usize = 10_000;
 
@@ -33,6 +37,8 @@ pub struct AwaitedTasks {
     known: AtomicBool,
     ended: Mutex<Vec<(QueueName, TaskId)>>,
     bell: Notify,
+    /// Queues whose wake-ups took longer than a statement may, and how many share one now.
+    limits: Mutex<HashMap<String, i32>>,
 }
 
 impl AwaitedTasks {
@@ -52,6 +58,24 @@ impl AwaitedTasks {
             }
             drop(ended);
             self.bell.notify_one();
+        }
+    }
+
+    fn limits(&self) -> MutexGuard<'_, HashMap<String, i32>> {
+        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes how a look at a queue went that had this limit.
+    fn judge(&self, queue: &str, limit: i32, outcome: &Result<(), Fault>, took: Duration) {
+        let next = match outcome {
+            Err(fault) if fault.is_too_much() => limit / 5,
+            Ok(()) if took < QUICK => limit.saturating_mul(5),
+            _ => limit,
+        };
+        if next < SETTLED_MAX {
+            self.limits().insert(queue.to_owned(), next.max(SETTLED_MIN));
+        } else {
+            self.limits().remove(queue);
         }
     }
 }
@@ -98,16 +122,22 @@ async fn look(engine: &Engine) -> Result<(), Fault> {
             return Err(fault);
         }
     }
-    match settle_all(engine, None).await {
-        Err(fault) if !fault.is_passing() || fault.is_too_much() => settle_apart(engine, &fault).await,
+    if !engine.awaited.limits().is_empty() {
+        return settle_apart(engine, SETTLED_MAX).await;
+    }
+    match settle_all(engine, None, SETTLED_MAX).await {
+        Err(fault) if !fault.is_passing() || fault.is_too_much() => {
+            tracing::warn!(problem = fault.problem(), "could not wake the runs that wait for tasks of many queues");
+            settle_apart(engine, SETTLED_MAX / 5).await
+        }
         done => done,
     }
 }
 
 /// Wakes runs until no more are found, for tasks of one queue or of all.
-async fn settle_all(engine: &Engine, queue: Option<&str>) -> Result<(), Fault> {
+async fn settle_all(engine: &Engine, queue: Option<&str>, limit: i32) -> Result<(), Fault> {
     loop {
-        let woken = engine.store.task_settle_awaited(queue, None, SETTLED_MAX).await?;
+        let woken = engine.store.task_settle_awaited(queue, None, limit).await?;
         if woken.is_empty() {
             return Ok(());
         }
@@ -115,13 +145,18 @@ async fn settle_all(engine: &Engine, queue: Option<&str>) -> Result<(), Fault> {
     }
 }
 
-/// The look at all queues failed, because one of them takes too long: looks at each by itself, those that are not well last.
-async fn settle_apart(engine: &Engine, fault: &Fault) -> Result<(), Fault> {
-    tracing::warn!(problem = fault.problem(), "could not wake the runs that wait for tasks of many queues");
+/// Looks at each queue by itself, those that are not well last: a look at all of them failed, or would, because one of them takes
+/// too long. A queue that takes too long has fewer wake-ups in its next statement.
+async fn settle_apart(engine: &Engine, usual: i32) -> Result<(), Fault> {
     let mut queues = engine.store.task_list_awaited_queues().await?;
+    engine.awaited.limits().retain(|queue, _| queues.contains(queue));
     queues.sort_by_key(|queue| engine.looks.is_troubled(queue));
     for queue in queues {
-        if let Err(fault) = settle_all(engine, Some(&queue)).await {
+        let limit = engine.awaited.limits().get(&queue).copied().unwrap_or(usual);
+        let began = Instant::now();
+        let outcome = settle_all(engine, Some(&queue), limit).await;
+        engine.awaited.judge(&queue, limit, &outcome, began.elapsed());
+        if let Err(fault) = outcome {
             tracing::warn!(
                 queue.name = queue,
                 problem = fault.problem(),
