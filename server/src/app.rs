@@ -101,6 +101,7 @@ pub struct App {
     health: Health,
     loops: JoinSet<()>,
     outdated: Arc<Notify>,
+    admission: AdmissionLayer,
     stop: oneshot::Sender<()>,
     serving: JoinHandle<Result<(), tonic::transport::Error>>,
     grace: Duration,
@@ -117,10 +118,7 @@ impl App {
         };
         let known = inspect(&options.database).await?;
         let doorbell = known.doorbell && options.doorbell;
-        let upkeep = options.upkeep.unwrap_or(match known.origin {
-            Origin::Ours => UPKEEP_EVERY,
-            Origin::Adopted => Duration::ZERO,
-        });
+        let upkeep = upkeep_every(options.upkeep, known.origin);
         let store = Store::new(StoreOptions {
             database: options.database.clone(),
             connections_max: options.connections_max,
@@ -128,11 +126,11 @@ impl App {
             test_clock: options.test_clock,
         })?;
         let hints = Arc::new(Hints::new(replica_id(), doorbell));
-        // The first look reads the database's clock, which every minted id needs.
-        store
-            .tick(&[], hints.replica_id())
-            .await
-            .map_err(|fault| anyhow::anyhow!("cannot use the database: {fault}"))?;
+        // The first look reads the database's clock, which every minted id needs, and counts the other replicas, which are
+        // rung from the first write on.
+        let first = store.tick(&[], hints.replica_id()).await;
+        let first = first.map_err(|fault| anyhow::anyhow!("cannot use the database: {fault}"))?;
+        hints.note_others(first.others);
         let engine = Arc::new(Engine::new(store, hints, options.dispatch, options.engine));
         if let Some(queue) = options.queue {
             let scope = Caller::anonymous().scope(queue);
@@ -170,8 +168,9 @@ impl App {
         health.set(true).await;
         let (stop, stopped) = oneshot::channel();
         let test_clock = options.test_clock.then(|| TestClockServiceServer::new(TestClock::new(Arc::clone(&engine))));
+        let admission = AdmissionLayer::new(options.admission);
         let router = server
-            .layer(AdmissionLayer::new(options.admission))
+            .layer(admission.clone())
             .layer(CompressionLayer)
             .layer(refusal::RefusalLayer { request_bytes_max: options.limits.request_bytes_max })
             .add_service(health_service)
@@ -184,7 +183,7 @@ impl App {
             let _ = stopped.await;
         }));
         let grace = options.shutdown_grace;
-        Ok(Self { addr, metrics_addr, engine, migrated, health, loops, outdated, stop, serving, grace })
+        Ok(Self { addr, metrics_addr, engine, migrated, health, loops, outdated, admission, stop, serving, grace })
     }
 
     /// The address served on.
@@ -200,6 +199,11 @@ impl App {
     /// The parts, for what shows them (`absurd dev`).
     pub fn engine(&self) -> &Arc<Engine> {
         &self.engine
+    }
+
+    /// Calls in flight, streams among them.
+    pub fn calls(&self) -> usize {
+        self.admission.calls()
     }
 
     /// What the migration at the start did, if there was one.
@@ -249,6 +253,14 @@ async fn inspect(database: &Config) -> anyhow::Result<migrate::Known> {
         tracing::warn!("database {:?} is a standby: nothing can be written until it is promoted", facts.database);
     }
     known.context("the database is not set up for this server; run `absurd migrate`, or add --migrate")
+}
+
+/// The interval of upkeep: as asked; else hourly in databases of ours, and never in adopted ones, which have a tool for that.
+fn upkeep_every(asked: Option<Duration>, origin: Origin) -> Duration {
+    asked.unwrap_or(match origin {
+        Origin::Ours => UPKEEP_EVERY,
+        Origin::Adopted => Duration::ZERO,
+    })
 }
 
 fn start_loops(loops: &mut JoinSet<()>, engine: &Arc<Engine>, database: Config) {
@@ -383,6 +395,16 @@ mod tests {
     use std::sync::atomic::AtomicU32;
 
     use super::*;
+
+    #[test]
+    fn adopted_databases_are_kept_up_only_where_somebody_asks_for_it() {
+        assert!(upkeep_every(None, Origin::Adopted).is_zero());
+        assert_eq!(upkeep_every(None, Origin::Ours), UPKEEP_EVERY);
+        let minute = Duration::from_secs(60);
+        for origin in [Origin::Ours, Origin::Adopted] {
+            assert_eq!(upkeep_every(Some(minute), origin), minute);
+        }
+    }
 
     #[tokio::test]
     async fn a_part_that_ends_in_a_bug_begins_anew() {

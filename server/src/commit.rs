@@ -167,6 +167,11 @@ impl<B: Batch> Committer<B> {
         self.shared.room_max - self.shared.room.available_permits()
     }
 
+    /// Lanes that are driven.
+    pub(crate) fn lanes(&self) -> usize {
+        self.shared.lanes.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     /// Carries out one item with whatever else waits, and returns its outcome.
     pub(crate) async fn submit(&self, key: B::Key, item: B::Item, deadline: Instant) -> Result<B::Out, Error> {
         let Ok(_room) = Arc::clone(&self.shared.room).try_acquire_owned() else {
@@ -392,6 +397,9 @@ fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B
 
 #[cfg(test)]
 mod tests {
+    use futures_util::future::join_all;
+    use uuid::Uuid;
+
     use super::*;
     use crate::scope::Caller;
     use crate::store::tests::nowhere;
@@ -456,5 +464,122 @@ mod tests {
         let failed = committer.submit(scope.clone(), BUG, deadline()).await;
         assert_eq!(failed, Err(Error::OutcomeUnknown));
         assert_eq!(committer.submit(scope, 2, deadline()).await.unwrap(), 2);
+    }
+
+    /// What an item meets in the database.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Met {
+        /// Nothing: it is carried out.
+        Nothing,
+        /// Somebody holds its rows, longer than anybody waits.
+        HeldRows,
+        /// Somebody holds its rows, until it waits for them alone.
+        RowsHeldBriefly,
+        /// The same, and the answer is lost; when it is asked for again, the claim is over.
+        LostAnswer,
+    }
+
+    /// Carries out numbered items as each of them says, and notes the numbers of each try.
+    #[derive(Clone)]
+    struct Rows {
+        store: Store,
+        tries: Arc<Mutex<Vec<Vec<u32>>>>,
+    }
+
+    impl Rows {
+        fn new() -> Self {
+            Self { store: nowhere(), tries: Arc::default() }
+        }
+    }
+
+    impl Batch for Rows {
+        type Key = Scope;
+        type Item = (u32, Met);
+        type Out = ();
+        type Id = u32;
+        const SHEDS: bool = false;
+        const NAME: &'static str = "rows";
+        const ITEMS_MAX: usize = 10;
+
+        fn identity(item: &Self::Item) -> u32 {
+            item.0
+        }
+
+        fn knows_itself(_: &Self::Item) -> bool {
+            false
+        }
+
+        fn scope(key: &Scope) -> &Scope {
+            key
+        }
+
+        fn store(&self) -> &Store {
+            &self.store
+        }
+
+        async fn execute(
+            &self,
+            _: &Scope,
+            items: &[&Self::Item],
+            lock_wait: Option<Duration>,
+        ) -> Result<Outcomes<Self>, Fault> {
+            let numbers: Vec<u32> = items.iter().map(|item| item.0).collect();
+            let tried = {
+                let mut tries = self.tries.lock().unwrap();
+                tries.push(numbers);
+                tries.len()
+            };
+            let Some(lock_wait) = lock_wait else {
+                return Ok(items.iter().map(|item| (item.1 == Met::Nothing).then_some(Ok(()))).collect());
+            };
+            match items[0].1 {
+                Met::HeldRows => {
+                    tokio::time::sleep(lock_wait).await;
+                    Err(Fault::Locked)
+                }
+                Met::LostAnswer if tried == 2 => Err(Fault::Unknown("the answer was lost".into())),
+                Met::LostAnswer => Ok(vec![Some(Err(Error::ClaimLost(Uuid::nil())))]),
+                Met::Nothing | Met::RowsHeldBriefly => Ok(vec![Some(Ok(()))]),
+            }
+        }
+    }
+
+    fn scope(queue: &str) -> Scope {
+        Caller::anonymous().scope(QueueName::parse("queue", queue).unwrap())
+    }
+
+    fn later() -> Instant {
+        Instant::now() + Duration::from_secs(30)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lost_answer_is_remembered_while_rows_are_waited_for() {
+        let committer = Committer::new(Rows::new(), 10);
+        let told = committer.submit(scope("q"), (1, Met::LostAnswer), later()).await;
+        assert_eq!(told, Err(Error::OutcomeUnknown));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn held_rows_of_one_queue_leave_places_to_another() {
+        let committer = Committer::new(Rows::new(), 100);
+        let mut held = tokio::task::JoinSet::new();
+        for number in 0..12 {
+            let committer = committer.clone();
+            held.spawn(async move { committer.submit(scope("held"), (number, Met::HeldRows), later()).await });
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let began = Instant::now();
+        committer.submit(scope("other"), (1, Met::RowsHeldBriefly), later()).await.unwrap();
+        // Each of the others waits for its rows for a second.
+        assert!(began.elapsed() < Duration::from_millis(500), "{:?}", began.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn items_of_one_identity_share_no_statement() {
+        let rows = Rows::new();
+        let committer = Committer::new(rows.clone(), 10);
+        let items = [1, 1, 2, 1].map(|number| committer.submit(scope("q"), (number, Met::Nothing), later()));
+        assert!(join_all(items).await.iter().all(Result::is_ok));
+        assert_eq!(*rows.tries.lock().unwrap(), [vec![1, 2], vec![1], vec![1]]);
     }
 }

@@ -421,6 +421,11 @@ impl Dispatcher {
         self.shared.streams.now()
     }
 
+    /// Releases and hand-overs that are under way.
+    pub fn releasing(&self) -> usize {
+        self.shared.releasing.now()
+    }
+
     /// Streams on a queue.
     pub fn stream_count(&self, queue: &QueueName) -> usize {
         self.find(queue).map_or(0, |queue| queue.lock().stream_count())

@@ -16,7 +16,7 @@ use crate::domain::{Digest, Error, EventName, Instant, JsonText, QueueName, Sett
 use crate::doorbell::Hints;
 use crate::hot_retries::HotRetries;
 use crate::looks::Looks;
-use crate::maintenance::{Emissions, InUse};
+use crate::maintenance::{self, Emissions, InUse};
 use crate::planted::{self, Bug};
 use crate::scope::{Caller, Scope};
 use crate::store::batch::{Kind, RunRef, Write};
@@ -50,6 +50,8 @@ pub struct Engine {
     pub in_use: InUse,
     /// Emissions that are gone on with.
     pub emissions: Emissions,
+    /// Pause between looks at the queues in use.
+    pub(crate) tick: Duration,
     /// Held by the round that hangs missing doorbells.
     pub(crate) hanging: tokio::sync::Mutex<()>,
     /// Counts of queues.
@@ -67,18 +69,21 @@ pub struct Engine {
     hot_retries: HotRetries,
 }
 
-/// Bounds of what waits.
+/// Bounds of what waits, and the pace of looks.
 #[derive(Debug, Clone, Copy)]
 pub struct EngineOptions {
     /// Writes of each kind that wait for their batch.
     pub waiting_max: usize,
     /// Tasks that wait in one queue; None: no bound.
     pub backlog_max: Option<i64>,
+    /// Pause between looks at the queues in use, give or take a third; all queues are looked at a tenth as often. No setting
+    /// changes it. Tests of hints make it so long that no look stands in for a hint.
+    pub tick: Duration,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { waiting_max: 50_000, backlog_max: None }
+        Self { waiting_max: 50_000, backlog_max: None, tick: maintenance::TICK }
     }
 }
 
@@ -99,6 +104,7 @@ impl Engine {
             sweeps: Sweeps::default(),
             in_use: InUse::default(),
             emissions: Emissions::default(),
+            tick: bounds.tick,
             hanging: tokio::sync::Mutex::default(),
             counts: Counts::default(),
             spawner: Committer::new(spawns.clone(), most),
@@ -118,6 +124,27 @@ impl Engine {
     /// Writes that wait for their batch.
     pub fn waiting(&self) -> usize {
         self.spawner.waiting() + self.settles.waiting() + self.suspends.waiting() + self.emits.waiting()
+    }
+
+    /// Counts of the work under way, by kind, without the zeros. It is empty soon after the last caller has gone, however the
+    /// callers went.
+    pub fn under_way(&self) -> Vec<(&'static str, usize)> {
+        let lanes = self.spawner.lanes() + self.settles.lanes() + self.suspends.lanes() + self.emits.lanes();
+        let queues =
+            [self.sweeps.under_way(), self.emissions.under_way(), self.looks.under_way(), self.waits.under_way()];
+        let mut all = vec![
+            ("waits", self.waits.count()),
+            ("awaited tasks", self.waits.tasks()),
+            ("streams", self.dispatcher.streams()),
+            ("releases", self.dispatcher.releasing()),
+            ("writes", self.waiting()),
+            ("lanes", lanes),
+            ("turns", self.bulk.held()),
+            ("store", self.store.held()),
+            ("queues", queues.iter().sum()),
+        ];
+        all.retain(|(_, count)| *count > 0);
+        all
     }
 
     /// Hangs the doorbell on those of these queues that have none. A failure is tried again by the wide tick.
@@ -180,7 +207,6 @@ impl Engine {
         Ok(spawned)
     }
 
-    /// On a task of its own: a caller that goes away must not leave tasks claimed for workers that never hear of them.
     /// Lets tasks in, or says that the queue is full. The count that this needs waits for a locked queue.
     async fn admit(&self, scope: &Scope, tasks: usize, deadline: Deadline) -> Result<(), Error> {
         let queue = scope.queue().as_str();
@@ -191,6 +217,7 @@ impl Engine {
         tokio::time::timeout_at(deadline, self.backlog.admit(&self.store, scope, tasks)).await.map_err(late)?
     }
 
+    /// On a task of its own: a caller that goes away must not leave tasks claimed for workers that never hear of them.
     async fn spawn_once(
         &self,
         scope: &Scope,

@@ -99,6 +99,11 @@ impl Looks {
         self.lock().iter().map(|(queue, trouble)| (queue.clone(), trouble.kind)).collect()
     }
 
+    /// Queues that are looked at by themselves now.
+    pub(crate) fn under_way(&self) -> usize {
+        self.looking.count()
+    }
+
     /// Whether a queue is looked at apart from the others.
     pub fn is_troubled(&self, queue: &str) -> bool {
         self.lock().contains_key(queue)

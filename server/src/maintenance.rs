@@ -18,10 +18,10 @@ use crate::scope::Caller;
 use crate::store::tick::QueueTick;
 use crate::sweeps;
 
-/// Between looks at the queues that are in use here, less or more by a third.
-const TICK: Duration = Duration::from_millis(1500);
-/// Between looks at all queues, and between the chores.
-const WIDE_TICK: Duration = Duration::from_secs(15);
+/// Between looks at the queues that are in use here, less or more by a third, unless the engine's options say otherwise.
+pub(crate) const TICK: Duration = Duration::from_millis(1500);
+/// Ticks between looks at all queues, and between the chores.
+const WIDE_TICKS: u32 = 10;
 /// A queue stays in use for so long after its last `ClaimTask`, or after the end of a lease that a look has seen coming.
 const IN_USE: Duration = Duration::from_secs(60);
 /// Ends of leases that are looked for in time.
@@ -63,10 +63,15 @@ impl InUse {
     }
 }
 
+/// Between looks at all queues, and between the chores.
+fn wide_tick_of(engine: &Engine) -> Duration {
+    engine.tick * WIDE_TICKS
+}
+
 /// Looks for ever at the queues that are in use here.
 pub async fn tick(engine: &Arc<Engine>) {
     loop {
-        tokio::time::sleep(TICK.mul_f64(0.67 + 0.66 * random())).await;
+        tokio::time::sleep(engine.tick.mul_f64(0.67 + 0.66 * random())).await;
         let mut queues = engine.dispatcher.active();
         queues.extend(engine.in_use.now());
         queues.sort_unstable();
@@ -78,17 +83,17 @@ pub async fn tick(engine: &Arc<Engine>) {
 
 /// Looks for ever at every queue of the database, so that leases also end where no stream is open.
 pub async fn wide_tick(engine: &Arc<Engine>) {
-    tokio::time::sleep(WIDE_TICK.mul_f64(random())).await;
+    tokio::time::sleep(wide_tick_of(engine).mul_f64(random())).await;
     loop {
         wide(engine).await.detach_all();
-        tokio::time::sleep(WIDE_TICK.mul_f64(0.67 + 0.66 * random())).await;
+        tokio::time::sleep(wide_tick_of(engine).mul_f64(0.67 + 0.66 * random())).await;
     }
 }
 
 /// Does the chores for ever.
 pub async fn chores(engine: &Arc<Engine>) {
     loop {
-        tokio::time::sleep(WIDE_TICK.mul_f64(0.67 + 0.66 * random())).await;
+        tokio::time::sleep(wide_tick_of(engine).mul_f64(0.67 + 0.66 * random())).await;
         if let Err(fault) = engine.store.release_forget().await {
             tracing::debug!(?fault, "could not forget old release counts");
         }
@@ -136,7 +141,7 @@ fn note_expiries(engine: &Arc<Engine>, ticks: &[QueueTick]) {
         if let (Some(next), Ok(queue)) =
             (next.filter(|next| *next < EXPIRY_SEEN), QueueName::parse("queue", &tick.queue))
         {
-            engine.in_use.note(&queue, Instant::now() + next + 3 * TICK);
+            engine.in_use.note(&queue, Instant::now() + next + 3 * engine.tick);
         }
     }
 }
@@ -181,6 +186,13 @@ impl Default for Emissions {
     }
 }
 
+impl Emissions {
+    /// Queues whose emissions are gone on with now.
+    pub(crate) fn under_way(&self) -> usize {
+        self.under_way.count()
+    }
+}
+
 /// Goes on with emissions that whoever began them did not finish.
 async fn finish_emissions(engine: &Arc<Engine>) -> tokio::task::JoinSet<()> {
     let mut begun = tokio::task::JoinSet::new();
@@ -217,5 +229,40 @@ async fn look_at_quarantine(engine: &Arc<Engine>) {
     match engine.store.quarantine_count().await {
         Ok(counts) => counts.iter().for_each(|(reason, count)| metrics::quarantined(reason.as_str(), *count)),
         Err(fault) => tracing::debug!(?fault, "could not count what was set aside"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dispatch::DispatchOptions;
+    use crate::doorbell::Hints;
+    use crate::engine::EngineOptions;
+    use crate::store::tests::nowhere;
+
+    /// No tick comes at the very moment at which a lease ends, so that its queue is looked at until after that.
+    #[tokio::test(start_paused = true)]
+    async fn a_queue_is_looked_at_until_after_the_end_of_its_lease() {
+        let hints = Arc::new(Hints::new("replica".into(), false));
+        let engine = Engine::new(nowhere(), hints, DispatchOptions::default(), EngineOptions::default());
+        let engine = Arc::new(engine);
+        let tick = QueueTick {
+            queue: "q".into(),
+            missing: false,
+            locked: false,
+            problem: None,
+            claimable: false,
+            expired: false,
+            cancellable: false,
+            next_available_ms: None,
+            next_expiry_ms: Some(20_000),
+            took: Duration::ZERO,
+        };
+        note_expiries(&engine, &[tick]);
+        // The longest pause between two looks, and some.
+        tokio::time::advance(Duration::from_secs(20) + engine.tick.mul_f64(1.5)).await;
+        assert_eq!(engine.in_use.now(), [QueueName::parse("queue", "q").unwrap()]);
+        tokio::time::advance(IN_USE).await;
+        assert!(engine.in_use.now().is_empty(), "nobody has polled it");
     }
 }

@@ -41,10 +41,33 @@ impl OneEach {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         all.insert(queue.clone()).then(|| Begun { all: Arc::clone(&self.0), queue: queue.clone() })
     }
+
+    /// Queues with work under way.
+    pub fn count(&self) -> usize {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
 }
 
 impl Drop for Begun {
     fn drop(&mut self) {
         self.all.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.queue);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_queue_has_one_piece_of_work_under_way() {
+        let queue = |name| QueueName::parse("queue", name).unwrap();
+        let all = OneEach::default();
+        let begun = all.begin(&queue("a"));
+        assert!(begun.is_some());
+        assert!(all.begin(&queue("a")).is_none(), "one is under way");
+        assert!(all.begin(&queue("b")).is_some(), "each queue for itself");
+        drop(begun);
+        assert!(all.begin(&queue("a")).is_some(), "it is over");
+        assert_eq!(all.count(), 0);
     }
 }

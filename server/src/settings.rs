@@ -293,6 +293,7 @@ impl Settings {
             engine: EngineOptions {
                 waiting_max: within("max-waiting-writes", self.max_waiting_writes, engine.waiting_max, COUNT_MAX)?,
                 backlog_max: bounded("max-backlog", self.max_backlog, i64::MAX)?,
+                tick: engine.tick,
             },
             connection_wait_max: self.max_connection_wait.map_or(Duration::from_secs(10), |span| span.0),
             metrics_listen: self.metrics_listen,

@@ -149,7 +149,7 @@ impl Store {
                 failing: Failing::default(),
                 lasting: Mutex::new(HashMap::new()),
                 locked: LockedQueues::default(),
-                patient: Arc::new(Semaphore::new((pool::connections(Role::Work, options.connections_max) / 2).max(1))),
+                patient: Arc::new(Semaphore::new(patient_max(&options))),
                 pools: Pools::new(&options)?,
                 reads: Turns::new(pool::connections(Role::Read, options.connections_max)),
                 test_clock: options.test_clock.then(clock::TestClock::default),
@@ -180,6 +180,12 @@ impl Store {
     /// By role: connections at most, open, and callers that wait for one.
     pub fn connections(&self) -> Vec<(&'static str, usize, usize, usize)> {
         self.inner.pools.state()
+    }
+
+    /// What is held of the store: connections, turns at them, and permits to wait for held rows.
+    pub fn held(&self) -> usize {
+        let patient = patient_max(&self.inner.options) - self.inner.patient.available_permits();
+        self.inner.pools.in_use() + self.inner.reads.held() + patient
     }
 
     pub(crate) async fn client(&self, role: Role) -> Result<Object, Fault> {
@@ -254,10 +260,6 @@ impl Store {
         scope: Option<&Scope>,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Fault> {
-        let fate = self.inner.failing.fate(statement.name);
-        if fate == Fate::FailsBefore {
-            return Err(on_purpose(fate));
-        }
         let role = statement.role();
         let _turn = match role {
             Role::Read => {
@@ -267,6 +269,10 @@ impl Store {
             Role::Work | Role::Lease | Role::Upkeep => None,
         };
         let client = self.client(role).await?;
+        let fate = self.inner.failing.fate(statement.name).await;
+        if fate == Fate::FailsBefore {
+            return Err(on_purpose(fate));
+        }
         let text = self.text(statement, wait, scope);
         let limit = role.silence_max();
         let mut done = query(&client, &text, params, limit).await;
@@ -315,14 +321,14 @@ impl Store {
     /// Begins a transaction whose statements wait for locks at most this long. Transactions that wait longer than [`LOCK_WAIT`]
     /// take half of the connections at most, so that held rows never keep others from theirs.
     pub(crate) async fn begin(&self, lock_wait: Duration) -> Result<Tx, Fault> {
-        if self.inner.failing.fate("begin") != Fate::Lives {
-            return Err(on_purpose(Fate::FailsBefore));
-        }
         let patience = match lock_wait > LOCK_WAIT {
             true => Arc::clone(&self.inner.patient).acquire_owned().await.ok(),
             false => None,
         };
         let client = self.client(Role::Work).await?;
+        if self.inner.failing.fate("begin").await != Fate::Lives {
+            return Err(on_purpose(Fate::FailsBefore));
+        }
         let lock_ms = lock_wait.as_millis().clamp(1, 60_000);
         let limit = lock_wait + Role::Work.statement_timeout();
         let begin = format!(
@@ -415,10 +421,17 @@ impl Store {
     }
 }
 
+/// Transactions that wait for held rows at the same time, at most: half of the connections.
+fn patient_max(options: &StoreOptions) -> usize {
+    (pool::connections(Role::Work, options.connections_max) / 2).max(1)
+}
+
 fn on_purpose(fate: Fate) -> Fault {
     match fate {
         Fate::FailsAfter => Fault::Unknown("failed on purpose, after it was carried out".into()),
-        Fate::Lives | Fate::FailsBefore => Fault::Gone("failed on purpose, before it was carried out".into()),
+        Fate::Lives | Fate::FailsBefore | Fate::Hangs => {
+            Fault::Gone("failed on purpose, before it was carried out".into())
+        }
     }
 }
 
@@ -492,7 +505,7 @@ impl Tx {
             self.store.admit(scope.queue().as_str())?;
         }
         let text = self.store.text(statement, wait, scope);
-        let done = match self.store.inner.failing.fate(statement.name) {
+        let done = match self.store.inner.failing.fate(statement.name).await {
             Fate::Lives => match query(client, &text, params, self.limit).await {
                 Err(fault @ (Fault::NoTable(_) | Fault::Damaged(_))) => {
                     // The transaction is void, and says nothing more; outside of it the database does.
@@ -533,7 +546,7 @@ impl Tx {
 
     /// Commits; the connection goes back to the pool.
     pub(crate) async fn commit(mut self) -> Result<(), Fault> {
-        let fate = self.store.inner.failing.fate("commit");
+        let fate = self.store.inner.failing.fate("commit").await;
         if fate == Fate::FailsBefore {
             return Err(on_purpose(Fate::FailsAfter));
         }
@@ -574,5 +587,12 @@ pub(crate) mod tests {
         let database = "postgresql://nobody@127.0.0.1:1/none".parse().unwrap();
         let wait_max = Duration::from_secs(1);
         Store::new(StoreOptions { database, connections_max: 2, wait_max, test_clock: false }).unwrap()
+    }
+
+    #[tokio::test]
+    async fn ids_that_are_minted_in_one_moment_are_in_order() {
+        let store = nowhere();
+        let ids: Vec<Uuid> = (0..10_000).map(|_| store.mint_id()).collect();
+        assert!(ids.is_sorted_by(|before, after| before < after));
     }
 }

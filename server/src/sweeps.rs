@@ -56,6 +56,13 @@ impl Default for Sweeps {
     }
 }
 
+impl Sweeps {
+    /// Queues that are swept now.
+    pub(crate) fn under_way(&self) -> usize {
+        self.under_way.count()
+    }
+}
+
 /// Begins the sweeps that a look has found to be due. They go on in the background, also when the answer is dropped after
 /// [`JoinSet::detach_all`].
 pub fn begin(engine: &Arc<Engine>, ticks: &[QueueTick]) -> JoinSet<()> {

@@ -16,7 +16,7 @@ use crate::store::upkeep::Round;
 
 /// Queues taken at once.
 const QUEUES_MAX: i64 = 20;
-/// Longest time for one queue in a round; what is left is for the next round.
+/// Longest time for one queue in a round, where the interval is longer; what is left is for the next round.
 const QUEUE_MAX: Duration = Duration::from_secs(30);
 
 /// Works for ever; each queue gets a round this often.
@@ -29,7 +29,7 @@ pub async fn run(engine: &Arc<Engine>, every: Duration) {
                 Ok(queues) if queues.is_empty() => break,
                 Ok(queues) => {
                     for queue in queues {
-                        round(engine, &queue).await;
+                        round(engine, &queue, every).await;
                     }
                 }
                 Err(fault) => {
@@ -41,10 +41,11 @@ pub async fn run(engine: &Arc<Engine>, every: Duration) {
     }
 }
 
-async fn round(engine: &Arc<Engine>, queue: &str) {
+async fn round(engine: &Arc<Engine>, queue: &str, every: Duration) {
     let Ok(name) = QueueName::parse("queue", queue) else { return };
     let scope = Caller::anonymous().scope(name);
-    let until = Instant::now() + QUEUE_MAX;
+    // Longer than the interval, it would keep every other queue from its rounds.
+    let until = Instant::now() + QUEUE_MAX.min(every);
     let mut round = Round::default();
     // A locked queue would take a connection for as long as each of its parts waits.
     if engine.store.suspect(queue).await {

@@ -100,6 +100,16 @@ impl Waits {
         self.count.now()
     }
 
+    /// Tasks that somebody waits for.
+    pub(crate) fn tasks(&self) -> usize {
+        self.lock().waiters.len()
+    }
+
+    /// Queues that are read by themselves now.
+    pub(crate) fn under_way(&self) -> usize {
+        self.reading.count()
+    }
+
     /// A task has ended here.
     pub fn ended(&self, queue: &QueueName, task_id: TaskId) {
         let mut inside = self.lock();

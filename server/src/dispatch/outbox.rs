@@ -157,3 +157,31 @@ impl Outbox {
         tasks
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use super::*;
+
+    /// A transport that takes one of several messages every twenty seconds is slow, not stuck. The time of its silence begins
+    /// anew with each message that it takes, and ends with the last one.
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_reader_is_not_stuck() {
+        let outbox = Outbox::default();
+        let context = Context::from_waker(Waker::noop());
+        let pause = Duration::from_secs(20);
+        for number in 0..3 {
+            let revoked = Message::Revoked { token: number.to_string(), run_id: RunId::nil(), verdict: Verdict::Lost };
+            outbox.push(revoked).unwrap();
+        }
+        for _ in 0..3 {
+            tokio::time::advance(pause).await;
+            assert_eq!(outbox.stuck(), pause);
+            assert!(matches!(outbox.poll_next(&context), Poll::Ready(Some(_))));
+        }
+        tokio::time::advance(pause).await;
+        assert_eq!(outbox.stuck(), Duration::ZERO);
+        assert!(outbox.poll_next(&context).is_pending());
+    }
+}

@@ -639,7 +639,91 @@ impl State {
 
 #[cfg(test)]
 mod tests {
+    use std::task::{Context, Poll, Waker};
+
     use super::*;
+    use crate::domain::State as RunState;
+    use crate::domain::claim::Secret;
+
+    /// Longer than all other times here.
+    const HOUR: Duration = Duration::from_secs(3600);
+    const SPANS: Spans = Spans { heartbeat: HOUR, stall: HOUR };
+
+    /// Opens a stream for one task, which holds these claims, and lets it look for work.
+    fn open(state: &mut State, held: Vec<ClaimToken>, now: Instant) -> Arc<Outbox> {
+        let options = StreamOptions {
+            worker_id: WorkerId::parse("worker_id", "w").unwrap(),
+            session_id: SessionId::parse("session_id", "s").unwrap(),
+            max_in_flight: 1,
+            lease_seconds: 30,
+            start_deadline: None,
+            reconnect_grace: None,
+            names: Arc::from([]),
+            max_message_bytes: 1024 * 1024,
+            accepts_omitted_params: false,
+        };
+        let outbox = Arc::new(Outbox::default());
+        let held = held.into_iter().map(|token| (token, None)).collect();
+        state.open(1, options, Arc::clone(&outbox), held, now, SPANS, HOUR);
+        state.turn(now, SPANS);
+        outbox
+    }
+
+    /// A look at a claim that is answered after its run was claimed anew says nothing about the newer claim.
+    #[test]
+    fn a_late_look_revokes_no_newer_claim() {
+        let (mut state, now, run_id) = (State::default(), Instant::now(), RunId::new_v4());
+        let token = || ClaimToken::new(run_id, Secret::new().unwrap(), 30, DbTime::from_micros(0), true);
+        let (older, newer) = (token(), token());
+        let outbox = open(&mut state, vec![newer.clone()], now);
+        let revoked = || {
+            let mut revoked = Vec::new();
+            while let Poll::Ready(Some(message)) = outbox.poll_next(&Context::from_waker(Waker::noop())) {
+                if let Message::Revoked { token, .. } = message {
+                    revoked.push(token);
+                }
+            }
+            revoked
+        };
+        let lost = Check { state: Some(RunState::Running), owned: false, claim_expires_at: None, expired: false };
+        state.checked(&[(run_id, older.digest())], &[lost]);
+        assert!(state.holds(run_id) && revoked().is_empty());
+        state.checked(&[(run_id, newer.digest())], &[lost]);
+        assert!(!state.holds(run_id));
+        assert_eq!(revoked(), [newer.encode()]);
+    }
+
+    /// Claims that fail are tried again after pauses that double up to a quarter of a minute, whatever becomes claimable
+    /// meanwhile. A fault that passes, and a claim that does not fail, begin anew.
+    #[test]
+    fn claims_that_fail_are_tried_again_less_and_less_often() {
+        let (mut state, mut now) = (State::default(), Instant::now());
+        open(&mut state, Vec::new(), now);
+        let failures = [500, 1000, 2000, 4000, 8000, 15_000, 15_000].map(|millis| (false, millis));
+        for (passes, millis) in failures.into_iter().chain([(true, 500), (false, 1000)]) {
+            let pause = Duration::from_millis(millis);
+            state.claims_fail(passes, now);
+            state.note_work();
+            assert!(state.turn(now + pause - Duration::from_millis(1), SPANS).plans.is_empty(), "{pause:?}");
+            now += pause;
+            assert_eq!(state.turn(now, SPANS).plans.len(), 1, "{pause:?}");
+        }
+        state.claims_work();
+        state.note_work();
+        assert_eq!(state.turn(now, SPANS).plans.len(), 1);
+    }
+
+    /// Where runs can be claimed at more times than are remembered, the next times are.
+    #[test]
+    fn the_next_times_are_remembered() {
+        let (mut state, now) = (State::default(), Instant::now());
+        open(&mut state, Vec::new(), now);
+        let at = |index: usize| now + Duration::from_millis(u64::try_from(index).unwrap());
+        for index in 1..=AVAILABLE_MAX + 10 {
+            state.note_available(at(index));
+        }
+        assert_eq!(state.next_turn(), Some(at(1)));
+    }
 
     #[test]
     fn a_run_is_passed_over_longer_each_time() {

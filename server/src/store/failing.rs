@@ -1,4 +1,4 @@
-//! Failure on purpose, for tests: the nth call to the database fails, before it is carried out or after.
+//! Failure on purpose, for tests: the nth call to the database fails, before it is carried out or after, or hangs.
 //!
 //! Only calls that a request makes are counted; what a server does by itself goes on. Nothing outside of this process can
 //! arm it, and unarmed it costs one read of a flag per call.
@@ -6,8 +6,13 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use tokio::sync::watch;
+
+use crate::tally::Tally;
+
 /// Statements that a server sends by itself.
 const BACKGROUND: &[&str] = &[
+    "clock_get",
     "credit_notify",
     "doorbell_arm",
     "doorbell_disarm",
@@ -46,6 +51,8 @@ pub enum Fate {
     FailsBefore,
     /// It is carried out, and its answer is lost.
     FailsAfter,
+    /// It holds its connection and waits for [`Failing::disarm`]. Then it is carried out, unless its caller has gone away.
+    Hangs,
 }
 
 /// See the module.
@@ -53,23 +60,45 @@ pub enum Fate {
 pub struct Failing {
     armed: AtomicBool,
     next: Mutex<Option<(u32, Fate)>>,
+    /// Whether calls that hang go on hanging.
+    held: watch::Sender<bool>,
+    hanging: Tally,
 }
 
 impl Failing {
     /// The nth call from now on, counted from 1, has this fate.
     pub fn arm(&self, nth: u32, fate: Fate) {
+        self.held.send_replace(fate == Fate::Hangs);
         *self.next.lock().unwrap_or_else(PoisonError::into_inner) = Some((nth, fate));
         self.armed.store(true, Ordering::Release);
     }
 
-    /// Lets all live again; says whether a call has failed.
+    /// Lets all live again; says whether a call has failed, or hung.
     pub fn disarm(&self) -> bool {
         self.armed.store(false, Ordering::Release);
+        self.held.send_replace(false);
         self.next.lock().unwrap_or_else(PoisonError::into_inner).take().is_none()
     }
 
-    /// The fate of a call.
-    pub(super) fn fate(&self, name: &str) -> Fate {
+    /// Calls that hang now.
+    pub fn hanging(&self) -> usize {
+        self.hanging.now()
+    }
+
+    /// The fate of a call. One that hangs does so in here, and lives afterwards.
+    pub(super) async fn fate(&self, name: &str) -> Fate {
+        let fate = self.next(name);
+        if fate != Fate::Hangs {
+            return fate;
+        }
+        let _counted = self.hanging.begin();
+        let mut held = self.held.subscribe();
+        // The sender lives as long as this does.
+        let _ = held.wait_for(|held| !*held).await;
+        Fate::Lives
+    }
+
+    fn next(&self, name: &str) -> Fate {
         if !self.armed.load(Ordering::Acquire) || BACKGROUND.contains(&name) {
             return Fate::Lives;
         }

@@ -230,6 +230,12 @@ impl Pools {
         .collect()
     }
 
+    /// Connections that are in use.
+    pub fn in_use(&self) -> usize {
+        let statuses = self.pools.iter().map(Pool::status);
+        statuses.map(|status| status.size - status.available.min(status.size)).sum()
+    }
+
     /// Closes all connections.
     pub fn close(&self) {
         self.pools.iter().for_each(Pool::close);

@@ -52,6 +52,12 @@ impl Turns {
         Self(Arc::new(Inside { places, count, waiting: AtomicUsize::new(0), pace: Mutex::new(0.0) }))
     }
 
+    /// Turns that are held, and items of those who wait for one.
+    pub(crate) fn held(&self) -> usize {
+        let inside = &*self.0;
+        inside.count - inside.places.available_permits() + inside.waiting.load(Ordering::Relaxed)
+    }
+
     /// Waits for a turn, for work of so many items. `Err` says at once how long that would take, where it is more than
     /// [`WAIT_MAX`] or than the caller has.
     pub async fn take(&self, items: usize, left: Duration) -> Result<Turn, Duration> {
@@ -107,5 +113,25 @@ mod tests {
         assert_eq!(turns.0.waiting.load(Ordering::Relaxed), 0, "who went away waits no more");
         drop(second);
         turns.take(1, WAIT_MAX).await.unwrap();
+    }
+
+    /// One call of a thousand items takes long; a thousand items ahead of the next call are no more than that one call.
+    #[tokio::test]
+    async fn the_pace_is_that_of_items_and_not_of_calls() {
+        let turns = Turns::new(1);
+        let first = turns.take(1000, WAIT_MAX).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        drop(first);
+        let _second = turns.take(1000, WAIT_MAX).await.unwrap();
+        let ahead = {
+            let turns = turns.clone();
+            tokio::spawn(async move { turns.take(1000, Duration::from_secs(60)).await })
+        };
+        while turns.0.waiting.load(Ordering::Relaxed) < 1000 {
+            tokio::task::yield_now().await;
+        }
+        let next = tokio::time::timeout(Duration::from_millis(10), turns.take(1, Duration::from_secs(60))).await;
+        assert!(next.is_err(), "it is not turned away, and waits: {next:?}");
+        ahead.abort();
     }
 }

@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Instant;
@@ -23,6 +23,7 @@ use super::status::status;
 use crate::domain::Error;
 use crate::gate::{Answer, Connection, Io};
 use crate::metrics;
+use crate::tally::{Counted, Tally};
 
 /// Bounds of calls.
 #[derive(Debug, Clone, Copy)]
@@ -58,7 +59,8 @@ fn method(path: &str) -> &'static str {
 #[derive(Debug)]
 struct Shared {
     options: AdmissionOptions,
-    requests: AtomicUsize,
+    requests: Tally,
+    streams: Tally,
 }
 
 /// Wraps services; see the module.
@@ -70,7 +72,12 @@ pub struct AdmissionLayer {
 impl AdmissionLayer {
     /// A layer with its own counts.
     pub fn new(options: AdmissionOptions) -> Self {
-        Self { shared: Arc::new(Shared { options, requests: AtomicUsize::new(0) }) }
+        Self { shared: Arc::new(Shared { options, requests: Tally::default(), streams: Tally::default() }) }
+    }
+
+    /// Calls in flight, streams among them.
+    pub fn calls(&self) -> usize {
+        self.shared.requests.now() + self.shared.streams.now()
     }
 }
 
@@ -140,7 +147,8 @@ fn connection(request: &Request<Body>) -> Option<Arc<Connection>> {
 /// A call in flight. Dropping it gives its place back.
 #[derive(Debug)]
 struct Call {
-    shared: Arc<Shared>,
+    /// None until it has been let in.
+    _counted: Option<Counted>,
     connection: Option<Arc<Connection>>,
     method: &'static str,
     began: Instant,
@@ -148,15 +156,17 @@ struct Call {
 }
 
 impl Call {
-    fn begin(shared: &Arc<Shared>, connection: Option<Arc<Connection>>, method: &'static str) -> Result<Self, Error> {
+    fn begin(shared: &Shared, connection: Option<Arc<Connection>>, method: &'static str) -> Result<Self, Error> {
         let code = Code::ResourceExhausted;
-        let mut call = Self { shared: Arc::clone(shared), connection, method, began: Instant::now(), code };
+        let mut call = Self { _counted: None, connection, method, began: Instant::now(), code };
         if method == CLAIM_STREAM {
             if let Some(connection) = &call.connection {
                 count_stream(&shared.options, connection)?;
             }
-        } else if shared.requests.fetch_add(1, Ordering::Relaxed) >= shared.options.requests_max {
-            return Err(Error::TooManyRequests { after: std::time::Duration::from_millis(500) });
+            call._counted = Some(shared.streams.begin());
+        } else {
+            let busy = || Error::TooManyRequests { after: std::time::Duration::from_millis(500) };
+            call._counted = Some(shared.requests.begin_within(shared.options.requests_max).ok_or_else(busy)?);
         }
         call.code = Code::Cancelled;
         Ok(call)
@@ -193,7 +203,6 @@ impl Drop for Call {
                 connection.streams().fetch_sub(1, Ordering::Relaxed);
             }
         } else {
-            self.shared.requests.fetch_sub(1, Ordering::Relaxed);
             metrics::rpc(self.method, name(self.code), self.began.elapsed());
         }
     }

@@ -19,6 +19,14 @@ pub(super) fn deadline<T>(request: &Request<T>) -> Instant {
     Instant::now() + asked.map_or(DEADLINE, |asked| asked.saturating_sub((asked / 10).min(MARGIN_MAX)))
 }
 
+/// The same for a call that waits for as long as `longest` by itself, and may do so without naming a deadline.
+pub(super) fn deadline_of_wait<T>(request: &Request<T>, longest: Duration) -> Instant {
+    match request.metadata().contains_key("grpc-timeout") {
+        true => deadline(request),
+        false => Instant::now() + longest + DEADLINE,
+    }
+}
+
 /// What is left until then; never more than [`DEADLINE`].
 pub(super) fn left(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).min(DEADLINE)
@@ -65,4 +73,51 @@ pub fn timeout(text: &str) -> Option<Duration> {
         "n" => Duration::from_nanos(amount),
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(timeout: Option<&str>) -> Request<()> {
+        let mut request = Request::new(());
+        if let Some(timeout) = timeout {
+            request.metadata_mut().insert("grpc-timeout", timeout.parse().unwrap());
+        }
+        request
+    }
+
+    /// A timeout has one to eight digits and a unit; any other text is none.
+    #[test]
+    fn a_timeout_has_one_to_eight_digits_and_a_unit() {
+        for (text, read) in [
+            ("2H", Duration::from_secs(7200)),
+            ("3M", Duration::from_secs(180)),
+            ("0S", Duration::ZERO),
+            ("12345678S", Duration::from_secs(12_345_678)),
+            ("00000300m", Duration::from_millis(300)),
+            ("20000000u", Duration::from_secs(20)),
+            ("99999999n", Duration::from_nanos(99_999_999)),
+        ] {
+            assert_eq!(timeout(text), Some(read), "{text}");
+        }
+        for text in ["", "S", "123456789S", "1", "1s", "-1S", "+1S", "1 S", "1.5S", "é"] {
+            assert_eq!(timeout(text), None, "{text}");
+        }
+    }
+
+    /// A call is answered a tenth of its time before its deadline, a quarter of a second at most, or within half a minute
+    /// where it names none. A call that waits by itself has the time of its longest wait besides.
+    #[tokio::test(start_paused = true)]
+    async fn a_call_is_answered_before_its_deadline() {
+        let longest = Duration::from_secs(600);
+        let now = Instant::now();
+        for (timeout, millis) in [("1S", 900), ("10S", 9750), ("3600S", 3_599_750)] {
+            let request = request(Some(timeout));
+            assert_eq!(deadline(&request) - now, Duration::from_millis(millis), "{timeout}");
+            assert_eq!(deadline_of_wait(&request, longest) - now, Duration::from_millis(millis), "{timeout}");
+        }
+        assert_eq!(deadline(&request(None)) - now, DEADLINE);
+        assert_eq!(deadline_of_wait(&request(None), longest) - now, longest + DEADLINE);
+    }
 }

@@ -12,7 +12,7 @@ use tonic::{Request, Response, Status};
 use super::claim_stream::Responses;
 use super::claims::pull_options;
 use super::convert::{self, new_task, pb_spawned, run_ref, scope, settle_item, timestamp};
-use super::deadline::{DEADLINE, deadline, left, patient};
+use super::deadline::{deadline, deadline_of_wait, left, patient};
 use super::status::status;
 use crate::domain::id::parse_uuid;
 use crate::domain::json::{DEPTH_MAX, JsonBound};
@@ -514,10 +514,7 @@ impl AbsurdService for Service {
         &self,
         request: Request<pb::AwaitTaskResultRequest>,
     ) -> Reply<pb::AwaitTaskResultResponse> {
-        let deadline = match request.metadata().contains_key("grpc-timeout") {
-            true => deadline(&request),
-            false => Instant::now() + AWAIT_MAX + DEADLINE,
-        };
+        let deadline = deadline_of_wait(&request, AWAIT_MAX);
         reply(self.await_result(request.into_inner(), deadline).await)
     }
 
