@@ -6,7 +6,8 @@ use absurd_tests::Toxic;
 use tokio::time::Instant;
 
 use crate::fault::{
-    break_other_queues, kill_postgres, over, pause, poison, replace_workers, reset_workers, short_lease, stubborn,
+    break_other_queues, kill_postgres, over, pause, poison, replace_workers, reset_workers, short_lease,
+    short_lease_found_soon, stubborn,
 };
 use crate::scenario::{Scenario, scenario};
 use crate::world::{Size, World};
@@ -83,7 +84,7 @@ pub(crate) fn bugs() -> Vec<Bug> {
         Bug {
             name: "a look at many queues fails as a whole where one of them cannot be looked at",
             planted: Some("OneForAll"),
-            scenario: scenario!("B-queue", "other queues are broken, and workers killed", break_other_queues, size: short_lease),
+            scenario: scenario!("B-queue", "other queues are broken, and workers killed", break_other_queues, size: short_lease_found_soon),
             found_by: &["C8", "C9"],
         },
     ]

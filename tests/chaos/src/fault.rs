@@ -1,8 +1,10 @@
 //! The faults: what each scenario does to its world beside the load, until its time is over; and worlds that a fault needs.
 
+use std::convert::Infallible;
 use std::ops::Range;
 use std::time::Duration;
 
+use absurd_client::{AbsurdClient, ClaimOptions, ConnectOptions};
 use absurd_tests::Toxic;
 use rustix::process::Signal;
 use tokio::time::Instant;
@@ -14,6 +16,14 @@ use crate::world::{Size, World};
 pub(crate) fn short_lease(size: &mut Size) {
     size.lease = 4;
     size.flags.extend(["--heartbeat".into(), "1s".into()]);
+}
+
+/// Broken queues delay no other: a lease that has run out is found within a few ticks. Half of the usual tasks come, so that the
+/// claim that follows waits for no worker.
+pub(crate) fn short_lease_found_soon(size: &mut Size) {
+    short_lease(size);
+    size.rate /= 2.0;
+    size.redelivery_max = Duration::from_secs(5);
 }
 
 pub(crate) fn stubborn(size: &mut Size) {
@@ -558,7 +568,7 @@ pub(crate) async fn kill_listener(world: &mut World, until: Instant) -> anyhow::
 }
 
 pub(crate) async fn clean_events(world: &mut World, until: Instant) -> anyhow::Result<()> {
-    let client = absurd_client::AbsurdClient::connect(&absurd_client::ConnectOptions::new(world.replica_url(0)))?;
+    let client = AbsurdClient::connect(&ConnectOptions::new(world.replica_url(0)))?;
     let client = client.with_queue(crate::shape::QUEUE);
     pause(2000..3000, world, until).await;
     world.deed("events are cleaned up without a pause").await;
@@ -668,6 +678,15 @@ const BROKEN: [(&str, &str); 3] = [
     ("halved", "drop table absurd.t_K cascade"),
 ];
 
+/// Asks for tasks that never come, so that the replicas look at the queues as often as at any that is in use.
+async fn ask_for_ever(callers: &[AbsurdClient]) -> Infallible {
+    loop {
+        let asked = callers.iter().map(|caller| caller.claim_task(ClaimOptions::default()));
+        futures_util::future::join_all(asked).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
 /// Queues beside the one under load are broken or locked, while its workers are killed.
 pub(crate) async fn break_other_queues(world: &mut World, until: Instant) -> anyhow::Result<()> {
     let sql = world.sql().await?;
@@ -678,8 +697,18 @@ pub(crate) async fn break_other_queues(world: &mut World, until: Instant) -> any
         "select absurd.create_queue('locked'); begin; lock table absurd.r_locked in access exclusive mode",
     )
     .await?;
-    world.deed("three other queues are broken, and one is locked").await;
-    let killed = kill_workers(world, until).await;
+    world.deed("three other queues are broken, and one is locked; workers ask for their tasks").await;
+    let mut callers = Vec::new();
+    for replica in 0..world.replicas.len() {
+        let options =
+            ConnectOptions { deadline: Duration::from_secs(2), ..ConnectOptions::new(world.replica_url(replica)) };
+        let client = AbsurdClient::connect(&options)?;
+        callers.extend(BROKEN.iter().map(|(queue, _)| client.with_queue(*queue)).chain([client.with_queue("locked")]));
+    }
+    let killed = tokio::select! {
+        killed = kill_workers(world, until) => killed,
+        never = ask_for_ever(&callers) => match never {},
+    };
     sql.batch_execute("rollback; select absurd.drop_queue('locked')").await?;
     killed
 }

@@ -134,6 +134,7 @@ impl How {
             in_flight: 8,
             work: 20,
             lease: 10,
+            redelivery_max: Duration::from_secs(10),
             stubborn: false,
             settings: Vec::new(),
             program: self.program.clone().map_or_else(build, Ok)?,

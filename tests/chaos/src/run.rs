@@ -178,7 +178,7 @@ async fn judge(
     let mut books = Books {
         down: world.down.clone(),
         clock_moved: scenario.moves_clock,
-        redelivery_max: 10_000_000,
+        redelivery_max: i64::try_from(world.size.redelivery_max.as_micros()).unwrap_or(i64::MAX),
         ..Books::default()
     };
     ledger::read_histories(&world.home, &mut books)?;

@@ -77,7 +77,7 @@ pub(crate) fn all() -> Vec<Scenario> {
         scenario!("F28", "Postgres down for a long while", long_stop, random: false),
         scenario!("F30", "links stop one by one and heal in another order", swizzle),
         scenario!("F31", "a replica short of file descriptors", starve_descriptors, size: |size| size.work = 200, random: false),
-        scenario!("F32", "other queues cannot be read or are locked, and workers are killed", break_other_queues, size: short_lease, evidence: &[("leases that ran out", 1)], random: false),
+        scenario!("F32", "other queues cannot be read or are locked, and workers are killed", break_other_queues, size: short_lease_found_soon, evidence: &[("leases that ran out", 1)], random: false),
     ]
 }
 

@@ -38,6 +38,8 @@ pub(crate) struct Size {
     pub work: u64,
     /// Lease of a claim, s.
     pub lease: u64,
+    /// Longest time from the end of a lease to the next claim of its task.
+    pub redelivery_max: Duration,
     /// Python's worker gives claims back, and goes on with them nevertheless.
     pub stubborn: bool,
     /// More settings of Postgres.
