@@ -45,7 +45,46 @@ pub(crate) fn random() -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
+    use tonic::{Code, Status};
+    use tonic_types::{ErrorDetails, StatusExt as _};
+
     use super::*;
+
+    fn backoff() -> Backoff {
+        Backoff::new(Duration::from_millis(100), Duration::from_secs(1))
+    }
+
+    /// Each wait is by chance between a half and the whole of its bound, which doubles from 100 ms to 1 s.
+    #[test]
+    fn waits_are_spread_over_half_of_their_bound() {
+        let mut first = HashSet::new();
+        for _ in 0..100 {
+            let mut backoff = backoff();
+            for bound in [100, 200, 400, 800, 1000, 1000] {
+                let (bound, wait) = (Duration::from_millis(bound), backoff.after(&Error::deadline()));
+                assert!(wait >= bound / 2 && wait <= bound, "{wait:?} of {bound:?}");
+                if bound == Duration::from_millis(100) {
+                    first.insert(wait);
+                }
+            }
+        }
+        assert!(first.len() > 50, "{} different waits of 100", first.len());
+    }
+
+    /// A server that asks for a longer wait gets it, up to the bound; one that asks for a shorter wait changes nothing.
+    #[test]
+    fn a_server_may_ask_for_a_longer_wait() {
+        let busy = |ms| {
+            let mut details = ErrorDetails::new();
+            details.set_retry_info(Some(Duration::from_millis(ms)));
+            Error::from(Status::with_error_details(Code::Unavailable, "busy", details))
+        };
+        assert_eq!(backoff().after(&busy(400)), Duration::from_millis(400));
+        assert_eq!(backoff().after(&busy(60_000)), Duration::from_secs(1));
+        assert!(backoff().after(&busy(1)) >= Duration::from_millis(50));
+    }
 
     #[test]
     fn waits_grow_to_a_bound_and_start_anew() {

@@ -82,9 +82,16 @@ mod tests {
 
     use super::*;
 
+    /// Longest wait by the paused clock: a budget that lets nobody through fails its test, and does not hang it.
+    const LIMIT: Duration = Duration::from_secs(3600);
+
+    async fn in_time<T>(work: impl Future<Output = T>) -> T {
+        timeout(LIMIT, work).await.expect("the budget lets calls through")
+    }
+
     async fn spend_all(budget: &Budget) {
         for _ in 0..REPEATS_MAX {
-            budget.spend().await;
+            in_time(budget.spend()).await;
         }
     }
 
@@ -93,14 +100,14 @@ mod tests {
         let budget = Budget::default();
         spend_all(&budget).await;
         let began = Instant::now();
-        let mut held = budget.repeat().await;
+        let mut held = in_time(budget.repeat()).await;
         assert!(held.0.is_some(), "nothing is left to spend");
         let other = timeout(Duration::from_secs(60), budget.repeat()).await;
         assert!(other.is_err(), "another one repeats while somebody finds out");
         let before = began.elapsed();
         for _ in 0..10 {
             drop(held);
-            held = budget.repeat().await;
+            held = in_time(budget.repeat()).await;
         }
         let took = began.elapsed() - before;
         assert!(took > Duration::from_secs(8) && took < Duration::from_secs(20), "{took:?}");
@@ -111,7 +118,7 @@ mod tests {
         let budget = Arc::new(Budget::default());
         spend_all(&budget).await;
         for _ in 0..8 {
-            drop(budget.repeat().await);
+            drop(in_time(budget.repeat()).await);
         }
         let mut waiting = JoinSet::new();
         let began = Instant::now();
@@ -123,7 +130,7 @@ mod tests {
                 budget.worked(Some(turn));
             });
         }
-        waiting.join_all().await;
+        in_time(waiting.join_all()).await;
         let took = began.elapsed();
         assert!(took > Duration::from_secs(2) && took < Duration::from_millis(2500), "{took:?}");
     }
@@ -135,12 +142,37 @@ mod tests {
         for _ in 0..39 {
             budget.worked(None);
         }
-        let turns = [budget.repeat().await, budget.repeat().await, budget.repeat().await];
-        assert!(turns.iter().all(|turn| turn.0.is_none()), "{turns:?}");
-        assert!(budget.repeat().await.0.is_some());
+        for _ in 0..3 {
+            assert!(in_time(budget.repeat()).await.0.is_none(), "thirty successes pay for three repetitions");
+        }
+        assert!(in_time(budget.repeat()).await.0.is_some());
         for _ in 0..10_000 {
             budget.worked(None);
         }
         assert_eq!(budget.repeats.available_permits(), REPEATS_MAX, "they are not saved up");
+    }
+
+    /// A budget that is used up fills again: nine successes pay for nothing, the tenth pays for one repetition, and each
+    /// repetition that works pays for the next one.
+    #[tokio::test(start_paused = true)]
+    async fn a_budget_that_is_used_up_fills_again() {
+        let budget = Budget::default();
+        spend_all(&budget).await;
+        for _ in 0..3 {
+            for _ in 0..9 {
+                budget.worked(None);
+            }
+            assert!(timeout(LIMIT, budget.spend()).await.is_err(), "nine successes pay for nothing");
+            budget.worked(None);
+            in_time(budget.spend()).await;
+        }
+        let finds_out = in_time(budget.repeat()).await;
+        assert!(finds_out.0.is_some(), "all is spent");
+        budget.worked(Some(finds_out));
+        for _ in 0..3 {
+            let paid = in_time(budget.repeat()).await;
+            assert!(paid.0.is_none(), "the repetition before it has paid");
+            budget.worked(Some(paid));
+        }
     }
 }

@@ -278,6 +278,14 @@ mod tests {
         assert!(!late.is_passing());
     }
 
+    /// An answer that is larger than the client reads is refused for good: asked for again, it would be as large.
+    #[test]
+    fn an_answer_over_the_limit_is_not_asked_for_again() {
+        let error = Error::from(Status::out_of_range("decoded message length too large"));
+        assert_eq!(error.reason().as_str(), "PAYLOAD_TOO_LARGE");
+        assert!(!error.is_passing() && !error.is_claim_over());
+    }
+
     #[test]
     fn names_survive_the_wire() {
         assert_eq!(Reason::from_wire(Reason::OutcomeUnknown.as_str()), Reason::OutcomeUnknown);

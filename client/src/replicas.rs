@@ -203,6 +203,25 @@ mod tests {
         assert!(!asked.contains(&dead.index), "{asked:?}");
     }
 
+    /// A replica that fails time and again is left out ever longer: at least half of a span that doubles from 250 ms to 10 s.
+    /// Once it has answered, the spans begin anew.
+    #[tokio::test(start_paused = true)]
+    async fn one_that_fails_time_and_again_is_left_out_ever_longer() {
+        let all = replicas(1);
+        let left_out = || {
+            all.ask().failed(&refused());
+            let rest = *all.0.replicas[0].rest();
+            rest.map(|rest| rest.until - Instant::now()).expect("it rests")
+        };
+        for ms in [250, 500, 1000, 2000, 4000, 8000, 10_000, 10_000] {
+            let (bound, left) = (Duration::from_millis(ms), left_out());
+            assert!(left >= bound / 2 && left <= bound, "{left:?} of {bound:?}");
+        }
+        all.ask().worked();
+        let left = left_out();
+        assert!(left <= REST.0, "{left:?}");
+    }
+
     #[tokio::test(start_paused = true)]
     async fn when_all_failed_one_is_asked_all_the_same() {
         let all = replicas(2);

@@ -226,3 +226,84 @@ fn answer(batch: Vec<Entry>, results: Vec<pb::SettleResult>) -> Vec<Entry> {
     }
     skipped
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot::error::TryRecvError;
+
+    use super::*;
+
+    type Answered = oneshot::Receiver<Result<pb::SettleResult, Error>>;
+
+    /// A completion of a run whose result has so many bytes.
+    fn entry(run_id: &str, bytes: usize) -> (Entry, Answered) {
+        let result = Some(pb::Json { text: "x".repeat(bytes) });
+        let action = pb::settle_item::Action::Complete(pb::CompleteAction { result });
+        let item = pb::SettleItem { run_id: run_id.to_owned(), claim_token: None, action: Some(action) };
+        let (answer, answered) = oneshot::channel();
+        (Entry { item, deadline: Instant::now() + Duration::from_secs(30), answer }, answered)
+    }
+
+    fn waiting(items: &[(&str, usize)]) -> VecDeque<Entry> {
+        items.iter().map(|(run_id, bytes)| entry(run_id, *bytes).0).collect()
+    }
+
+    /// Runs and sizes, in order.
+    fn items<'a>(entries: impl IntoIterator<Item = &'a Entry>) -> Vec<(&'a str, usize)> {
+        entries.into_iter().map(|entry| (run(&entry.item), size(&entry.item) - 200)).collect()
+    }
+
+    /// Items about a run wait, in their order, while a call about that run is in flight; they hold up no other item.
+    #[test]
+    fn a_busy_run_holds_up_only_itself() {
+        let mut waiting = waiting(&[("a", 1), ("b", 2), ("a", 3), ("c", 4)]);
+        let batch = take(&mut waiting, &HashSet::from(["a".to_owned()]));
+        assert_eq!(items(&batch), [("b", 2), ("c", 4)]);
+        assert_eq!(items(&waiting), [("a", 1), ("a", 3)]);
+        let batch = take(&mut waiting, &HashSet::new());
+        assert_eq!(items(&batch), [("a", 1), ("a", 3)]);
+        assert!(waiting.is_empty());
+    }
+
+    /// A batch has at most 1,000 items and 2 MiB; an item that is larger travels alone.
+    #[test]
+    fn a_batch_has_its_bounds() {
+        let mut many: VecDeque<Entry> = (0..=ITEMS_MAX).map(|number| entry(&number.to_string(), 1).0).collect();
+        assert_eq!(take(&mut many, &HashSet::new()).len(), ITEMS_MAX);
+        assert_eq!(many.len(), 1);
+        let half = BYTES_MAX / 2;
+        let mut large = waiting(&[("a", 1), ("b", BYTES_MAX), ("c", half), ("d", half), ("e", 1)]);
+        let mut batches = Vec::new();
+        while !large.is_empty() {
+            let batch = take(&mut large, &HashSet::new());
+            batches.push(batch.iter().map(|entry| run(&entry.item)).collect::<String>());
+        }
+        assert_eq!(batches, ["a", "b", "c", "de"]);
+    }
+
+    /// Each caller hears the outcome of its own item. An item that was skipped because of another one is sent again, unless its
+    /// time is over; one without an answer is an error.
+    #[test]
+    fn a_skipped_item_is_sent_again() {
+        let refused = |reason: &str| pb::SettleResult {
+            error: Some(pb::SettleError { code: 9, reason: reason.to_owned(), ..Default::default() }),
+            ..Default::default()
+        };
+        let (mut batch, mut answered): (Vec<Entry>, Vec<Answered>) =
+            ["a", "b", "c", "d", "e"].map(|run_id| entry(run_id, 1)).into_iter().unzip();
+        batch[2].deadline = Instant::now();
+        let skipped = || refused(Reason::ItemSkipped.as_str());
+        let lost = refused(Reason::ClaimLost.as_str());
+        let again = answer(batch, vec![lost, skipped(), skipped(), pb::SettleResult::default()]);
+        assert_eq!(items(&again), [("b", 1)]);
+        let mut heard = |index: usize| {
+            let outcome = answered[index].try_recv()?;
+            Ok::<_, TryRecvError>(outcome.map(drop).map_err(|error| error.reason()))
+        };
+        assert_eq!(heard(0), Ok(Err(Reason::ClaimLost)));
+        assert_eq!(heard(1), Err(TryRecvError::Empty));
+        assert_eq!(heard(2), Ok(Err(Reason::ItemSkipped)));
+        assert_eq!(heard(3), Ok(Ok(())));
+        assert_eq!(heard(4), Ok(Err(Reason::Other)));
+    }
+}

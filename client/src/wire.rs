@@ -160,4 +160,15 @@ mod tests {
         assert_eq!(parts.whole().as_str(), "[\u{e9}1]");
         assert!(Parts::of(3).push(part("")).is_err(), "an empty part would be asked for for ever");
     }
+
+    /// A text that is one code point longer than what has been read of it is not whole yet.
+    #[test]
+    fn the_last_code_point_of_a_long_text_is_asked_for() {
+        let part = |text: &str| Some(pb::Json { text: text.into() });
+        let mut parts = Parts::of(3);
+        parts.push(part("\"x")).expect("a part");
+        assert_eq!(parts.wanted().map(|range| range.offset), Some(2));
+        parts.push(part("\"")).expect("a part");
+        assert_eq!(parts.wanted(), None);
+    }
 }

@@ -103,7 +103,8 @@ fn percentile(times: &Mutex<Vec<Duration>>, share: usize) -> Duration {
 
 async fn server(database: &Database) -> Server {
     let settings = Settings { max_connections: Some(16), ..Settings::default() };
-    Server::start_with(database.clone(), ServerOptions { settings, without_queue: true }).await
+    let options = ServerOptions { settings, without_queue: true, ..ServerOptions::default() };
+    Server::start_with(database.clone(), options).await
 }
 
 /// Overwrites the middle of a table's first page, while Postgres is down.

@@ -148,7 +148,8 @@ async fn main() {
         sql.execute("select absurd.create_queue($1)", &[&format!("q{number}")]).await.unwrap();
     }
     let settings = Settings { max_connections: Some(16), ..Settings::default() };
-    let server = Server::start_with(database.clone(), ServerOptions { settings, without_queue: true }).await;
+    let options = ServerOptions { settings, without_queue: true, ..ServerOptions::default() };
+    let server = Server::start_with(database.clone(), options).await;
 
     work(&server, 0..QUEUES, Round::begin("warm up", WARM_UP)).await;
 

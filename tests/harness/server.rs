@@ -11,6 +11,9 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::Database;
 
+/// Tick of a server whose looks come too late to help.
+const SLOW_TICK: Duration = Duration::from_secs(3600);
+
 /// A raw client.
 pub type Grpc = AbsurdServiceClient<Channel>;
 
@@ -21,6 +24,8 @@ pub struct ServerOptions {
     pub settings: Settings,
     /// Do not create the queue `q`.
     pub without_queue: bool,
+    /// Look at the queues once an hour, so that the test sees what hints, wake-ups and bells do, and no look.
+    pub slow_tick: bool,
 }
 
 /// A server in this process.
@@ -41,6 +46,11 @@ impl Server {
         Self::start_with(database.clone(), ServerOptions::default()).await
     }
 
+    /// A server on a database that looks at its queues once an hour: a hint that is lost is not made good.
+    pub async fn start_on_hints(database: &Database) -> Self {
+        Self::start_with(database.clone(), ServerOptions { slow_tick: true, ..ServerOptions::default() }).await
+    }
+
     /// A server with other settings.
     pub async fn start_with(database: Database, options: ServerOptions) -> Self {
         let base = Settings {
@@ -50,11 +60,13 @@ impl Server {
             shutdown_grace: Some(Span(Duration::from_secs(5))),
             ..Settings::default()
         };
-        let without_queue = options.without_queue;
-        let options = options.settings.or(base).into_app_options().unwrap();
-        let app = App::start(options).await.expect("the server starts");
+        let mut app_options = options.settings.or(base).into_app_options().unwrap();
+        if options.slow_tick {
+            app_options.engine.tick = SLOW_TICK;
+        }
+        let app = App::start(app_options).await.expect("the server starts");
         let server = Self { app, database };
-        if !without_queue {
+        if !options.without_queue {
             server.client().create_queue().await.expect("the queue is created");
         }
         server

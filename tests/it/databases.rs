@@ -136,7 +136,8 @@ async fn a_queue_that_cannot_be_used_says_why() {
     .unwrap();
     let url = url_of(server.database(), &role);
     let settings = Settings { database_url: Some(Secret::from(url.as_str())), ..Settings::default() };
-    let other = Server::start_with(server.database().clone(), ServerOptions { settings, without_queue: true }).await;
+    let options = ServerOptions { settings, without_queue: true, ..ServerOptions::default() };
+    let other = Server::start_with(server.database().clone(), options).await;
     for (queue, reason, named) in [
         ("norights", "DATABASE_PERMISSION", "t_norights"),
         ("noselect", "DATABASE_PERMISSION", "r_noselect"),

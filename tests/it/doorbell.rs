@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use absurd_client::StreamOptions;
-use absurd_tests::{Server, eventually, in_time};
+use absurd_tests::{Database, Server, eventually, in_time};
 use tokio_postgres::Client;
 
 const SPAWN: &str = "select absurd.spawn_task('q', 'n', 'null')";
@@ -16,21 +16,29 @@ async fn until_armed(sql: &Client) {
     eventually("the idle server arms the doorbell", || async { (armed(sql).await > 0).then_some(()) }).await;
 }
 
+/// Waits until only the bell can bring anything about: the server looks around for a while after arming.
+async fn until_only_the_bell_helps(sql: &Client) {
+    until_armed(sql).await;
+    tokio::time::sleep(Duration::from_millis(400)).await;
+}
+
+async fn server_on_hints() -> Server {
+    Server::start_on_hints(&Database::new().await).await
+}
+
 fn many() -> StreamOptions {
     StreamOptions { max_in_flight: 100, ..StreamOptions::default() }
 }
 
-/// How long a spawn by SQL takes to arrive; the shortest of several, since the machine may be busy.
+/// How long a spawn by SQL takes to arrive where no tick helps; the shortest of several, since the machine may be busy.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_spawn_by_sql_arrives_long_before_the_tick() {
-    let server = Server::start().await;
+    let server = server_on_hints().await;
     let sql = server.database().connect().await;
     let mut stream = server.client().claim_stream(many()).await.unwrap();
     let mut best = Duration::MAX;
     for _ in 0..10 {
-        until_armed(&sql).await;
-        // Past the probes that follow arming: only the bell can be this quick.
-        tokio::time::sleep(Duration::from_millis(400)).await;
+        until_only_the_bell_helps(&sql).await;
         let spawned = Instant::now();
         sql.execute(SPAWN, &[]).await.unwrap();
         in_time("the task arrives", stream.next()).await.unwrap().complete(&1).await.unwrap();
@@ -44,7 +52,7 @@ async fn a_spawn_by_sql_arrives_long_before_the_tick() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_event_rings_too() {
-    let server = Server::start().await;
+    let server = server_on_hints().await;
     let sql = server.database().connect().await;
     let client = server.client();
     sql.execute(SPAWN, &[]).await.unwrap();
@@ -52,7 +60,7 @@ async fn an_event_rings_too() {
     let (run, task): (uuid::Uuid, uuid::Uuid) = (row.get(0), row.get(1));
     sql.execute("select * from absurd.await_event('q', $1, $2, 's', 'e')", &[&task, &run]).await.unwrap();
     let mut stream = client.claim_stream(many()).await.unwrap();
-    until_armed(&sql).await;
+    until_only_the_bell_helps(&sql).await;
     sql.execute("select absurd.emit_event('q', 'e', '{\"x\": 1}')", &[]).await.unwrap();
     let woken = in_time("the woken run arrives", stream.next()).await.unwrap();
     assert_eq!((woken.run_id, woken.event_payload.as_ref().unwrap().as_str()), (run, "{\"x\": 1}"));
@@ -80,13 +88,13 @@ async fn an_open_transaction_holds_up_nobody() {
 /// Two servers arm one queue at the same time; a spawn rings, and exactly one of them gets it.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_armings_at_once() {
-    let one = Server::start().await;
-    let two = Server::start_on(one.database()).await;
+    let one = server_on_hints().await;
+    let two = Server::start_on_hints(one.database()).await;
     let sql = one.database().connect().await;
     let mut streams =
         [one.client().claim_stream(many()).await.unwrap(), two.client().claim_stream(many()).await.unwrap()];
     for _ in 0..5 {
-        until_armed(&sql).await;
+        until_only_the_bell_helps(&sql).await;
         sql.execute(SPAWN, &[]).await.unwrap();
         let [first, second] = &mut streams;
         let task = in_time("one of them gets it", async {
@@ -105,7 +113,7 @@ async fn two_armings_at_once() {
 /// A caller who may write the queue but has no rights on our schema spawns, and rings.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_caller_without_rights_on_our_schema_spawns_and_rings() {
-    let server = Server::start().await;
+    let server = server_on_hints().await;
     let sql = server.database().connect().await;
     sql.batch_execute("revoke all on schema absurd_server from public").await.unwrap();
     let app = server.database().connect_as("application").await;
@@ -116,7 +124,7 @@ async fn a_caller_without_rights_on_our_schema_spawns_and_rings() {
     .await
     .unwrap();
     let mut stream = server.client().claim_stream(many()).await.unwrap();
-    until_armed(&sql).await;
+    until_only_the_bell_helps(&sql).await;
     app.execute(SPAWN, &[]).await.unwrap();
     in_time("its task arrives", stream.next()).await.unwrap().complete(&1).await.unwrap();
     let denied = app.execute("select from absurd_server.armed", &[]).await.unwrap_err();

@@ -14,7 +14,7 @@ use absurd_client::durable::{
 };
 use absurd_client::{AbsurdClient, CancellationRules, ConnectOptions, Json, Reason, State, TaskResult};
 use absurd_server::domain::QueueName;
-use absurd_tests::{Link, OwnCluster, PATIENCE, Server, Toxic, eventually, in_time};
+use absurd_tests::{Database, Link, OwnCluster, PATIENCE, Server, Toxic, eventually, in_time};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json as j};
 use tokio::sync::{Notify, mpsc};
@@ -51,7 +51,7 @@ struct Order {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn steps_run_once_however_often_the_handler_does() {
-    let server = Server::start().await;
+    let server = Server::start_on_hints(&Database::new().await).await;
     let absurd = Absurd::new(server.client());
     let (executions, charges) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let counters = (Arc::clone(&executions), Arc::clone(&charges));
@@ -350,7 +350,7 @@ async fn hooks_stand_around_executions_and_contexts_stay_apart() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_parent_waits_for_its_children_without_holding_a_place() {
-    let server = Server::start().await;
+    let server = Server::start_on_hints(&Database::new().await).await;
     let absurd = Absurd::new(server.client());
     let child: TaskType<u64, u64> = absurd.register("double", |_: Context, number: u64| async move {
         match number {
@@ -398,7 +398,7 @@ async fn a_parent_waits_for_its_children_without_holding_a_place() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_parent_waits_no_longer_than_it_wants() {
-    let server = Server::start().await;
+    let server = Server::start_on_hints(&Database::new().await).await;
     let absurd = Absurd::new(server.client());
     server.client().with_queue("other").create_queue().await.unwrap();
     let parent = absurd.register("parent", |ctx: Context, _: Value| async move {
@@ -461,7 +461,7 @@ async fn postgres_restarts_under_a_worker() {
 /// A task that ends through SQL, or is cleaned away, wakes its parent too.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_parent_hears_of_children_that_end_elsewhere() {
-    let server = Server::start().await;
+    let server = Server::start_on_hints(&Database::new().await).await;
     let absurd = Absurd::new(server.client());
     let parent = absurd.register("parent", |ctx: Context, child: Uuid| async move {
         let end = ctx.await_task_result(&ANY, child).queue("other").outcome().await?;
@@ -507,7 +507,7 @@ async fn a_parent_hears_of_children_that_end_elsewhere() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sleeps_end_at_their_time() {
-    let server = Server::start().await;
+    let server = Server::start_on_hints(&Database::new().await).await;
     let absurd = Absurd::new(server.client());
     let until = SystemTime::now() + Duration::from_millis(700);
     let sleeper = absurd.register("sleeper", move |ctx: Context, _: Value| async move {

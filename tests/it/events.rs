@@ -39,7 +39,7 @@ fn payload(awaited: &Awaited) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_event_wakes_its_run_and_is_found_again() {
-    let server = Server::start().await;
+    let server = Server::start_on_hints(&Database::new().await).await;
     let client = server.client();
     let mut tasks = stream(&server).await;
     spawn(&server).await;
@@ -213,7 +213,7 @@ async fn wrong_waits_and_emissions_are_refused() {
 /// A run that sleeps on an event is in flight no more: its credit is free at once.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sleeping_run_frees_its_credit() {
-    let server = Server::start().await;
+    let server = Server::start_on_hints(&Database::new().await).await;
     let mut tasks = server.client().claim_stream(StreamOptions::default()).await.unwrap();
     for _ in 0..5 {
         spawn(&server).await;

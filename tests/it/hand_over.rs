@@ -166,10 +166,10 @@ async fn a_hand_over_never_overtakes() {
     assert_eq!(overtaken, 0);
 }
 
-/// A server whose commits wait for a standby that does not come, with an idle stream of leases that end tomorrow.
+/// A server on hints whose commits wait for a standby that does not come, with an idle stream of leases that end tomorrow.
 async fn commits_wait() -> (OwnCluster, Server, tokio_postgres::Client, Messages) {
     let cluster = OwnCluster::start(&["synchronous_commit=on"]).await;
-    let server = Server::start_on(&cluster.database().await).await;
+    let server = Server::start_on_hints(&cluster.database().await).await;
     let mut grpc = server.raw().await;
     let asked = pb::ClaimStreamRequest { claim_timeout: seconds(86_400), ..request(9) };
     let messages = idle_stream(&server, &mut grpc, asked).await;

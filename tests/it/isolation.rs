@@ -33,7 +33,7 @@ async fn server_of_a_plain_role() -> (Server, Client) {
         metrics_listen: Some(([127, 0, 0, 1], 0).into()),
         ..Settings::default()
     };
-    (Server::start_with(database, ServerOptions { settings, without_queue: false }).await, admin)
+    (Server::start_with(database, ServerOptions { settings, ..ServerOptions::default() }).await, admin)
 }
 
 async fn is_serving(server: &Server) -> bool {
@@ -178,7 +178,8 @@ async fn locked_queues_stop_no_other() {
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_on_a_locked_queue_hold_no_connection() {
     let settings = Settings { max_connections: Some(5), ..Settings::default() };
-    let server = Server::start_with(Database::new().await, ServerOptions { settings, without_queue: false }).await;
+    let server =
+        Server::start_with(Database::new().await, ServerOptions { settings, ..ServerOptions::default() }).await;
     let client = server.client().with_queue("locked");
     client.create_queue().await.unwrap();
     let spawned = client.spawn_task("n", &j!(0), SpawnOptions::default()).await.unwrap();

@@ -24,6 +24,7 @@ mod migrations;
 mod mixed;
 mod model;
 mod plans;
+mod promises;
 mod queues;
 mod readme;
 mod reads;

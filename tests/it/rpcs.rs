@@ -1,6 +1,7 @@
 //! Every RPC: it succeeds, it is refused with each reason that its comment lists and with no other, repeating it is what its
 //! comment says, and what is refused has written nothing. `cases` is the table.
 
+mod abandoned;
 mod cases;
 mod circumstances;
 mod nth;

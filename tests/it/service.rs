@@ -124,7 +124,7 @@ async fn tls_with_an_authority_of_ones_own() {
         tls_key: Some(file("key.pem", key.serialize_pem())),
         ..Settings::default()
     };
-    let options = ServerOptions { settings, without_queue: true };
+    let options = ServerOptions { settings, without_queue: true, ..ServerOptions::default() };
     let server = Server::start_with(Database::new().await, options).await;
     let url = format!("https://localhost:{}", server.app().addr().port());
     let tls = TlsOptions { ca: Some(file("ca.pem", authority_certificate.pem())), ..TlsOptions::default() };

@@ -9,7 +9,8 @@ use serde_json::{Value, json as j};
 use tonic_types::StatusExt as _;
 
 fn every(upkeep: Duration) -> ServerOptions {
-    ServerOptions { settings: Settings { upkeep: Some(Span(upkeep)), ..Settings::default() }, without_queue: true }
+    let settings = Settings { upkeep: Some(Span(upkeep)), ..Settings::default() };
+    ServerOptions { settings, without_queue: true, ..ServerOptions::default() }
 }
 
 async fn cleans_up(database: &Database) {

@@ -126,7 +126,7 @@ impl std::error::Error for TaskError {
     }
 }
 
-/// Bytes of a recorded text.
+/// Code points of a recorded text.
 const TEXT_MAX: usize = 16 * 1024;
 
 /// What is recorded of a failure: `name`, `message`, `traceback` (contract/sdk.md 1.11).
@@ -176,6 +176,16 @@ mod tests {
         assert_eq!(stored, serde_json::json!({"name": "NoSuchOrder", "message": "it is gone", "traceback": null}));
         let text: BoxError = "plain".into();
         assert_eq!(recorded(&text).to::<serde_json::Value>().expect("JSON")["message"], "plain");
+    }
+
+    /// Each text of a failure is cut to 16,384 code points, so that its record stays far below the limit of a message.
+    #[test]
+    fn a_long_failure_is_cut() {
+        let long = "\u{e9}".repeat(TEXT_MAX + 1);
+        let stored: serde_json::Value = reason(&long, &long, Some(long.clone())).to().expect("JSON");
+        for field in ["name", "message", "traceback"] {
+            assert_eq!(stored[field].as_str().map(|text| text.chars().count()), Some(TEXT_MAX), "{field}");
+        }
     }
 
     #[test]

@@ -420,6 +420,8 @@ async fn checkpoints(absurd: &Absurd, task: &ClaimedTask) -> Result<Vec<(String,
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     #[test]
@@ -430,5 +432,14 @@ mod tests {
             assert!(delay >= DEFER_MIN && delay < DEFER_MIN * 2, "{delay:?}");
             assert_eq!(delay, deferral(run));
         }
+    }
+
+    /// The deferrals of many runs differ, and are seconds apart.
+    #[test]
+    fn deferrals_are_spread() {
+        let delays: HashSet<Duration> = (0..100).map(|_| deferral(Uuid::now_v7())).collect();
+        assert!(delays.len() > 50, "{} different deferrals of 100", delays.len());
+        let (first, last) = (delays.iter().min(), delays.iter().max());
+        assert!(last > first.map(|first| *first + DEFER_MIN / 3).as_ref(), "{first:?} to {last:?}");
     }
 }
