@@ -167,9 +167,8 @@ async fn a_queue_that_cannot_be_used_says_why() {
     ] {
         assert!(text.contains(part), "no {part:?} in:\n{text}");
     }
-    drop(other);
+    other.stop().await;
     server.stop().await;
-    sql.batch_execute(&format!("drop owned by {role}; drop role {role}")).await.unwrap();
 }
 
 /// The schemas are gone under a running server.

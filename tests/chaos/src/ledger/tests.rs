@@ -161,6 +161,24 @@ fn who_did_not_hold_the_run_is_found() {
     assert!(stolen.contains("C4"), "{stolen:?}");
 }
 
+/// A claim that reached no worker may go back to be offered later; one that arrived sleeps by its worker's word.
+#[test]
+fn a_sleep_that_nobody_asked_for_is_found() {
+    let slept = |delivered: bool| {
+        broken(|books| {
+            books.asked.truncate(2);
+            books.audit.truncate(5);
+            books.audit.push(run(115, "running", "sleeping"));
+            books.audit.push(task(115, "running", "sleeping"));
+            if !delivered {
+                books.arrivals.clear();
+            }
+        })
+    };
+    assert!(slept(true).contains("C4"), "{:?}", slept(true));
+    assert!(!slept(false).contains("C4"), "{:?}", slept(false));
+}
+
 #[test]
 fn what_came_early_is_found() {
     let early_answer = broken(|books| books.asked[3].ended = 131);
