@@ -23,7 +23,7 @@ pub enum Toxic {
     Hole(bool, bool),
     /// The server's side is closed; the client's stays open and hears nothing.
     HalfOpen,
-    /// Connections end with a reset, new ones at once.
+    /// Connections end with a reset, new ones at once; what a hole held back never arrives.
     Reset,
     /// Of each hundred rounds to Postgres, so many are carried out, and the connection is cut before the answer.
     Swallow(u64),
@@ -47,6 +47,7 @@ pub struct Link {
     target: Arc<watch::Sender<Target>>,
     toxic: Arc<watch::Sender<Toxic>>,
     swallowed: Arc<AtomicU64>,
+    taken: Arc<AtomicU64>,
 }
 
 impl Link {
@@ -56,15 +57,17 @@ impl Link {
         let port = listener.local_addr()?.port();
         let target = Arc::new(watch::Sender::new(target));
         let toxic = Arc::new(watch::Sender::new(Toxic::Pass));
-        let swallowed = Arc::new(AtomicU64::new(0));
+        let (swallowed, taken) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         let (control, count, there) = (Arc::clone(&toxic), Arc::clone(&swallowed), Arc::clone(&target));
+        let connections = Arc::clone(&taken);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
+                connections.fetch_add(1, Ordering::Relaxed);
                 let target = there.borrow().clone();
                 tokio::spawn(carry(client, target, control.subscribe(), Arc::clone(&count)));
             }
         });
-        Ok(Self { port, target, toxic, swallowed })
+        Ok(Self { port, target, toxic, swallowed, taken })
     }
 
     /// A link before an address such as `http://127.0.0.1:1234`.
@@ -91,6 +94,11 @@ impl Link {
     /// From now on, for all connections.
     pub fn set(&self, toxic: Toxic) {
         self.toxic.send_replace(toxic);
+    }
+
+    /// Connections that it took.
+    pub fn connections(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed)
     }
 
     /// Answers that were swallowed.
@@ -182,8 +190,11 @@ async fn copy(
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
         let bytes = &buffer[..count];
         let there = matches!(direction, Direction::There(_));
-        let stuck = |toxic: &Toxic| {
-            matches!(toxic, Toxic::Hole(true, _) if there) || matches!(toxic, Toxic::Hole(_, true) if !there)
+        let stuck = |toxic: &Toxic| match toxic {
+            Toxic::Hole(towards_server, towards_client) => *(if there { towards_server } else { towards_client }),
+            // The connection is about to end; until it does, nothing may slip through.
+            Toxic::Reset => true,
+            _ => false,
         };
         if toxic.wait_for(|toxic| !stuck(toxic)).await.is_err() {
             break;

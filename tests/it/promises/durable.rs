@@ -10,8 +10,8 @@ use absurd_client::durable::testing::{Progress, TestTask, Wake};
 use absurd_client::durable::{Absurd, BoxError, Context, Hooks, TaskError, TaskType, WorkerOptions};
 use absurd_client::{
     AbsurdClient, Available, Awaited, ClaimOptions, ClaimStream, ClaimedTask, ConnectOptions, DetachMode, Json,
-    NewTask, NewWorkflowRun, PolicyChanges, QueueOptions, QueuePolicy, RetryOptions, RetryStrategy, Revoked, Slept,
-    SpawnOptions, State, StorageMode, StreamOptions, TaskResult, blocking,
+    NewTask, NewWorkflowRun, PolicyChanges, QueueOptions, QueuePolicy, Reason, RetryOptions, RetryStrategy, Revoked,
+    Slept, SpawnOptions, State, StorageMode, StreamOptions, TaskResult, blocking,
 };
 use absurd_server::settings::Settings;
 use absurd_tests::{Database, Link, PATIENCE, Server, ServerOptions, Target, Toxic, eventually, in_time};
@@ -82,7 +82,7 @@ impl Way {
 }
 
 /// Makes a call whose first answer is lost: once `done` holds in the database the connection ends, before the client
-/// has heard of anything.
+/// has heard of anything. It asks again over another connection.
 async fn without_an_answer<T, F>(server: &Server, done: &str, call: impl FnOnce(AbsurdClient) -> F) -> T
 where
     T: Send + 'static,
@@ -96,7 +96,9 @@ where
     eventually("the call is carried out", || async { one::<bool>(&sql, done).await.then_some(()) }).await;
     way.shorten();
     way.far.set(Toxic::Reset);
-    in_time("the call is answered", calling).await.unwrap()
+    let answer = in_time("the call is answered", calling).await.unwrap();
+    assert!(way.near.connections() > 1, "the first answer is lost");
+    answer
 }
 
 /// The answers of a spawn, of a spawn of several tasks, of a retry that makes a copy and of a new workflow run are
@@ -150,11 +152,13 @@ async fn a_connection_that_goes_dead_is_replaced() {
 }
 
 /// The deadline of a client is for the time beyond what a call was asked to wait for. A claim that waits for a task and
-/// a wait for a result get what comes after three times that deadline.
+/// a wait for a result are under way when nothing gets through any more, while two reads run out of that deadline, one
+/// after the other. Both go on waiting, and get what comes then.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wait_may_be_longer_than_the_deadline_of_calls() {
     let server = Server::start().await;
-    let options = ConnectOptions { deadline: Duration::from_secs(1), ..ConnectOptions::new(server.url()) };
+    let link = Link::before(&server.url()).await;
+    let options = ConnectOptions { deadline: Duration::from_secs(1), ..ConnectOptions::new(link.url()) };
     let client = AbsurdClient::connect(&options).unwrap().with_queue("q");
     let first = spawn(&server).await;
     let held = claim(&server.client()).await;
@@ -162,8 +166,17 @@ async fn a_wait_may_be_longer_than_the_deadline_of_calls() {
         let client = client.clone();
         async move { client.claim_task(ClaimOptions::default().wait(PATIENCE)).await }
     });
-    let awaiting = tokio::spawn(async move { client.await_task_result(first, Some(PATIENCE)).await });
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    let awaiting = tokio::spawn({
+        let client = client.clone();
+        async move { client.await_task_result(first, Some(PATIENCE)).await }
+    });
+    eventually("both are under way", async || (server.app().calls() == 2).then_some(())).await;
+    link.set(Toxic::Hole(true, true));
+    for _ in 0..2 {
+        let late = in_time("the read ends", client.get_queue_stats()).await.unwrap_err();
+        assert_eq!(late.reason(), Reason::DeadlineExceeded, "{late}");
+    }
+    link.set(Toxic::Pass);
     held.complete(&j!("late")).await.unwrap();
     let second = spawn(&server).await;
     let claimed = in_time("the claim is answered", claiming).await.unwrap().unwrap();
