@@ -13,6 +13,8 @@ use crate::Database;
 
 /// Tick of a server whose looks come too late to help.
 const SLOW_TICK: Duration = Duration::from_secs(3600);
+/// Tick of a server whose looks come so often that a test does not wait for them.
+const QUICK_TICK: Duration = Duration::from_millis(100);
 
 /// A raw client.
 pub type Grpc = AbsurdServiceClient<Channel>;
@@ -26,6 +28,8 @@ pub struct ServerOptions {
     pub without_queue: bool,
     /// Look at the queues once an hour, so that the test sees what hints, wake-ups and bells do, and no look.
     pub slow_tick: bool,
+    /// Look at the queues fifteen times as often, for a test that waits for several looks, or for chores.
+    pub quick_tick: bool,
 }
 
 /// A server in this process.
@@ -63,6 +67,9 @@ impl Server {
         let mut app_options = options.settings.or(base).into_app_options().unwrap();
         if options.slow_tick {
             app_options.engine.tick = SLOW_TICK;
+        }
+        if options.quick_tick {
+            app_options.engine.tick = QUICK_TICK;
         }
         let app = App::start(app_options).await.expect("the server starts");
         let server = Self { app, database };

@@ -13,6 +13,13 @@ fn every(upkeep: Duration) -> ServerOptions {
     ServerOptions { settings, without_queue: true, ..ServerOptions::default() }
 }
 
+/// A server that looks at all queues every second, and does its chores as often. It says its metrics.
+async fn quick() -> Server {
+    let settings = Settings { metrics_listen: Some(([127, 0, 0, 1], 0).into()), ..Settings::default() };
+    let options = ServerOptions { settings, quick_tick: true, ..ServerOptions::default() };
+    Server::start_with(Database::new().await, options).await
+}
+
 async fn cleans_up(database: &Database) {
     let sql = database.connect().await;
     sql.batch_execute(
@@ -267,7 +274,7 @@ async fn old_things_are_deleted_by_hand() {
 /// and the metrics tell why, and they move on once they can.
 #[tokio::test(flavor = "multi_thread")]
 async fn tasks_that_cannot_be_moved_on_hold_up_nobody() {
-    let server = Server::start().await;
+    let server = quick().await;
     let sql = server.database().connect().await;
     sql.batch_execute(
         "select absurd.spawn_task('q', 'poison', '{}') from generate_series(1, 600);
@@ -410,7 +417,7 @@ async fn unreadable_policies_harm_only_their_task() {
 /// The same for tasks that a policy cancels: more of them than a sweep takes, before one that can be cancelled.
 #[tokio::test(flavor = "multi_thread")]
 async fn tasks_that_cannot_be_cancelled_hold_up_nobody() {
-    let server = crate::limits::server(Settings::default()).await;
+    let server = quick().await;
     let sql = server.database().connect().await;
     sql.batch_execute(
         "create function refuse() returns trigger language plpgsql as $$ begin raise exception 'not today' using errcode = 'ZZ001'; end $$;
@@ -443,7 +450,7 @@ async fn tasks_that_cannot_be_cancelled_hold_up_nobody() {
 /// Dead rows stay while a transaction that began before is open: the metrics say for how long.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_old_transaction_is_told_by_the_metrics() {
-    let server = crate::limits::server(Settings::default()).await;
+    let server = quick().await;
     let sql = server.database().connect().await;
     sql.batch_execute("begin isolation level repeatable read; select from absurd.queues").await.unwrap();
     eventually("the metrics tell", || async {
