@@ -1,6 +1,22 @@
 //! Every RPC: it succeeds, it is refused with each reason that its comment lists and with no other, repeating it is what its
 //! comment says, and what is refused has written nothing. `cases` is the table.
 
+/// A test in parts, which run side by side, each on a server of its own: `walk(part, parts)` takes one of each `parts`
+/// things, from number `part` on. There are as many parts as names, so that nothing falls out.
+macro_rules! in_parts {
+    ($walk:path => $($name:ident)+) => {
+        const PARTS: &[&str] = &[$(stringify!($name)),+];
+
+        $(
+            #[tokio::test(flavor = "multi_thread")]
+            async fn $name() {
+                let part = PARTS.iter().position(|name| *name == stringify!($name)).unwrap();
+                Box::pin($walk(part, PARTS.len())).await;
+            }
+        )+
+    };
+}
+
 mod abandoned;
 mod cases;
 mod circumstances;
@@ -10,6 +26,7 @@ mod walk;
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
 
 use absurd_tests::{in_time, root};
 use futures_util::StreamExt as _;
@@ -21,6 +38,24 @@ use world::{World, reason};
 
 /// Cases at once.
 const WIDTH: usize = 8;
+
+/// What the parts of a test have counted.
+struct Sums<const N: usize>(Mutex<(usize, [usize; N])>);
+
+impl<const N: usize> Sums<N> {
+    const fn new() -> Self {
+        Self(Mutex::new((0, [0; N])))
+    }
+
+    /// Adds what one of so many parts has counted; gives the sums to the last one.
+    fn add(&self, parts: usize, counts: [usize; N]) -> Option<[usize; N]> {
+        let mut all = self.0.lock().unwrap();
+        let (ended, sums) = &mut *all;
+        *ended += 1;
+        sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+        (*ended == parts).then_some(*sums)
+    }
+}
 
 async fn check(world: &World, index: usize, case: &Case) {
     let queue = format!("c{index}");

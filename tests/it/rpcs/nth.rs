@@ -8,6 +8,7 @@ use tonic::Code;
 
 use serde_json::json as j;
 
+use super::Sums;
 use super::cases::{Again, Case, Expected, cases, filled, merged};
 use super::world::{World, reason};
 
@@ -18,6 +19,9 @@ const TRIES: usize = 4;
 
 /// What may be answered where Postgres failed.
 const HONEST: &[&str] = &["UNAVAILABLE", "OUTCOME_UNKNOWN", "DEADLINE_EXCEEDED"];
+
+/// Failures that came about, in all parts.
+static FAILURES: Sums<1> = Sums::new();
 
 /// Asks until the answer says what has happened.
 async fn until_known(world: &World, what: &str, case: &Case, message: &DynamicMessage) -> Option<usize> {
@@ -67,12 +71,12 @@ async fn undisturbed(world: &World, index: usize, case: &Case) -> usize {
     world.fingerprint(&queue).await.lines().count()
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn each_call_to_postgres_may_fail_once() {
+/// Takes one case after the other: what is armed holds for all calls that a server gets.
+async fn walk(part: usize, parts: usize) {
     let world = World::new().await;
     let mut failures = 0;
     let done = cases().into_iter().enumerate().filter(|(_, case)| matches!(case.expected, Expected::Done(_)));
-    for (index, case) in done {
+    for (index, case) in done.skip(part).step_by(parts) {
         let rows = undisturbed(&world, index, &case).await;
         // Without an id of its own each try of such a call is another one.
         let repeats = !matches!(case.expected, Expected::Done(Again::Anew));
@@ -97,7 +101,13 @@ async fn each_call_to_postgres_may_fail_once() {
         }
     }
     eprintln!("{failures} failures");
-    assert!(failures > 100, "{failures}");
+    if let Some([failures]) = FAILURES.add(parts, [failures]) {
+        assert!(failures > 100, "{failures}");
+    }
+}
+
+mod each_call_to_postgres_may_fail_once {
+    in_parts! { super::walk => first second third fourth }
 }
 
 /// Several items of one run are one transaction: when its answer is lost, the last item tells what became of all.
