@@ -47,54 +47,132 @@ fn shrunk(line: &str) -> Option<String> {
     Some(format!("absurd bench idle{} --time 1s", line.replace("000", "0")))
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn every_command_of_the_readme_runs() {
-    let database = Database::empty().await;
-    let home = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(home.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let path = format!("{}:{}", binary().parent().unwrap().display(), std::env::var("PATH").unwrap());
-    let mut variables = vec![("PATH", path)];
-    let mut dev = None;
-    let commands = commands();
-    assert!(commands.len() > 12, "{commands:?}");
-    for line in commands {
-        if line == "tests/tour" || line == "tests/run" {
-            // These two are what runs this test.
-            assert!(root().join(&line).exists() && in_ci(&line), "{line} is not run by .ci/run");
-        } else if line == "cargo run -- dev" {
-            // It may have to be built first, beside whatever else the machine does.
-            let building = shell("cargo build --quiet", &variables).status();
-            assert!(tokio::time::timeout(LONGEST, building).await.expect("it is built").unwrap().success());
-            let data = home.path().join("data");
-            let own = format!("exec {line} --listen 127.0.0.1:0 --data-dir {}", data.display());
-            let mut server = Absurd::start(shell(&own, &variables));
-            let url = server.line("gRPC ").await.split_whitespace().nth(1).unwrap().to_owned();
-            let export = server.line("export ABSURD_DATABASE_URL=").await;
-            variables.push(("ABSURD_URL", url));
-            variables.push(("ABSURD_DATABASE_URL", export.split('\'').nth(1).unwrap().to_owned()));
-            dev = Some(server);
-        } else if line.starts_with("absurd serve") {
-            let own = line.replace("postgresql://app@db/app", "$DATABASE").replace("0.0.0.0:50051", "127.0.0.1:0");
-            let mut server = Absurd::start(shell(
-                &format!("exec {own}"),
-                &[&variables[..1], &[("DATABASE", database.url().into())]].concat(),
-            ));
-            server.line("serving").await;
-            server.signal("TERM");
-            assert_eq!(server.exit_code().await, Some(0), "{line}");
-        } else if !line.starts_with("export PATH=") {
-            let mut command = shell(&shrunk(&line).unwrap_or(line.clone()), &variables);
-            let output = tokio::time::timeout(LONGEST, command.output()).await.expect(&line).unwrap();
-            let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-            assert!(output.status.success(), "{line}\n{text}");
-            if line.contains("first_task") {
-                assert!(text.contains("hello world"), "{line}\n{text}");
-            }
+/// Commands that one test runs, in their order. Each command is of one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// First steps, and a server for real.
+    Steps,
+    /// Measurements that are at work all the time.
+    Figures,
+    /// Measurements that mostly wait.
+    Idle,
+}
+
+impl Kind {
+    fn of(line: &str) -> Self {
+        if line.starts_with("absurd bench idle") {
+            Self::Idle
+        } else if line.starts_with("absurd bench") {
+            Self::Figures
+        } else {
+            Self::Steps
         }
     }
-    let dev = dev.expect("the README starts a server");
-    dev.signal("INT");
-    assert_eq!(dev.exit_code().await, Some(0));
+}
+
+/// A terminal in which a stranger types.
+struct Terminal {
+    /// The server that the other commands speak to.
+    dev: Option<Absurd>,
+    variables: Vec<(&'static str, String)>,
+    home: tempfile::TempDir,
+}
+
+impl Terminal {
+    fn open() -> Self {
+        let home = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(home.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let path = format!("{}:{}", binary().parent().unwrap().display(), std::env::var("PATH").unwrap());
+        Self { dev: None, variables: vec![("PATH", path)], home }
+    }
+
+    /// Starts the server by a command, and exports what it prints.
+    async fn start(&mut self, line: &str) {
+        let data = self.home.path().join("data");
+        let own = format!("exec {line} --listen 127.0.0.1:0 --data-dir {}", data.display());
+        let mut server = Absurd::start(shell(&own, &self.variables));
+        let url = server.line("gRPC ").await.split_whitespace().nth(1).unwrap().to_owned();
+        let export = server.line("export ABSURD_DATABASE_URL=").await;
+        self.variables.push(("ABSURD_URL", url));
+        self.variables.push(("ABSURD_DATABASE_URL", export.split('\'').nth(1).unwrap().to_owned()));
+        self.dev = Some(server);
+    }
+
+    /// Starts another server as for real, and stops it.
+    async fn serve(&self, line: &str) {
+        let database = Database::empty().await;
+        let own = line.replace("postgresql://app@db/app", "$DATABASE").replace("0.0.0.0:50051", "127.0.0.1:0");
+        let variables = [&self.variables[..1], &[("DATABASE", database.url().into())]].concat();
+        let mut server = Absurd::start(shell(&format!("exec {own}"), &variables));
+        server.line("serving").await;
+        server.signal("TERM");
+        assert_eq!(server.exit_code().await, Some(0), "{line}");
+    }
+
+    async fn run(&self, line: &str) {
+        let mut command = shell(&shrunk(line).unwrap_or_else(|| line.to_owned()), &self.variables);
+        let output = tokio::time::timeout(LONGEST, command.output()).await.expect(line).unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{line}\n{text}");
+        if line.contains("first_task") {
+            assert!(text.contains("hello world"), "{line}\n{text}");
+        }
+    }
+
+    async fn enter(&mut self, line: &str) {
+        if line == "tests/tour" || line == "tests/run" {
+            // These two are what runs this test.
+            assert!(root().join(line).exists() && in_ci(line), "{line} is not run by .ci/run");
+        } else if line == "cargo run -- dev" {
+            // It may have to be built first, beside whatever else the machine does.
+            let building = shell("cargo build --quiet", &self.variables).status();
+            assert!(tokio::time::timeout(LONGEST, building).await.expect("it is built").unwrap().success());
+            self.start(line).await;
+        } else if line.starts_with("absurd serve") {
+            self.serve(line).await;
+        } else if !line.starts_with("export PATH=") {
+            self.run(line).await;
+        }
+    }
+
+    /// Stops the server by Ctrl-C.
+    async fn close(self) {
+        let dev = self.dev.expect("the README starts a server");
+        dev.signal("INT");
+        assert_eq!(dev.exit_code().await, Some(0));
+    }
+}
+
+/// Runs the README's commands of one kind.
+async fn run_all(kind: Kind) {
+    let commands = commands();
+    assert!(commands.len() > 12, "{commands:?}");
+    let own: Vec<&str> = commands.iter().map(String::as_str).filter(|line| Kind::of(line) == kind).collect();
+    assert!(!own.is_empty(), "no {kind:?} in {commands:?}");
+    let mut terminal = Terminal::open();
+    if kind != Kind::Steps {
+        // The steps have brought a server before; this is the one that they would leave running.
+        terminal.start("absurd dev").await;
+    }
+    for line in own {
+        terminal.enter(line).await;
+    }
+    terminal.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_command_of_the_readme_runs() {
+    run_all(Kind::Steps).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_measurement_of_the_readme_runs() {
+    run_all(Kind::Figures).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_measurement_of_idle_streams_runs() {
+    run_all(Kind::Idle).await;
 }
 
 fn in_ci(command: &str) -> bool {
