@@ -32,6 +32,7 @@ use std::time::{Duration, Instant as Monotonic};
 
 use deadpool_postgres::Object;
 use postgres_types::ToSql;
+use scopeguard::{ScopeGuard, guard};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_postgres::Row;
 use uuid::Uuid;
@@ -261,7 +262,7 @@ impl Store {
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Fault> {
         let role = statement.role();
-        let _turn = match role {
+        let turn = match role {
             Role::Read => {
                 let turn = self.inner.reads.take(1, self.inner.options.wait_max).await;
                 Some(turn.map_err(|after| Fault::Busy { after })?)
@@ -273,16 +274,20 @@ impl Store {
         if fate == Fate::FailsBefore {
             return Err(on_purpose(fate));
         }
+        // The caller may go away while the statement runs.
+        let using = guard((client, turn), |(client, turn)| pool::take_back(client, "", turn));
+        let client = &using.0;
         let text = self.text(statement, wait, scope);
         let limit = role.silence_max();
-        let mut done = query(&client, &text, params, limit).await;
+        let mut done = query(client, &text, params, limit).await;
         if matches!(done, Err(Fault::StalePlan)) {
             client.statement_cache.clear();
-            done = query(&client, &text, params, limit).await;
+            done = query(client, &text, params, limit).await;
         }
         if let Err(fault) = done {
-            done = Err(named(&client, scope, fault).await);
+            done = Err(named(client, scope, fault).await);
         }
+        let (client, _turn) = ScopeGuard::into_inner(using);
         if fate == Fate::FailsAfter {
             done = Err(on_purpose(fate));
         }
@@ -342,7 +347,7 @@ impl Store {
             limit: limit + pool::SILENCE,
             lost,
             over: AtomicBool::new(false),
-            _patience: patience,
+            patience,
         };
         tx.say(&begin).await.map_err(|fault| tx.undone(fault))?;
         Ok(tx)
@@ -476,7 +481,8 @@ async fn in_time<T>(
     }
 }
 
-/// An open transaction. Dropped without [`Tx::commit`] it takes its connection out of the pool, which rolls it back.
+/// An open transaction. Dropped without [`Tx::commit`] it is rolled back, whatever still runs in it is cancelled, and then its
+/// connection goes back to the pool.
 #[derive(Debug)]
 pub(crate) struct Tx {
     client: Option<Object>,
@@ -487,7 +493,7 @@ pub(crate) struct Tx {
     lost: AtomicBool,
     /// Whether it was rolled back to find out what a fault meant.
     over: AtomicBool,
-    _patience: Option<OwnedSemaphorePermit>,
+    patience: Option<OwnedSemaphorePermit>,
 }
 
 impl Tx {
@@ -572,8 +578,11 @@ impl Tx {
 
 impl Drop for Tx {
     fn drop(&mut self) {
-        if let Some(client) = self.client.take() {
+        let Some(client) = self.client.take() else { return };
+        if *self.lost.get_mut() {
             drop(Object::take(client));
+        } else {
+            pool::take_back(client, "rollback", self.patience.take());
         }
     }
 }

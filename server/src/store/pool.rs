@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime, Timeouts};
+use tokio::runtime::Handle;
 use tokio::time::Instant;
 use tokio_postgres::NoTls;
 
@@ -17,6 +18,9 @@ use crate::domain::Error;
 const SHARED_BELOW: usize = 5;
 /// After Postgres should have ended a statement, so long until its connection is given up.
 pub(super) const SILENCE: Duration = Duration::from_secs(2);
+
+/// Longest time to end what an abandoned caller left running; after that its connection is given up.
+const QUIET_MAX: Duration = Duration::from_secs(2);
 
 /// After Postgres refused a connection, so long until one call tries to open the next one.
 const CROWD_PAUSE: Duration = Duration::from_secs(1);
@@ -95,6 +99,27 @@ pub struct Pools {
     pools: Vec<Pool>,
     wait_max: Duration,
     crowd: Mutex<Crowd>,
+}
+
+/// Takes back a connection whose caller went away. Whatever still runs on it is cancelled; the connection, and so `held`, which
+/// was taken for it, come free once nothing runs any more.
+pub(super) fn take_back(client: Object, last_words: &'static str, held: impl Send + 'static) {
+    let Ok(runtime) = Handle::try_current() else {
+        drop(Object::take(client));
+        return;
+    };
+    runtime.spawn(async move {
+        let _held = held;
+        let cancel = client.cancel_token();
+        let quiet = async {
+            cancel.cancel_query(NoTls).await?;
+            client.batch_execute(last_words).await
+        };
+        let quiet = tokio::time::timeout(QUIET_MAX, quiet).await;
+        if !matches!(quiet, Ok(Ok(()))) {
+            drop(Object::take(client));
+        }
+    });
 }
 
 /// Whether Postgres takes further connections.

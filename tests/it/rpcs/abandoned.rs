@@ -5,6 +5,8 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use absurd_client::{ClaimOptions, SpawnOptions};
+use absurd_proto::v1 as pb;
 use absurd_server::store::failing::{Failing, Fate};
 use absurd_tests::{Database, PATIENCE, Server, eventually, in_time};
 use futures_util::future::join_all;
@@ -163,4 +165,64 @@ async fn callers_that_go_away_at_any_await_leave_nothing_behind() {
     expected.remove("DrainWorker");
     assert_eq!(rpcs, expected);
     assert!(times > 70, "{times}");
+}
+
+/// Makes reads of a task and waits for a task take an hour, and counts those that are cancelled on request.
+const SLOW: &str = "
+    create sequence public.cancelled;
+    create function public.slow() returns boolean language plpgsql as $$
+    begin
+      perform pg_sleep(3600);
+      return true;
+    exception when query_canceled then
+      if sqlerrm like '%user request%' then
+        perform nextval('public.cancelled');
+      end if;
+      raise;
+    end $$;
+    alter table absurd.t_q rename to slow_q;
+    create view absurd.t_q as
+      select * from absurd.slow_q where case when current_query() like '-- task_get%' then public.slow() else true end;
+    do $$
+    begin
+      execute format('create or replace function absurd_server.await_task(%s) returns %s language plpgsql as %L',
+                     pg_get_function_arguments(oid), pg_get_function_result(oid), 'begin perform public.slow(); end')
+         from pg_proc where proname = 'await_task' and pronamespace = 'absurd_server'::regnamespace;
+    end $$";
+
+/// A statement whose caller leaves is cancelled, by itself or in a transaction, and its connection serves the next caller.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_that_nobody_waits_for_is_cancelled() {
+    let server = Server::start_on_hints(&Database::new().await).await;
+    let (client, sql) = (server.client(), server.database().connect().await);
+    let task_id = client.spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap().task_id.to_string();
+    let parent = client.claim_task(ClaimOptions::default()).await.unwrap().remove(0);
+    sql.batch_execute(SLOW).await.unwrap();
+    let get = pb::GetTaskStatusRequest { queue: "q".into(), task_id: task_id.clone(), ..Default::default() };
+    let wait = pb::AwaitTaskRequest {
+        queue: "q".into(),
+        claim_token: Some(parent.claim_token().to_owned()),
+        step_name: "s".into(),
+        awaited_queue: "q".into(),
+        awaited_task_id: task_id,
+        ..Default::default()
+    };
+    let (mut reader, mut waiter) = (server.raw().await, server.raw().await);
+    let calls = [
+        ("task_get", tokio::spawn(async move { drop(reader.get_task_status(get).await) })),
+        ("task_await", tokio::spawn(async move { drop(waiter.await_task(wait).await) })),
+    ];
+    for (cancelled, (statement, call)) in (1_i64..).zip(calls) {
+        let runs = format!(
+            "select count(*) = 1 from pg_stat_activity
+              where datname = current_database() and wait_event = 'PgSleep' and query like '-- {statement}%'"
+        );
+        let holds =
+            async |condition: &str| sql.query_one(condition, &[]).await.unwrap().get::<_, bool>(0).then_some(());
+        eventually("the statement runs", || holds(&runs)).await;
+        call.abort();
+        let stopped = format!("select is_called and last_value = {cancelled} from public.cancelled");
+        eventually("the statement is cancelled", || holds(&stopped)).await;
+    }
+    until_nothing_is_left("both callers left", || of_all(&server)).await;
 }
