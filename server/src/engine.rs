@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use scopeguard::{ScopeGuard, guard};
 use tokio::time::Instant as Deadline;
 use uuid::Uuid;
 
@@ -393,14 +394,18 @@ impl Engine {
         deadline: Deadline,
     ) -> Result<Awaited, Error> {
         self.dispatcher.alive(scope.queue(), wait.run.run_id, None);
+        // Told of too where the caller goes away or the answer is lost: the run may sleep by then. The task may have ended
+        // between the look at it and now.
+        let waits = guard((), |()| {
+            self.awaited.begun();
+            self.awaited.ended(awaited.0, awaited.1);
+        });
         let attempt = |lock_wait| self.store.task_await(scope, wait, awaited, lock_wait);
         let other = Caller::anonymous().scope(awaited.0.clone());
         let outcome = commit::until_free(&self.store, deadline, &[scope, &other], attempt).await;
         let outcome = outcome.and_then(|done| done.unwrap_or_else(|fault| Err(fault.into_error(scope))));
-        if matches!(outcome, Ok(Awaited::Suspended(_))) {
-            self.awaited.begun();
-            // It may have ended between the look at it and now.
-            self.awaited.ended(awaited.0, awaited.1);
+        if matches!(outcome, Ok(Awaited::Payload(_) | Awaited::TimedOut)) {
+            ScopeGuard::into_inner(waits);
         }
         self.waited(scope, (wait.run.run_id, wait.run.digest.as_ref()), outcome)
     }
