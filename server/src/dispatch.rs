@@ -702,7 +702,11 @@ pub fn verdict(error: &Error) -> Verdict {
         Error::TaskCancelled(_) => Verdict::Cancelled,
         Error::RunNotRunning { state, .. } if state == "completed" || state == "failed" => Verdict::Finished,
         Error::ClaimLost(_) | Error::RunNotRunning { .. } => Verdict::Lost,
-        Error::RunNotFound(_) | Error::TokenInvalid | Error::QueueNotFound(_) => Verdict::Invalid,
+        Error::RunNotFound(_)
+        | Error::TokenInvalid
+        | Error::TokenRequired
+        | Error::Invalid { .. }
+        | Error::QueueNotFound(_) => Verdict::Invalid,
         _ => Verdict::Busy,
     }
 }

@@ -4,7 +4,7 @@ use absurd_client::{AbsurdClient, ConnectOptions, TlsOptions};
 use absurd_proto::v1 as pb;
 use absurd_proto::v1::test_clock_service_client::TestClockServiceClient;
 use absurd_server::settings::Settings;
-use absurd_tests::{Database, Server, ServerOptions, in_time};
+use absurd_tests::{Database, Server, ServerOptions, in_time, json};
 use tonic::codec::CompressionEncoding;
 use tonic::transport::Endpoint;
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -14,6 +14,8 @@ use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 use tonic_reflection::pb::v1::{ServerReflectionRequest, ServiceResponse};
 use tonic_types::StatusExt as _;
+
+use crate::streams::seconds;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn health_is_told_overall_and_per_service() {
@@ -147,4 +149,37 @@ async fn a_server_may_insist_on_claim_tokens() {
     };
     let refused = server.raw().await.complete_task(request).await.unwrap_err();
     assert_eq!(refused.get_error_details().error_info().unwrap().reason, "CLAIM_TOKEN_REQUIRED");
+    let claims = vec![pb::ClaimRef { run_id: uuid::Uuid::now_v7().to_string(), claim_token: None }];
+    let extend = pb::ExtendClaimsRequest { queue: "q".into(), claims: claims.clone(), extend_by: seconds(9) };
+    let extended = server.raw().await.extend_claims(extend).await.unwrap().into_inner().verdicts;
+    let release = pb::ReleaseClaimsRequest { queue: "q".into(), claims, ..Default::default() };
+    let released = server.raw().await.release_claims(release).await.unwrap().into_inner().verdicts;
+    for verdicts in [extended, released] {
+        assert_eq!(verdicts[0].verdict(), pb::Verdict::Invalid, "asking again would change nothing");
+    }
+}
+
+/// The name in an error is the name in the request, also where two RPCs share their work.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_error_names_the_field_of_its_own_request() {
+    let server = Server::start().await;
+    let mut grpc = server.raw().await;
+    let (queue, run_id) = ("q".to_owned(), uuid::Uuid::now_v7().to_string());
+    let (checkpoint_name, broken) = ("s".to_owned(), json("{"));
+    let set = pb::SetCheckpointRequest {
+        queue: queue.clone(),
+        run_id: run_id.clone(),
+        checkpoint_name: checkpoint_name.clone(),
+        state: broken.clone(),
+        ..Default::default()
+    };
+    let save =
+        pb::SaveCheckpointForRunRequest { queue, run_id, checkpoint_name, data: broken, ..Default::default() };
+    for (field, refused) in [
+        ("state", grpc.set_checkpoint(set).await.unwrap_err()),
+        ("data", grpc.save_checkpoint_for_run(save).await.unwrap_err()),
+    ] {
+        let violations = refused.get_error_details().bad_request().unwrap().field_violations.clone();
+        assert_eq!(violations[0].field, field, "{refused:?}");
+    }
 }

@@ -18,12 +18,13 @@ impl Service {
     pub(super) async fn put_checkpoint(
         &self,
         request: pb::SetCheckpointRequest,
+        state_field: &str,
         deadline: Deadline,
     ) -> Result<pb::SetCheckpointResponse, Error> {
         let scope = scope(&request.queue)?;
         let (run, _) = run_ref(&request.run_id, request.claim_token.as_deref(), &self.limits)?;
         let name = CheckpointName::parse("checkpoint_name", &request.checkpoint_name)?;
-        let state = convert::json("state", request.state, self.limits.payload())?;
+        let state = convert::json(state_field, request.state, self.limits.payload())?;
         let seconds = convert::extension_or_none("extend_by", request.extend_by)?;
         self.same_task(&scope, run.run_id, &request.task_id).await?;
         let write = Write::Checkpoint { name, state, seconds };

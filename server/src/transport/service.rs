@@ -365,7 +365,7 @@ impl AbsurdService for Service {
 
     async fn set_checkpoint(&self, request: Request<pb::SetCheckpointRequest>) -> Reply<pb::SetCheckpointResponse> {
         let deadline = deadline(&request);
-        reply(in_time(deadline, self.put_checkpoint(request.into_inner(), deadline)).await)
+        reply(in_time(deadline, self.put_checkpoint(request.into_inner(), "state", deadline)).await)
     }
 
     async fn save_checkpoint_for_run(
@@ -383,7 +383,7 @@ impl AbsurdService for Service {
             state: request.data,
             extend_by: None,
         };
-        let stored = in_time(deadline, self.put_checkpoint(write, deadline)).await;
+        let stored = in_time(deadline, self.put_checkpoint(write, "data", deadline)).await;
         reply(stored.map(|stored| pb::SaveCheckpointForRunResponse { applied: stored.applied }))
     }
 
