@@ -44,6 +44,17 @@ async fn spawn(server: &Server, queue: &str, params: &str) -> Result<pb::Spawned
     server.raw().await.spawn_task(request).await.map(|answer| answer.into_inner().task.unwrap())
 }
 
+/// A row that a user's own constraint refuses is named by its constraint, and by nothing that is in it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_row_is_not_told() {
+    let server = Server::start().await;
+    let sql = server.database().connect().await;
+    sql.batch_execute("alter table absurd.t_q add constraint only_numbers check (params::text !~ 'canary')").await.unwrap();
+    let (code, reason, message) = parts(&spawn(&server, "q", "\"canary\"").await.unwrap_err());
+    assert_eq!((code, reason.as_str()), (Code::FailedPrecondition, "DATABASE_REFUSED"), "{message}");
+    assert!(message.contains("only_numbers") && !message.contains("canary"), "{message}");
+}
+
 /// Escapes of letters need UTF-8 in older releases of Postgres, and letters need an encoding that has them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_of_another_encoding_refuses_at_once_and_still_fails_runs() {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use deadpool_postgres::PoolError;
-use tokio_postgres::error::{DbError, Severity};
+use tokio_postgres::error::{DbError, Severity, SqlState};
 
 use super::sqlstate::{Meaning, meaning};
 use crate::domain::Error;
@@ -316,10 +316,11 @@ impl std::fmt::Debug for Fault {
 
 impl std::error::Error for Fault {}
 
-/// The message, its detail and its hint, and the code.
+/// The message, its detail and its hint, and the code. The detail of a refused row is the whole row, which no log may hold.
 fn told(database: &DbError) -> String {
+    let holds_the_row = [&SqlState::NOT_NULL_VIOLATION, &SqlState::CHECK_VIOLATION].contains(&database.code());
     let mut text = database.message().to_owned();
-    for more in [database.detail(), database.hint()].into_iter().flatten() {
+    for more in [database.detail().filter(|_| !holds_the_row), database.hint()].into_iter().flatten() {
         text = format!("{text}; {more}");
     }
     format!("{text} ({})", database.code().code())
