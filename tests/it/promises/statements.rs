@@ -15,6 +15,7 @@ use absurd_proto::v1::claim_stream_response::Message;
 use absurd_server::domain::QueueName;
 use absurd_server::scope::{Caller, Scope};
 use absurd_server::settings::{Settings, Span};
+use absurd_server::store::failing::Fate;
 use absurd_server::store::migrate;
 use absurd_server::store::quarantine::Reason as Aside;
 use absurd_server::store::upkeep::Round;
@@ -86,6 +87,31 @@ async fn a_start_in_the_past_does_not_overtake() {
         let younger = client.spawn_task("younger", &j!(null), past).await.unwrap().task_id;
         assert_eq!(client.get_task_result(younger).await.unwrap().state, State::Pending);
         for expected in [older, younger] {
+            assert_eq!(claim(&client).await.task_id, expected, "{}", client.queue_name());
+        }
+    }
+}
+
+/// Nor does a task whose start passes while its spawn is on its way: a task that was spawned meanwhile is claimed first.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_passes_on_the_way_does_not_overtake() {
+    let server = Server::start_on_hints(&Database::new().await).await;
+    let sql = server.database().connect().await;
+    let failing = server.app().engine().store.failing();
+    for client in both_kinds(&server).await {
+        failing.arm(1, Fate::Hangs);
+        let start = SystemTime::now() + SECOND;
+        let late = tokio::spawn({
+            let client = client.clone();
+            async move { client.spawn_task("late", &j!(null), SpawnOptions::default().start_at(start)).await }
+        });
+        eventually("the spawn is on its way", async || (failing.hanging() > 0).then_some(())).await;
+        eventually("its start is over", async || (SystemTime::now() > start).then_some(())).await;
+        let meanwhile = "select task_id from absurd.spawn_task($1, 'n', 'null')";
+        let meanwhile: Uuid = sql.query_one(meanwhile, &[&client.queue_name()]).await.unwrap().get(0);
+        failing.disarm();
+        let late = in_time("the spawn is answered", late).await.unwrap().unwrap().task_id;
+        for expected in [meanwhile, late] {
             assert_eq!(claim(&client).await.task_id, expected, "{}", client.queue_name());
         }
     }
