@@ -1,4 +1,7 @@
-//! The store: the only place that speaks SQL. Every call demands a [`Scope`] and runs named statements from `sql/queries`.
+//! The store: all access to Postgres while the server serves.
+//!
+//! Every [`Statement`] is a file in `sql/queries`. Only session control, migrations and connection checks carry SQL
+//! text of their own. A method that acts on one queue for a caller takes a [`Scope`].
 
 pub mod batch;
 pub mod checkpoint;
@@ -49,73 +52,77 @@ use statement::SCHEMA_GET;
 pub use statement::{Statement, Wait};
 use turns::Turns;
 
-/// Longest wait for a lock where a transaction says nothing else. Statements pass over rows that somebody holds, so this is the
-/// time that a connection is lost to a locked table before that is known.
+/// Lock timeout of pooled sessions, except those of [`Role::Upkeep`]. Most statements skip locked rows, so this bounds
+/// how long a locked table holds a connection.
 pub(crate) const LOCK_WAIT: Duration = Duration::from_millis(200);
-/// The same for upkeep: a queue is dropped, a partition made.
+/// Lock timeout of sessions of [`Role::Upkeep`]: dropping a queue waits for other users of its tables.
 const LOCK_WAIT_UPKEEP: Duration = Duration::from_secs(5);
-/// Longest wait of one try of a transaction that waits for held rows.
+/// Longest lock wait of one attempt of a transaction that waits for locked rows.
 pub(crate) const LOCK_WAIT_PATIENT: Duration = Duration::from_secs(1);
-/// Prepared statements kept per connection; beyond it the connection's cache starts anew.
+/// Prepared statements kept per connection. Beyond this number the connection's statement cache is cleared.
 const STATEMENTS_MAX: usize = 256;
-/// Between two tries of a read that meets locks.
+/// Pause between two attempts of a read whose queue is locked.
 const LOCKED_PAUSE: Duration = Duration::from_millis(20);
-/// Ids may run ahead of the time by this much, in 1/4096 ms; beyond it the clock was set back.
+/// Upper bound on how far minted ids may run ahead of the clock, in 1/4096 ms. A larger lead means that the clock was
+/// set back.
 const IDS_AHEAD_MAX: u64 = 1000 << 12;
-/// Longest time for a look at which tables exist.
+/// Time limit of the query for the tables that exist.
 const LOOK_MAX: Duration = Duration::from_secs(2);
-/// A queue that is refused for a lasting reason is named in the log this often.
+/// Shortest time between two log lines about lasting faults of the same kind and queue.
 const LASTING_EVERY: Duration = Duration::from_secs(60);
-/// Rendered texts kept per replica.
+/// Rendered statement texts kept per replica. At this number the cache is cleared.
 const TEXTS_MAX: usize = 8192;
 
-/// How the store connects.
+/// Connection settings of a [`Store`].
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
-    /// Parsed URL; its password is never printed.
+    /// Parsed database URL. Its `Debug` form never contains the password.
     pub database: tokio_postgres::Config,
-    /// Connections at most.
+    /// Upper bound of pooled connections, over all roles.
     pub connections_max: usize,
     /// Longest wait for a free connection.
     pub wait_max: Duration,
-    /// Whether the time can be set, for tests.
+    /// Whether tests may set the time (`--test-clock`).
     pub test_clock: bool,
 }
 
-/// Access to one database.
+/// Access to one database. Clones share connections and caches.
 #[derive(Debug, Clone)]
 pub struct Store {
     inner: Arc<Inner>,
 }
 
-/// Name of a statement, its variant, and the queue that it is rendered for.
+/// Name of a statement, its lock variant, and the queue of the rendered text. The queue is empty for texts that do not
+/// depend on it.
 type TextKey = (&'static str, Wait, String);
 
 #[derive(Debug)]
 struct Inner {
     pools: Pools,
-    /// At the connections for what callers read.
+    /// Turns at the connections of [`Role::Read`].
     reads: Turns,
     options: StoreOptions,
     texts: Mutex<HashMap<TextKey, Arc<str>>>,
-    /// A reading of the database's clock, and when it was taken.
+    /// Local time of the newest reading of the database's clock, and that reading in microseconds since 1970.
     clock: Mutex<Option<(Monotonic, i64)>>,
-    /// Time and place of the newest minted id.
+    /// Time of the newest minted id: milliseconds since 1970 in the upper bits, 12 bits of fraction below.
     last_id: AtomicU64,
-    /// The oldest generation of servers that may run on this database.
+    /// Oldest generation of servers that may run on this database.
     min_server: AtomicI32,
-    /// Only with `--test-clock`.
+    /// Present only with `--test-clock`.
     test_clock: Option<clock::TestClock>,
     failing: Failing,
-    /// When the log last named a queue, or the database, for a fault of a kind that lasts.
+    /// When the log last named a fault that lasts, by kind and queue. The queue is empty for faults of the database.
     lasting: Mutex<HashMap<(&'static str, String), Monotonic>>,
     locked: LockedQueues,
-    /// At the connections for transactions that wait for held rows: the others never do.
+    /// Permits for transactions that wait for locked rows. They leave the other connections to work that never waits
+    /// for rows.
     patient: Arc<Semaphore>,
 }
 
-/// Settings of our sessions: the doorbell's trigger stays silent for them, plans are made once per statement, and walk an
-/// index even where the queue was empty when they were made; no setting of the database or the role gives them another time.
+/// Session settings of the server's connections. They silence the doorbell trigger. Plans are generic, made once per
+/// statement, and use indexes even if the queue was empty at that time. Time zone, isolation level and clock are fixed,
+/// whatever the database or the role sets.
 pub(crate) fn session_config(
     database: &tokio_postgres::Config,
     name: &str,
@@ -136,14 +143,14 @@ pub(crate) fn session_config(
     if config.get_connect_timeout().is_none() {
         config.connect_timeout(Duration::from_secs(5));
     }
-    // A peer that acknowledges nothing is gone after ten seconds, whether we wait for an answer or for room to send.
+    // A peer that acknowledges nothing for ten seconds is dropped, both while we wait for an answer and while we send.
     config.keepalives_idle(Duration::from_secs(4)).keepalives_interval(Duration::from_secs(2)).keepalives_retries(3);
     config.tcp_user_timeout(Duration::from_secs(10));
     config
 }
 
 impl Store {
-    /// A store whose connections are opened when they are first needed.
+    /// Creates a store. It opens a connection only when a statement needs one.
     pub fn new(options: StoreOptions) -> Result<Self, Error> {
         Ok(Self {
             inner: Arc::new(Inner {
@@ -163,27 +170,28 @@ impl Store {
         })
     }
 
-    /// How the store connects.
+    /// The options that the store was created with.
     pub fn options(&self) -> &StoreOptions {
         &self.inner.options
     }
 
-    /// Closes all connections.
+    /// Closes the pools. Later calls fail.
     pub fn close(&self) {
         self.inner.pools.close();
     }
 
-    /// What fails on purpose, for tests.
+    /// Failure injection, for tests.
     pub fn failing(&self) -> &Failing {
         &self.inner.failing
     }
 
-    /// By role: connections at most, open, and callers that wait for one.
+    /// Per role: upper bound of connections, open connections, and callers waiting for one.
     pub fn connections(&self) -> Vec<(&'static str, usize, usize, usize)> {
         self.inner.pools.state()
     }
 
-    /// What is held of the store: connections, turns at them, and permits to wait for held rows.
+    /// Connections in use, read turns held or awaited, and permits held to wait for locked rows. Zero when nothing
+    /// runs.
     pub fn held(&self) -> usize {
         let patient = patient_max(&self.inner.options) - self.inner.patient.available_permits();
         self.inner.pools.in_use() + self.inner.reads.held() + patient
@@ -215,8 +223,9 @@ impl Store {
         text
     }
 
-    /// Runs a statement on a connection of its own, in a transaction of its own. Where the queue's tables are locked, a read
-    /// waits until they are not, as long as its caller does; any other statement fails at once.
+    /// Runs a statement on a pooled connection, in a transaction of its own. While the tables of the queue are known to
+    /// be locked, a read waits, for as long as its caller does. A work or lease statement fails at once with
+    /// [`Fault::Locked`]. An upkeep statement is sent anyway and waits for the lock at most [`LOCK_WAIT_UPKEEP`].
     pub(crate) async fn rows(
         &self,
         statement: &Statement,
@@ -274,7 +283,7 @@ impl Store {
         if fate == Fate::FailsBefore {
             return Err(on_purpose(fate));
         }
-        // The caller may go away while the statement runs.
+        // The caller may drop this future while the statement runs.
         let using = guard((client, turn), |(client, turn)| pool::take_back(client, "", turn));
         let client = &using.0;
         let text = self.text(statement, wait, scope);
@@ -301,7 +310,7 @@ impl Store {
         done
     }
 
-    /// Runs a statement in a transaction of its own, which waits for locks at most this long.
+    /// Runs a statement in a transaction of its own that waits for locks at most `lock_wait`.
     pub(crate) async fn rows_within(
         &self,
         lock_wait: Duration,
@@ -323,8 +332,8 @@ impl Store {
         }
     }
 
-    /// Begins a transaction whose statements wait for locks at most this long. Transactions that wait longer than [`LOCK_WAIT`]
-    /// take half of the connections at most, so that held rows never keep others from theirs.
+    /// Begins a transaction whose statements wait for locks at most `lock_wait`. Transactions with a wait above
+    /// [`LOCK_WAIT`] use at most half of the work connections, so locked rows cannot exhaust the pool.
     pub(crate) async fn begin(&self, lock_wait: Duration) -> Result<Tx, Fault> {
         let patience = match lock_wait > LOCK_WAIT {
             true => Arc::clone(&self.inner.patient).acquire_owned().await.ok(),
@@ -353,17 +362,17 @@ impl Store {
         Ok(tx)
     }
 
-    /// Remembers which server may run on this database.
+    /// Stores the generation that the newest tick has read.
     pub(crate) fn note_min_server(&self, generation: i32) {
         self.inner.min_server.store(generation, Ordering::Relaxed);
     }
 
-    /// The oldest generation of servers that may run on this database, as of the last look.
+    /// Oldest generation of servers that may run on this database, as of the newest tick; 0 before the first.
     pub fn min_server(&self) -> i32 {
         self.inner.min_server.load(Ordering::Relaxed)
     }
 
-    /// Names in the log, now and then, a queue that an operator has to mend.
+    /// Logs a fault that an operator has to repair, at most once per [`LASTING_EVERY`] for each kind and queue.
     fn note_lasting(&self, statement: &Statement, scope: Option<&Scope>, fault: &Fault) {
         if !fault.is_lasting() {
             return;
@@ -388,13 +397,14 @@ impl Store {
         }
     }
 
-    /// Remembers a reading of the database's clock.
+    /// Stores a reading of the database's clock, in microseconds since 1970.
     pub(crate) fn note_clock(&self, micros: i64) {
         let mut clock = self.inner.clock.lock().unwrap_or_else(PoisonError::into_inner);
         *clock = Some((Monotonic::now(), micros));
     }
 
-    /// The database's time, reckoned from the last reading.
+    /// The database's time, extrapolated from the newest reading of its clock. A time set by a test wins. `None` before
+    /// the first reading.
     pub fn now(&self) -> Option<Instant> {
         if let Some(set) = self.test_time() {
             return Some(set);
@@ -403,20 +413,21 @@ impl Store {
         clock.map(|(read_at, micros)| Instant::from_micros(micros).plus(read_at.elapsed()))
     }
 
-    /// How long ago the database's clock was read.
+    /// Age of the newest reading of the database's clock. `None` before the first reading.
     pub fn clock_age(&self) -> Option<Duration> {
         let clock = self.inner.clock.lock().unwrap_or_else(PoisonError::into_inner);
         clock.map(|(read_at, _)| read_at.elapsed())
     }
 
-    /// A new `UUIDv7` by the database's time, later than those before it: runs of one call are claimed in its order.
+    /// Mints a UUIDv7 from the database's time, greater than the ids minted before. Runs of one call share their time,
+    /// so they are claimed in the order of their ids.
     pub fn mint_id(&self) -> Uuid {
         let micros = self.now().map_or(0, Instant::micros).max(0).unsigned_abs();
         let mut bytes = [0_u8; 10];
         if getrandom::fill(&mut bytes).is_err() {
             return Uuid::new_v4();
         }
-        // Twelve bits below the millisecond, a step at least from one id to the next (RFC 9562, 6.2, method 3).
+        // 12 bits of sub-millisecond time, and at least one step between two ids (RFC 9562, section 6.2, method 3).
         let now = ((micros / 1000) << 12) | ((micros % 1000) * 4096 / 1000);
         let step = |last: u64| Some(if last < now || last - now > IDS_AHEAD_MAX { now } else { last + 1 });
         let last = self.inner.last_id.fetch_update(Ordering::Relaxed, Ordering::Relaxed, step).unwrap_or(now);
@@ -426,7 +437,7 @@ impl Store {
     }
 }
 
-/// Transactions that wait for held rows at the same time, at most: half of the connections.
+/// Transactions that may wait for locked rows at the same time: half of the work connections, at least one.
 fn patient_max(options: &StoreOptions) -> usize {
     (pool::connections(Role::Work, options.connections_max) / 2).max(1)
 }
@@ -440,8 +451,8 @@ fn on_purpose(fate: Fate) -> Fault {
     }
 }
 
-/// A fault that may come from a table, a function or a schema that is not there, by what is: the queue does not exist, or
-/// is damaged, or the schemas are gone.
+/// Refines a fault about a missing table, function or schema by the tables that exist. It becomes a missing queue, a
+/// damaged queue or a missing schema.
 async fn named(client: &Object, scope: Option<&Scope>, fault: Fault) -> Fault {
     let (Fault::NoTable(text) | Fault::Damaged(text)) = &fault else { return fault };
     let queue = scope.map(|scope| scope.queue().as_str());
@@ -457,7 +468,7 @@ async fn named(client: &Object, scope: Option<&Scope>, fault: Fault) -> Fault {
     }
 }
 
-/// Runs a statement; one that is not answered in time leaves its outcome unknown, and its connection is of no more use.
+/// Runs a statement. Without an answer within `limit` the outcome is unknown, and the connection must be discarded.
 async fn query(
     client: &Object,
     text: &str,
@@ -481,23 +492,23 @@ async fn in_time<T>(
     }
 }
 
-/// An open transaction. Dropped without [`Tx::commit`] it is rolled back, whatever still runs in it is cancelled, and then its
-/// connection goes back to the pool.
+/// An open transaction. Dropped without [`Tx::commit`], it is rolled back. A statement that still runs is cancelled
+/// first, and then the connection returns to the pool.
 #[derive(Debug)]
 pub(crate) struct Tx {
     client: Option<Object>,
     store: Store,
-    /// Longest time until an answer.
+    /// Longest wait for the answer to one statement.
     limit: Duration,
-    /// Whether the connection is, and the transaction with it.
+    /// Whether the connection is lost, and the transaction with it.
     lost: AtomicBool,
-    /// Whether it was rolled back to find out what a fault meant.
+    /// Whether the transaction was rolled back early, to find out why a table was missing.
     over: AtomicBool,
     patience: Option<OwnedSemaphorePermit>,
 }
 
 impl Tx {
-    /// Runs a statement in the transaction.
+    /// Runs a statement in the transaction. Fails with [`Fault::Locked`] if the queue is known to be locked.
     pub(crate) async fn rows(
         &self,
         statement: &Statement,
@@ -514,7 +525,8 @@ impl Tx {
         let done = match self.store.inner.failing.fate(statement.name).await {
             Fate::Lives => match query(client, &text, params, self.limit).await {
                 Err(fault @ (Fault::NoTable(_) | Fault::Damaged(_))) => {
-                    // The transaction is void, and says nothing more; outside of it the database does.
+                    // Postgres accepts no further statement in a failed transaction, so `named` needs this rollback
+                    // first.
                     self.over.store(true, Ordering::Relaxed);
                     self.say("rollback").await.map_err(|fault| self.undone(fault))?;
                     Err(named(client, scope, fault).await)
@@ -532,7 +544,7 @@ impl Tx {
         done
     }
 
-    /// A fault before the commit: whatever was done goes with the transaction, so nothing is in doubt.
+    /// Maps a fault before the commit. The transaction is rolled back, so an unknown outcome becomes [`Fault::Gone`].
     fn undone(&self, fault: Fault) -> Fault {
         self.lost.fetch_or(fault.is_of_connection(), Ordering::Relaxed);
         match (fault, &self.client) {
@@ -550,7 +562,7 @@ impl Tx {
         in_time(self.limit, client.batch_execute(text)).await
     }
 
-    /// Commits; the connection goes back to the pool.
+    /// Commits, and returns the connection to the pool.
     pub(crate) async fn commit(mut self) -> Result<(), Fault> {
         let fate = self.store.inner.failing.fate("commit").await;
         if fate == Fate::FailsBefore {
@@ -567,7 +579,7 @@ impl Tx {
         Ok(())
     }
 
-    /// Rolls back; the connection goes back to the pool, unless it is lost.
+    /// Rolls back, and returns the connection to the pool unless it is lost.
     pub(crate) async fn rollback(mut self) {
         let lost = self.lost.load(Ordering::Relaxed);
         if !lost && (self.over.load(Ordering::Relaxed) || self.say("rollback").await.is_ok()) {
@@ -591,7 +603,7 @@ impl Drop for Tx {
 pub(crate) mod tests {
     use super::*;
 
-    /// A store that has nobody to connect to.
+    /// A store whose database cannot be reached.
     pub(crate) fn nowhere() -> Store {
         let database = "postgresql://nobody@127.0.0.1:1/none".parse().unwrap();
         let wait_max = Duration::from_secs(1);

@@ -1,30 +1,31 @@
-//! Connections outside of the pools, and the look at a database before anything is done with it.
+//! Connections outside the pools, and the checks of a database before a server or a migration uses it.
 
 use tokio_postgres::{Client, Config, NoTls};
 
 use super::fault;
 use crate::domain::Error;
 
-/// Rounds of the look for a pooler. One that hands sessions around at random is found in the first with even odds.
+/// Rounds of the check for a pooler. A pooler that assigns backends at random is detected in the first round with even
+/// odds.
 const ROUNDS: usize = 5;
 
-/// What a server should know of its database before it uses it.
+/// Properties of a database, read before a server or a migration uses it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Facts {
-    /// Name of the encoding.
+    /// Name of the server encoding, as `pg_encoding_to_char` returns it.
     pub encoding: String,
-    /// Whether it is a standby.
+    /// Whether it is a standby, which takes no writes.
     pub standby: bool,
-    /// Whether the role may make schemas in it.
+    /// Whether the role may create schemas in the database.
     pub may_create: bool,
-    /// The role.
+    /// Name of the role that is connected.
     pub role: String,
-    /// Its name.
+    /// Name of the database.
     pub database: String,
 }
 
 impl Facts {
-    /// What is wrong with the encoding, where something is.
+    /// Describes the restrictions of an encoding other than UTF8; `None` for UTF8.
     pub fn encoding_problem(&self) -> Option<String> {
         (self.encoding != "UTF8").then(|| {
             format!(
@@ -36,7 +37,7 @@ impl Facts {
     }
 }
 
-/// Connects under a name. The error tells the whole chain of causes.
+/// Opens a connection with `name` as its `application_name`. The error contains the whole chain of causes.
 pub async fn connect(database: &Config, name: &str) -> Result<Client, Error> {
     let mut config = database.clone();
     config.application_name(name);
@@ -63,8 +64,9 @@ fn unreachable(error: &tokio_postgres::Error) -> Error {
     Error::Setup(format!("cannot connect to the database: {text}{hint}"))
 }
 
-/// Looks at a database before a server or a migration uses it. Refuses a pooler in transaction mode, under which a session's
-/// settings, locks and prepared statements are those of somebody else, and an installation that cannot run functions.
+/// Checks a database before a server or a migration uses it. Refuses a pooler in transaction mode, because session
+/// settings, locks and prepared statements would not stay with the session. Refuses an installation in which PL/pgSQL
+/// does not run.
 pub async fn check(database: &Config, client: &Client) -> Result<Facts, Error> {
     refuse_pooler(database, client).await?;
     let failed = |error: tokio_postgres::Error| Error::Setup(fault::explain(&error));
@@ -90,7 +92,7 @@ pub async fn check(database: &Config, client: &Client) -> Result<Facts, Error> {
     })
 }
 
-/// The same before a migration, which makes schemas and writes.
+/// Like [`check`], and for a migration: refuses a standby, and a role that cannot create the schemas.
 pub async fn check_for_migration(database: &Config, client: &Client) -> Result<Facts, Error> {
     let facts = check(database, client).await?;
     let Facts { role, database, .. } = &facts;
@@ -120,9 +122,9 @@ fn pooler() -> Error {
     )
 }
 
-/// Two sessions that are open at the same time have a backend each, unless a pooler hands backends around between transactions.
+/// Refuses a pooler that moves sessions between backends. Two sessions open at the same time must keep a backend each.
 async fn refuse_pooler(database: &Config, client: &Client) -> Result<(), Error> {
-    // Where there is no room for a second session, nothing can be said.
+    // Without room for a second session the check is skipped.
     let limit = super::pool::Role::Work.statement_timeout();
     let config = super::session_config(database, "absurd probe", limit, super::LOCK_WAIT);
     let Ok(other) = connect(&config, "absurd probe").await else { return Ok(()) };
@@ -135,7 +137,7 @@ async fn refuse_pooler(database: &Config, client: &Client) -> Result<(), Error> 
     };
     let Some(first) = backend(client).await else { return Ok(()) };
     for _ in 0..ROUNDS {
-        // In statement mode a pooler refuses transactions.
+        // A pooler in statement mode refuses transactions.
         other.batch_execute("begin").await.map_err(|_| pooler())?;
         let (theirs, ours) = (backend(&other).await, backend(client).await);
         let _ = other.batch_execute("rollback").await;

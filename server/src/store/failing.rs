@@ -1,7 +1,8 @@
-//! Failure on purpose, for tests: the nth call to the database fails, before it is carried out or after, or hangs.
+//! Failure injection for tests. The nth call to the database fails before it is carried out, fails afterwards, or
+//! hangs.
 //!
-//! Only calls that a request makes are counted; what a server does by itself goes on. Nothing outside of this process can
-//! arm it, and unarmed it costs one read of a flag per call.
+//! Every statement counts, and so do `begin` and `commit`. Not counted are the statements in `BACKGROUND`, which the
+//! server sends on its own. Only code in this process can arm it. Unarmed, it costs one atomic read per call.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -10,7 +11,7 @@ use tokio::sync::watch;
 
 use crate::tally::Tally;
 
-/// Statements that a server sends by itself.
+/// Statements that the server sends on its own.
 const BACKGROUND: &[&str] = &[
     "clock_get",
     "credit_notify",
@@ -42,50 +43,51 @@ const BACKGROUND: &[&str] = &[
     "upkeep_take",
 ];
 
-/// What becomes of a call.
+/// Outcome of a call under failure injection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fate {
-    /// It is carried out and answered.
+    /// The call is carried out and answered.
     Lives,
-    /// It never reaches Postgres.
+    /// The call never reaches Postgres.
     FailsBefore,
-    /// It is carried out, and its answer is lost.
+    /// The call is carried out, and its answer is lost.
     FailsAfter,
-    /// It holds its connection and waits for [`Failing::disarm`]. Then it is carried out, unless its caller has gone away.
+    /// The call holds its connection until [`Failing::disarm`]. Then it is carried out, unless its caller has gone
+    /// away.
     Hangs,
 }
 
-/// See the module.
+/// State of the failure injection of one store.
 #[derive(Debug, Default)]
 pub struct Failing {
     armed: AtomicBool,
     next: Mutex<Option<(u32, Fate)>>,
-    /// Whether calls that hang go on hanging.
+    /// Whether hanging calls must keep waiting.
     held: watch::Sender<bool>,
     hanging: Tally,
 }
 
 impl Failing {
-    /// The nth call from now on, counted from 1, has this fate.
+    /// Gives the nth call from now on, counted from 1, this fate.
     pub fn arm(&self, nth: u32, fate: Fate) {
         self.held.send_replace(fate == Fate::Hangs);
         *self.next.lock().unwrap_or_else(PoisonError::into_inner) = Some((nth, fate));
         self.armed.store(true, Ordering::Release);
     }
 
-    /// Lets all live again; says whether a call has failed, or hung.
+    /// Lets all calls succeed again. Returns whether the armed call was reached.
     pub fn disarm(&self) -> bool {
         self.armed.store(false, Ordering::Release);
         self.held.send_replace(false);
         self.next.lock().unwrap_or_else(PoisonError::into_inner).take().is_none()
     }
 
-    /// Calls that hang now.
+    /// Number of calls that hang now.
     pub fn hanging(&self) -> usize {
         self.hanging.now()
     }
 
-    /// The fate of a call. One that hangs does so in here, and lives afterwards.
+    /// Decides the fate of a call. A hanging call waits here, and lives afterwards.
     pub(super) async fn fate(&self, name: &str) -> Fate {
         let fate = self.next(name);
         if fate != Fate::Hangs {
@@ -93,7 +95,7 @@ impl Failing {
         }
         let _counted = self.hanging.begin();
         let mut held = self.held.subscribe();
-        // The sender lives as long as this does.
+        // The sender is part of `self`, so it outlives this wait.
         let _ = held.wait_for(|held| !*held).await;
         Fate::Lives
     }

@@ -1,23 +1,24 @@
-//! The LISTEN connection: outside the pool, never in a transaction.
+//! The LISTEN connection. It is outside the pools and never in a transaction, so notifications arrive without delay.
 
 use tokio::sync::mpsc;
 use tokio_postgres::{AsyncMessage, Config, NoTls};
 
 use super::Fault;
 
-/// The one channel of all replicas; a payload's first character says what it is.
+/// The notification channel that all replicas share. The first character of a payload tells its kind.
 pub const CHANNEL: &str = "absurd_server";
 
-/// What the connection says.
+/// A message from the LISTEN connection.
 #[derive(Debug)]
 pub enum Heard {
-    /// A payload on the channel.
+    /// Payload of a notification on [`CHANNEL`].
     Payload(String),
-    /// The connection is lost.
+    /// The connection was lost, with the error. It is the last message.
     Lost(String),
 }
 
-/// Connects and listens. What is heard goes into the channel; it ends with [`Heard::Lost`].
+/// Connects and listens. The receiver yields notifications, and [`Heard::Lost`] as the last message. The client must be
+/// kept: dropping it closes the connection.
 pub async fn listen(database: &Config) -> Result<(tokio_postgres::Client, mpsc::Receiver<Heard>), Fault> {
     let limit = super::pool::Role::Work.statement_timeout();
     let config = super::session_config(database, "absurd server (listen)", limit, super::LOCK_WAIT);

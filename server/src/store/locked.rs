@@ -1,7 +1,7 @@
 //! Queues whose tables another session has locked (VACUUM FULL, ALTER TABLE, CREATE INDEX).
 //!
-//! Guarantees: a call on such a queue holds no connection while it waits, so a locked queue delays its own calls and nobody
-//! else's; one watcher per locked queue asks Postgres, without waiting for the lock, whether the queue is free again.
+//! Guarantees: a call on such a queue holds no connection while it waits, so it delays no other queue. One watcher per
+//! locked queue asks Postgres whether the queue is free again, without waiting for the lock.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,17 +14,17 @@ use super::statement::QUEUE_ACCESS;
 use super::{Fault, Inner, Store, Wait};
 use crate::metrics;
 
-/// First pause between two looks at a locked queue, and the longest.
+/// First and longest pause between two checks of a locked queue.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
 
-/// What a locked queue still lets through.
+/// Statements that can run on a queue at present.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Access {
-    /// Nothing.
+    /// None: the tables are locked.
     Closed,
-    /// Reads.
+    /// Reads only: another session keeps writers out.
     Reads,
-    /// Everything: the queue is not locked.
+    /// All: the queue is not locked.
     Free,
 }
 
@@ -33,16 +33,16 @@ impl Access {
         match text {
             "locked" => Self::Closed,
             "reads" => Self::Reads,
-            // A queue that is gone, or that this role may not use, says so to each statement at once.
+            // Missing tables and missing rights are no lock. Each statement fails on them at once.
             _ => Self::Free,
         }
     }
 }
 
-/// See the module.
+/// The queues known to be locked, each with its watcher's newest finding.
 #[derive(Debug, Default)]
 pub(super) struct LockedQueues {
-    /// How many there are: the usual answer, none, costs one read.
+    /// Number of locked queues. With none, the usual case, a check costs one atomic read.
     count: AtomicUsize,
     queues: Mutex<HashMap<String, Arc<watch::Sender<Access>>>>,
 }
@@ -59,7 +59,7 @@ impl LockedQueues {
         self.lock().get(queue).map(|access| access.subscribe())
     }
 
-    /// Whether a statement that needs this much may be sent.
+    /// Whether a statement that needs this access may be sent.
     fn lets(&self, queue: &str, needed: Access) -> bool {
         self.watched(queue).is_none_or(|access| *access.borrow() >= needed)
     }
@@ -70,7 +70,7 @@ impl LockedQueues {
     }
 }
 
-/// Ends the watch of a queue: whoever waits for it goes on.
+/// Watch of one queue. Its drop removes the queue from the map, and lets its waiting calls continue.
 struct Watched {
     inner: Weak<Inner>,
     queue: String,
@@ -89,15 +89,15 @@ impl Drop for Watched {
 }
 
 impl Store {
-    /// Whether the tables of a queue can be read or written, as far as is known.
+    /// Whether the tables of a queue allow this access, as far as is known.
     pub(super) fn lets(&self, queue: &str, needed: Access) -> bool {
         self.inner.locked.lets(queue, needed)
     }
 
-    /// Waits until the tables of a queue can be used this far. Holds no connection meanwhile.
+    /// Waits until the tables of a queue allow this access. Holds no connection meanwhile.
     pub(crate) async fn wait_for(&self, queue: &str, needed: Access) {
         if let Some(mut access) = self.inner.locked.watched(queue) {
-            // The sender is never dropped before it has said that the queue is free.
+            // The sender sends [`Access::Free`] before it is dropped.
             let _ = access.wait_for(|access| *access >= needed).await;
         }
     }
@@ -112,8 +112,8 @@ impl Store {
         self.inner.locked.names()
     }
 
-    /// A statement on a queue was not given its locks in time. Asks whether the whole table is locked, or only a row of it; a
-    /// locked queue is watched from then on until it is free. Says whether the queue is locked.
+    /// Call this after a statement on a queue got no lock in time. Finds out whether a table is locked or only a row,
+    /// and returns whether it is a table. A locked queue is watched until it is free.
     pub(crate) async fn suspect(&self, queue: &str) -> bool {
         if self.is_locked(queue) {
             return true;
@@ -141,14 +141,14 @@ impl Store {
         true
     }
 
-    /// How far the tables of a queue can be used now.
+    /// Asks Postgres which access the tables of a queue allow now.
     async fn queue_access(&self, queue: &str) -> Result<Access, Fault> {
         let rows = self.rows_now(&QUEUE_ACCESS, Wait::Skip, None, &[&queue]).await?;
         Ok(rows.first().map_or(Access::Free, |row| Access::from_stored(row.get("access"))))
     }
 }
 
-/// Looks at a locked queue until it is free, or until nobody uses the store any more.
+/// Checks a locked queue until it is free. Also ends when Postgres fails, or when the store is dropped.
 async fn watch_queue(watched: Watched) {
     let began = tokio::time::Instant::now();
     let mut pause = PAUSE.0;
@@ -161,7 +161,7 @@ async fn watch_queue(watched: Watched) {
             Ok(access) => {
                 watched.access.send_replace(access);
             }
-            // While Postgres is away nothing is known; its calls hear of that by themselves.
+            // Nothing is known while Postgres fails. The calls of the queue continue and meet that fault themselves.
             Err(_) => break,
         }
     }

@@ -1,7 +1,9 @@
-//! Connections by role, so that no kind of work starves another: while spawns wait, leases are extended and reads answered.
+//! Connection pools, one per role, so that no kind of work starves another. Below five connections all roles share one
+//! pool.
 //!
-//! Each role has its own time limit, in Postgres (`statement_timeout`) and here: a connection that stays silent past it is
-//! given up, whatever TCP says of it. What the peer does not acknowledge at all is noticed within ten seconds.
+//! Each role has a time limit. Postgres enforces it with `statement_timeout`; a shared pool has the limit of upkeep.
+//! Two seconds after the limit of its role, the server closes a silent connection, whatever TCP reports. A peer that
+//! acknowledges nothing is detected within ten seconds.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -14,39 +16,39 @@ use tokio_postgres::NoTls;
 use super::{Fault, LOCK_WAIT, LOCK_WAIT_UPKEEP, StoreOptions, session_config};
 use crate::domain::Error;
 
-/// Below so many connections all roles share them.
+/// Below this number of connections all roles share one pool.
 const SHARED_BELOW: usize = 5;
-/// After Postgres should have ended a statement, so long until its connection is given up.
+/// Grace after the time limit of a statement. Past it, a connection without an answer is closed.
 pub(super) const SILENCE: Duration = Duration::from_secs(2);
 
-/// Longest time to end what an abandoned caller left running; after that its connection is given up.
+/// Longest time to cancel the statement of an abandoned caller. Past it, its connection is closed.
 const QUIET_MAX: Duration = Duration::from_secs(2);
 
-/// After Postgres refused a connection, so long until one call tries to open the next one.
+/// Pause after Postgres refused a connection, until one caller tries again to open one.
 const CROWD_PAUSE: Duration = Duration::from_secs(1);
-/// Between looks for an open connection that nobody uses, while Postgres takes no further one.
+/// Pause between two searches for an idle open connection, while Postgres refuses further ones.
 const CROWD_LOOK: Duration = Duration::from_millis(5);
-/// Between log lines about that.
+/// Shortest time between two log lines about refused connections.
 const CROWD_TOLD_EVERY: Duration = Duration::from_secs(60);
 
-/// What a statement is for.
+/// Kind of work of a statement. It selects the pool and the time limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Role {
-    /// Spawns, claims, outcomes, steps, waits, events.
+    /// Spawns, claims, outcomes, steps, waits, events, and everything not listed below.
     Work,
-    /// Extensions and looks at leases, the tick.
+    /// Extensions and checks of leases, the search for expired ones, and the tick.
     Lease,
-    /// Reads of callers.
+    /// Statements that only read, most of them for callers.
     Read,
-    /// Cleanup, partitions, queues made and dropped, doctor: may take long.
+    /// Cleanup, partitions, drops of queues, counts of a queue, and `doctor`: statements that may take long.
     Upkeep,
 }
 
 impl Role {
-    /// All of them.
+    /// All roles, in the order of the pools.
     pub const ALL: [Self; 4] = [Self::Work, Self::Lease, Self::Read, Self::Upkeep];
 
-    /// For logs and metrics.
+    /// Label in metrics and in `application_name`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Work => "work",
@@ -56,7 +58,7 @@ impl Role {
         }
     }
 
-    /// `statement_timeout`.
+    /// The `statement_timeout` of the role's pool. A shared pool has that of [`Role::Upkeep`].
     pub fn statement_timeout(self) -> Duration {
         match self {
             Self::Work | Self::Read => Duration::from_secs(8),
@@ -65,12 +67,12 @@ impl Role {
         }
     }
 
-    /// After so long without an answer the connection is given up.
+    /// Longest wait for an answer. Past it, the connection is closed.
     pub fn silence_max(self) -> Duration {
         self.statement_timeout() + SILENCE
     }
 
-    /// Connections of so many.
+    /// Connections of this role out of `of`. From [`SHARED_BELOW`] on, the shares of all roles add up to `of`.
     fn share(self, of: usize) -> usize {
         let lease = (of / 8).clamp(1, 4);
         let read = (of / 4).clamp(1, 8);
@@ -84,7 +86,7 @@ impl Role {
     }
 }
 
-/// Connections that a role takes at most, of so many in all; where all share them, reads leave half.
+/// Upper bound of connections that a role uses, out of `of`. In a shared pool reads use at most half of them.
 pub fn connections(role: Role, of: usize) -> usize {
     match role {
         _ if of >= SHARED_BELOW => role.share(of),
@@ -93,7 +95,7 @@ pub fn connections(role: Role, of: usize) -> usize {
     }
 }
 
-/// One pool per role, or one for all where there are few connections.
+/// One pool per role, or one for all roles below five connections.
 #[derive(Debug)]
 pub struct Pools {
     pools: Vec<Pool>,
@@ -101,8 +103,9 @@ pub struct Pools {
     crowd: Mutex<Crowd>,
 }
 
-/// Takes back a connection whose caller went away. Whatever still runs on it is cancelled; the connection, and so `held`, which
-/// was taken for it, come free once nothing runs any more.
+/// Returns the connection of an abandoned caller to its pool. Cancels a statement that still runs, then sends
+/// `last_words`. `held` is dropped only after that, so it bounds the statements that still run. If this takes longer
+/// than [`QUIET_MAX`], the connection is closed.
 pub(super) fn take_back(client: Object, last_words: &'static str, held: impl Send + 'static) {
     let Ok(runtime) = Handle::try_current() else {
         drop(Object::take(client));
@@ -122,16 +125,16 @@ pub(super) fn take_back(client: Object, last_words: &'static str, held: impl Sen
     });
 }
 
-/// Whether Postgres takes further connections.
+/// Whether Postgres accepts further connections.
 #[derive(Debug, Default)]
 struct Crowd {
-    /// It refused one; until then nobody tries again.
+    /// Postgres refused a connection. Until this time no caller tries again.
     until: Option<Instant>,
     told_at: Option<Instant>,
 }
 
 impl Pools {
-    /// Pools whose connections are opened when they are first needed.
+    /// Creates the pools. A connection is opened only when a statement needs it.
     pub fn new(options: &StoreOptions) -> Result<Self, Error> {
         let shared = options.connections_max < SHARED_BELOW;
         let pool = |role: Role, count: usize, limit: Duration| {
@@ -161,8 +164,8 @@ impl Pools {
         self.pools.get(index).unwrap_or(&self.pools[0])
     }
 
-    /// A connection of a role; waits for a free one as long as the options say. Where Postgres takes no further connection, one
-    /// of those that are open serves, whatever its role.
+    /// Takes a connection of the role's pool, waiting at most `wait_max` for a free one. While Postgres refuses further
+    /// connections, any idle open connection serves, whatever its role.
     pub async fn get(&self, role: Role) -> Result<Object, Fault> {
         let own = self.of(role);
         if self.may_open() {
@@ -215,7 +218,8 @@ impl Pools {
         self.pools.iter().map(|pool| pool.status().size).sum()
     }
 
-    /// Whether to try to open a connection. While Postgres refuses them, one caller at a time finds out whether it still does.
+    /// Whether the caller should try to open a connection. While Postgres refuses them, one caller per [`CROWD_PAUSE`]
+    /// tries.
     fn may_open(&self) -> bool {
         let now = Instant::now();
         let mut crowd = self.crowd();
@@ -244,7 +248,7 @@ impl Pools {
         }
     }
 
-    /// By role, or `all`: connections at most, open, and callers that wait for one.
+    /// Per role, or once for `all`: upper bound of connections, open connections, and callers waiting for one.
     pub fn state(&self) -> Vec<(&'static str, usize, usize, usize)> {
         let names = if self.pools.len() == 1 { vec!["all"] } else { Role::ALL.map(Role::as_str).to_vec() };
         let each = names.into_iter().zip(&self.pools);
@@ -255,13 +259,13 @@ impl Pools {
         .collect()
     }
 
-    /// Connections that are in use.
+    /// Number of connections in use.
     pub fn in_use(&self) -> usize {
         let statuses = self.pools.iter().map(Pool::status);
         statuses.map(|status| status.size - status.available.min(status.size)).sum()
     }
 
-    /// Closes all connections.
+    /// Closes all pools. Later calls fail.
     pub fn close(&self) {
         self.pools.iter().for_each(Pool::close);
     }

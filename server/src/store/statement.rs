@@ -1,8 +1,9 @@
-//! Named statements. Each is a file; a template's `{t} {r} {c} {e} {w} {i}` become the tables of a queue.
+//! Named statements, one file each. Placeholders `{t} {r} {c} {e} {w} {i}` stand for a queue's tables: tasks, runs,
+//! checkpoints, events, waits, idempotency keys.
 
 use super::pool::Role;
 
-/// Statements that keep leases, and look whether they are kept.
+/// Statements of [`Role::Lease`].
 const LEASE: &[&str] = &[
     "queue_access",
     "replica_leave",
@@ -14,7 +15,7 @@ const LEASE: &[&str] = &[
     "task_list_cancellable",
     "tick",
 ];
-/// Statements that may take long.
+/// Statements of [`Role::Upkeep`], which may take long.
 const UPKEEP: &[&str] = &[
     "doctor_access",
     "doctor_database",
@@ -33,7 +34,7 @@ const UPKEEP: &[&str] = &[
     "upkeep_run",
     "upkeep_take",
 ];
-/// Statements that only read, for callers.
+/// Statements of [`Role::Read`], which only read.
 const READ: &[&str] = &[
     "checkpoint_get",
     "checkpoint_page",
@@ -64,26 +65,26 @@ const READ: &[&str] = &[
     "workflow_list",
 ];
 
-/// What to do about rows that somebody else has locked.
+/// Treatment of rows that another transaction has locked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Wait {
-    /// Leave them out.
+    /// Leave them out (`skip locked`).
     Skip,
-    /// Wait, as long as `lock_timeout` allows.
+    /// Wait for them, as long as `lock_timeout` allows.
     Block,
 }
 
-/// A statement, before its queue is known.
+/// A statement template, not yet rendered for a queue.
 #[derive(Debug, Clone, Copy)]
 pub struct Statement {
-    /// Name of its file.
+    /// Name of its file, without `.sql`.
     pub name: &'static str,
     template: &'static str,
-    /// Whether its text differs from queue to queue.
+    /// Whether the text depends on the queue.
     pub(super) per_queue: bool,
 }
 
-/// Whether a template names a table of a queue: `{t}` and its like.
+/// Whether a template contains a placeholder for a table of a queue.
 const fn names_tables(template: &str) -> bool {
     let text = template.as_bytes();
     let mut at = 2;
@@ -97,7 +98,7 @@ const fn names_tables(template: &str) -> bool {
 }
 
 impl Statement {
-    /// What it is for.
+    /// Role of the statement; [`Role::Work`] unless it is listed for another one.
     pub fn role(&self) -> Role {
         let named = |names: &[&str]| names.contains(&self.name);
         if named(LEASE) {
@@ -111,12 +112,12 @@ impl Statement {
         }
     }
 
-    /// Whether it speaks of the registry of keys, which only partitioned queues have.
+    /// Whether the statement uses the table of idempotency keys, which only partitioned queues have.
     pub fn is_for_partitioned(&self) -> bool {
         self.template.contains("{i}")
     }
 
-    /// The text for a queue.
+    /// Renders the text for a queue.
     pub fn render(&self, queue: &str, wait: Wait) -> String {
         let mut text = format!("-- {}\n{}", self.name, self.template);
         for kind in ["t", "r", "c", "e", "w", "i"] {
@@ -135,7 +136,8 @@ impl Statement {
     }
 }
 
-/// A queue's table as a quoted identifier: the only place where a queue name becomes SQL.
+/// A queue's table as a quoted identifier. Apart from `migrate`, this is the only place where a queue name becomes SQL
+/// text.
 fn table(kind: &str, queue: &str) -> String {
     format!("absurd.\"{kind}_{}\"", queue.replace('"', "\"\""))
 }
@@ -150,7 +152,7 @@ macro_rules! statements {
                 per_queue: names_tables(include_str!(concat!("../../sql/queries/", $name, ".sql"))),
             };
         )*
-        /// Every statement that this server sends.
+        /// All named statements.
         pub const ALL: &[Statement] = &[$($constant),*];
     };
 }

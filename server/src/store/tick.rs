@@ -1,4 +1,4 @@
-//! The tick and the doorbell's statements: one look at many queues at once.
+//! Statements of the tick, which examines many queues at once, of the doorbell, and of notifications between replicas.
 
 use std::time::Duration;
 
@@ -7,37 +7,38 @@ use tokio_postgres::Row;
 use super::statement::{CREDIT_NOTIFY, DOORBELL_ARM, DOORBELL_DISARM, DOORBELL_RING, REPLICA_LEAVE, TICK};
 use super::{Fault, Store, Wait};
 
-/// What one look found.
+/// Result of one tick.
 #[derive(Debug, Clone)]
 pub struct Tick {
-    /// Of each queue.
+    /// One entry per queue asked about.
     pub queues: Vec<QueueTick>,
-    /// Other replicas that are alive.
+    /// Other replicas seen within the last 20 seconds.
     pub others: i32,
 }
 
-/// What a look at one queue found.
+/// State of one queue at a tick.
 #[derive(Debug, Clone)]
 pub struct QueueTick {
-    /// The queue.
+    /// Name of the queue, as asked.
     pub queue: String,
-    /// Its tables do not exist.
+    /// Whether its tables do not exist.
     pub missing: bool,
-    /// Another session has locked its tables.
+    /// Whether another session has locked its tables.
     pub locked: bool,
-    /// Why its tables cannot be read: a SQLSTATE, and what Postgres said.
+    /// Why its tables cannot be read: the SQLSTATE and the message of Postgres.
     pub problem: Option<String>,
-    /// A run can be claimed.
+    /// Whether a run is available now. Its task may still be locked, quarantined or about to be cancelled.
     pub claimable: bool,
-    /// A lease has run out.
+    /// Whether the lease of a run has expired.
     pub expired: bool,
-    /// A task has a cancellation policy.
+    /// Whether a task has a cancellation policy.
     pub cancellable: bool,
-    /// Milliseconds until the next sleeping run can be claimed.
+    /// Milliseconds until the first pending or the first sleeping run becomes available. Runs that are available
+    /// already do not count.
     pub next_available_ms: Option<i64>,
-    /// Milliseconds until the next lease runs out.
+    /// Milliseconds until the first lease expires. Negative once it has.
     pub next_expiry_ms: Option<i64>,
-    /// How long the look took.
+    /// Time that Postgres spent on this queue.
     pub took: Duration,
 }
 
@@ -57,7 +58,8 @@ fn queue_tick(queue: String, row: &Row) -> QueueTick {
 }
 
 impl Store {
-    /// Looks at queues; says what was found, and how many other replicas are alive. Reads the clock, and which server may run.
+    /// Reads the state of `queues`, and counts the other replicas. It also records the database's clock and the oldest
+    /// server generation allowed.
     pub async fn tick(&self, queues: &[&str], replica: &str) -> Result<Tick, Fault> {
         let rows = self.rows(&TICK, Wait::Skip, None, &[&queues, &replica]).await?;
         let mut tick = Tick { queues: Vec::with_capacity(rows.len()), others: 0 };
@@ -74,27 +76,28 @@ impl Store {
         Ok(tick)
     }
 
-    /// Arms the doorbell of queues.
+    /// Arms the doorbell for `queues`: the next write to one of them, by direct SQL or another replica, notifies the
+    /// replicas.
     pub async fn doorbell_arm(&self, queues: &[&str], replica: &str) -> Result<(), Fault> {
         self.rows(&DOORBELL_ARM, Wait::Skip, None, &[&queues, &replica]).await.map(drop)
     }
 
-    /// Rings other replicas that armed these queues.
+    /// Notifies the other replicas about `queues`, where one of them has armed the doorbell.
     pub async fn doorbell_ring(&self, queues: &[&str], replica: &str) -> Result<(), Fault> {
         self.rows(&DOORBELL_RING, Wait::Skip, None, &[&queues, &replica]).await.map(drop)
     }
 
-    /// Takes away what this replica armed, and what dead ones left.
+    /// Disarms the doorbell for this replica, and for replicas not seen within the last minute.
     pub async fn doorbell_disarm(&self, replica: &str) -> Result<(), Fault> {
         self.rows(&DOORBELL_DISARM, Wait::Skip, None, &[&replica]).await.map(drop)
     }
 
-    /// Sends notifications, one per message.
+    /// Sends one notification per message, to every replica.
     pub async fn credit_notify(&self, messages: &[String]) -> Result<(), Fault> {
         self.rows(&CREDIT_NOTIFY, Wait::Skip, None, &[&messages]).await.map(drop)
     }
 
-    /// Signs this replica off.
+    /// Removes this replica from the list of live replicas, so that the others no longer count it.
     pub async fn replica_leave(&self, replica: &str) -> Result<(), Fault> {
         self.rows(&REPLICA_LEAVE, Wait::Skip, None, &[&replica]).await.map(drop)
     }

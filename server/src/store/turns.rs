@@ -1,5 +1,5 @@
-//! Turns at the connections of one kind of work: who would have to wait too long is told so at once, instead of being served
-//! when nobody waits for the answer any more.
+//! Turns at the connections of one kind of work. A caller is rejected up front when its expected wait exceeds
+//! [`WAIT_MAX`] or the time it has left. Otherwise it would be served after it has stopped waiting.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Who is expected to wait longer than this is turned away.
+/// Longest expected wait of a caller that is admitted.
 pub const WAIT_MAX: Duration = Duration::from_secs(2);
-/// Weight of the newest turn in what is known of their pace.
+/// Weight of the newest turn in the moving average of the pace.
 const PACE_WEIGHT: f64 = 0.1;
 
-/// See the module. Clones share the places.
+/// A bounded number of turns. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Turns(Arc<Inside>);
 
@@ -20,13 +20,13 @@ pub struct Turns(Arc<Inside>);
 struct Inside {
     places: Arc<Semaphore>,
     count: usize,
-    /// Items of those who wait.
+    /// Items of the callers that wait for a turn.
     waiting: AtomicUsize,
-    /// Seconds per item, lately; 0: not known.
+    /// Moving average of seconds per item; 0 until the first turn ends.
     pace: Mutex<f64>,
 }
 
-/// The right to be served now; the pace is learnt from how long it is held.
+/// A turn. The time until its drop counts into the pace.
 #[derive(Debug)]
 pub struct Turn {
     inside: Arc<Inside>,
@@ -35,7 +35,7 @@ pub struct Turn {
     _place: OwnedSemaphorePermit,
 }
 
-/// What waits is counted even when its caller goes away.
+/// Items counted as waiting. The drop subtracts them, also when their caller goes away.
 struct Waiting<'a>(&'a Inside, usize);
 
 impl Drop for Waiting<'_> {
@@ -45,21 +45,21 @@ impl Drop for Waiting<'_> {
 }
 
 impl Turns {
-    /// So many at the same time.
+    /// Allows `count` turns at the same time, at least one.
     pub fn new(count: usize) -> Self {
         let count = count.max(1);
         let places = Arc::new(Semaphore::new(count));
         Self(Arc::new(Inside { places, count, waiting: AtomicUsize::new(0), pace: Mutex::new(0.0) }))
     }
 
-    /// Turns that are held, and items of those who wait for one.
+    /// Turns that are held, plus items of the callers that wait for one.
     pub(crate) fn held(&self) -> usize {
         let inside = &*self.0;
         inside.count - inside.places.available_permits() + inside.waiting.load(Ordering::Relaxed)
     }
 
-    /// Waits for a turn, for work of so many items. `Err` says at once how long that would take, where it is more than
-    /// [`WAIT_MAX`] or than the caller has.
+    /// Waits for a turn, for work of `items` items. Fails at once with the expected wait if that exceeds [`WAIT_MAX`]
+    /// or `left`. Fails after `left` with at least 100 ms if no turn came free.
     pub async fn take(&self, items: usize, left: Duration) -> Result<Turn, Duration> {
         let inside = &*self.0;
         let pace = *inside.pace.lock().unwrap_or_else(PoisonError::into_inner);
@@ -107,7 +107,7 @@ mod tests {
         drop(first);
         let second = patient.await.unwrap().unwrap();
         assert_eq!(turns.0.waiting.load(Ordering::Relaxed), 0);
-        // Nobody waits, however slow it is: the next one may.
+        // With no caller waiting, the pace does not matter: the next one is admitted.
         let next = turns.take(1, Duration::from_millis(10)).await;
         assert!(next.is_err(), "its time is over");
         assert_eq!(turns.0.waiting.load(Ordering::Relaxed), 0, "who went away waits no more");
@@ -115,7 +115,8 @@ mod tests {
         turns.take(1, WAIT_MAX).await.unwrap();
     }
 
-    /// One call of a thousand items takes long; a thousand items ahead of the next call are no more than that one call.
+    /// One call of a thousand items takes long. A thousand items ahead of the next call weigh no more than that one
+    /// call.
     #[tokio::test]
     async fn the_pace_is_that_of_items_and_not_of_calls() {
         let turns = Turns::new(1);
