@@ -1,4 +1,5 @@
-//! The batched writes: each is one set-based statement over arrays, and answers item by item.
+//! The batched writes about runs. Each kind is one set-based statement over arrays, and every item gets an answer of
+//! its own.
 
 use postgres_types::ToSql;
 use tokio_postgres::Row;
@@ -11,60 +12,60 @@ use crate::domain::{CheckpointName, Digest, Error, Instant, JsonText, RunId, Set
 use crate::planted::{self, Bug};
 use crate::scope::Scope;
 
-/// Names a run, and the claim if a token was shown.
+/// A run, and its claim if the caller showed a token.
 #[derive(Debug, Clone)]
 pub struct RunRef {
-    /// The run.
+    /// The run to write about.
     pub run_id: RunId,
-    /// Digest of the shown token.
+    /// Digest of the shown token; `None` if no token was shown.
     pub digest: Option<Digest>,
 }
 
 /// One write about a run.
 #[derive(Debug, Clone)]
 pub enum Write {
-    /// Completes it.
+    /// Completes the run and its task.
     Complete {
-        /// Result; None is SQL NULL.
+        /// Result; `None` is stored as SQL NULL.
         result: Option<JsonText>,
     },
-    /// Fails it.
+    /// Fails the run. The next attempt follows the task's retry strategy.
     Fail {
-        /// Why; None is SQL NULL.
+        /// Failure reason; `None` is stored as SQL NULL.
         reason: Option<JsonText>,
-        /// Instead of the strategy's time.
+        /// Time of the next attempt; overrides the retry strategy.
         retry_at: Option<Instant>,
-        /// Whether no attempt follows, also where the task's limit leaves some.
+        /// Whether to make no further attempt, even if `max_attempts` allows one.
         no_retry: bool,
     },
-    /// Fails it if its lease has run out.
+    /// Fails the run if its lease has expired.
     Expire,
-    /// Extends its lease.
+    /// Extends the lease of the run.
     Extend {
-        /// By this much.
+        /// New end of the lease, in seconds from now. It may be earlier than the old end.
         seconds: i32,
     },
-    /// Gives it back.
+    /// Releases the claim without using up an attempt.
     Release {
-        /// Where it stood in the queue; None keeps the place it has.
+        /// Place of the run in the queue before the claim. `None` places it at the time of the claim.
         available_at: Option<Instant>,
-        /// Offer it again after this long.
+        /// Milliseconds until the run can be claimed again; 0 means at once.
         delay_ms: i32,
-        /// Whether the claim was the task's first.
+        /// Whether the claim was the first of its task.
         first_claim: bool,
     },
-    /// Stores a step's result.
+    /// Stores the result of a step.
     Checkpoint {
-        /// Name.
+        /// Name of the step.
         name: CheckpointName,
-        /// Value.
+        /// Result of the step; `None` is stored as SQL NULL.
         state: Option<JsonText>,
-        /// Extends the lease; 0 leaves it.
+        /// New end of the lease, in seconds from now; 0 leaves the lease alone.
         seconds: i32,
     },
 }
 
-/// Kinds of writes; one statement each.
+/// Kinds of writes, one per statement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// `run_complete`
@@ -80,15 +81,15 @@ pub enum Kind {
 }
 
 impl Write {
-    /// The same failure with a reason that a database of any encoding takes, where this write is one with another reason. A
-    /// failure is recorded whatever its reason holds.
+    /// The same failure with its reason in ASCII, which a database of any encoding can store. `None` if nothing would
+    /// change. A failure must be recorded whatever its reason holds.
     pub(crate) fn in_ascii(&self) -> Option<Self> {
         let Self::Fail { reason: Some(reason), retry_at, no_retry } = self else { return None };
         let ascii = reason.to_ascii();
         (ascii != *reason).then_some(Self::Fail { reason: Some(ascii), retry_at: *retry_at, no_retry: *no_retry })
     }
 
-    /// Which statement carries it out.
+    /// The statement that carries out this write. [`Write::Expire`] shares that of [`Write::Fail`].
     pub fn kind(&self) -> Kind {
         match self {
             Self::Complete { .. } => Kind::Complete,
@@ -100,20 +101,20 @@ impl Write {
     }
 }
 
-/// The answer to one item: done, refused, or its row was locked.
+/// Answer to one item of a batch.
 #[derive(Debug, Clone)]
 pub enum Answer {
-    /// Decided.
+    /// The write was done, or refused for good.
     Settled(Result<Settled, Error>),
-    /// Somebody else holds the row.
+    /// Not decided: another transaction holds the run or its task, or a lease to expire has not expired.
     Busy,
 }
 
-/// Where a statement runs: on its own, or inside a transaction.
+/// Where a statement runs.
 pub(crate) enum Via<'a> {
-    /// On its own.
+    /// In a transaction of its own.
     Store(&'a Store),
-    /// Inside.
+    /// In an open transaction.
     Tx(&'a Tx),
 }
 
@@ -133,14 +134,14 @@ impl Via<'_> {
 }
 
 impl Store {
-    /// Carries out writes of one kind about different runs, in a transaction of its own; one answer per item, in order. What
-    /// somebody else has locked is passed over.
+    /// Carries out writes of one kind about different runs, in one transaction. Returns one answer per item, in order.
+    /// Skips locked rows and answers [`Answer::Busy`] for them.
     pub async fn settle(&self, scope: &Scope, items: &[(&RunRef, &Write)]) -> Result<Vec<Answer>, Fault> {
         write(self, Via::Store(self), scope, Wait::Skip, items).await
     }
 }
 
-/// Carries out writes of one kind about different runs; one answer per item, in order.
+/// Carries out writes of one kind about different runs. Returns one answer per item, in order.
 pub(crate) async fn write(
     store: &Store,
     via: Via<'_>,
@@ -242,7 +243,7 @@ fn seconds(write: &Write) -> i32 {
     }
 }
 
-/// Reads one row of a settling statement; all of them name the same leading columns.
+/// Reads one row of a batched write. All of these statements share their leading columns.
 fn answer(kind: Kind, run: &RunRef, row: &Row) -> Answer {
     let run_id = run.run_id;
     let found: bool = row.get("found");
@@ -263,7 +264,7 @@ fn answer(kind: Kind, run: &RunRef, row: &Row) -> Answer {
         return Answer::Settled(Ok(settled(kind, task_id, false, row)));
     }
     if state == State::Running && owned {
-        // Ours, but the task's row was locked; or a lease that is not over after all.
+        // The claim holds, but the task's row was locked, or the lease to expire has not expired.
         return Answer::Busy;
     }
     let replayed = match kind {

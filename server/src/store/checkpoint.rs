@@ -1,4 +1,4 @@
-//! Reads of checkpoints.
+//! Reads of checkpoints. Writes are in `batch`, `suspend` and `event`.
 
 use tokio_postgres::Row;
 
@@ -8,33 +8,33 @@ use super::{Store, Wait};
 use crate::domain::{CheckpointName, Error, Instant, RunId, TaskId};
 use crate::scope::Scope;
 
-/// Which checkpoints of a task.
+/// Filter of a list of a task's checkpoints.
 #[derive(Debug, Clone, Copy)]
 pub enum Seen {
-    /// Those that this attempt may see.
+    /// Checkpoints visible to this attempt: those that later attempts wrote are left out (contract section 7.20).
     ByAttempt(i32),
-    /// Those that this run has written.
+    /// Checkpoints that this run wrote.
     OwnedBy(RunId),
 }
 
-/// Where a page starts.
+/// Position of a page: the last checkpoint before it.
 #[derive(Debug, Clone)]
 pub struct After {
-    /// Time of the last checkpoint before it.
+    /// Time of that checkpoint.
     pub updated_at: Instant,
-    /// Its name.
+    /// Name of that checkpoint.
     pub name: String,
 }
 
 impl Store {
-    /// Task and attempt of a run.
+    /// Task and attempt of a run. Fails with [`Error::RunNotFound`].
     pub async fn run_find(&self, scope: &Scope, run_id: RunId) -> Result<(TaskId, i32), Error> {
         let rows = self.rows(&RUN_FIND, Wait::Skip, Some(scope), &[&run_id]).await;
         let rows = rows.map_err(|fault| fault.into_read_error(scope))?;
         rows.first().map(|row| (row.get("task_id"), row.get("attempt"))).ok_or(Error::RunNotFound(run_id))
     }
 
-    /// One checkpoint of a task, if there is one, or a part of it.
+    /// One checkpoint of a task, or a part of its value. `pending` includes checkpoints that are not committed.
     pub async fn checkpoint_get(
         &self,
         scope: &Scope,
@@ -50,7 +50,8 @@ impl Store {
         Ok(rows.map_err(|fault| fault.into_read_error(scope))?.into_iter().next())
     }
 
-    /// A page of a task's checkpoints, oldest first; the last row may be the first of the next page (`beyond`).
+    /// A page of a task's checkpoints, oldest first, after `after`. A row marked `beyond` exceeds the byte limit and
+    /// belongs to the next page, unless it is alone.
     pub async fn checkpoint_page(
         &self,
         scope: &Scope,

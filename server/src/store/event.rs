@@ -1,4 +1,4 @@
-//! Events: emitting them, and waking those who wait. The end of a task is one too, for whoever waits for it.
+//! Events: emissions, waits, and wakes. The end of a task is an event too, for the runs that wait for it.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -17,42 +17,43 @@ use super::{Fault, Store, Wait};
 use crate::domain::{CheckpointName, Digest, Error, EventName, JsonText, QueueName, RunId, TaskId};
 use crate::scope::Scope;
 
-/// Runs that one transaction wakes at most.
+/// Upper bound of runs that one transaction wakes.
 const WOKEN_MAX: i32 = 1000;
 
-/// What a batch of an emission did.
+/// Outcome of one transaction of an emission.
 #[derive(Debug, Clone, Copy)]
 pub struct Emission {
-    /// False when the event had been emitted before.
+    /// False if an earlier call had emitted the event. A continuation reports true.
     pub applied: bool,
-    /// Runs that were woken.
+    /// Number of runs woken in this transaction.
     pub woken: i64,
-    /// More of them wait.
+    /// Whether further runs wait for the event.
     pub more: bool,
 }
 
-/// A run that waits, as a step.
+/// A run that starts to wait, as a step.
 #[derive(Debug, Clone, Copy)]
 pub struct StepWait<'a> {
-    /// The run.
+    /// Run that waits, with the claim that it shows.
     pub run: &'a RunRef,
-    /// Name of the step.
+    /// Name of the step, under which the result is stored.
     pub step: &'a CheckpointName,
-    /// Longest wait.
+    /// Longest wait; `None` means no limit.
     pub timeout: Option<Duration>,
 }
 
-/// Which waits.
+/// Filter of a list of waits.
 #[derive(Debug, Clone)]
 pub enum WaitsOf {
-    /// Those of a task.
+    /// Waits of the runs of this task.
     Task(TaskId),
-    /// Those for an event.
+    /// Waits for this event.
     Event(EventName),
 }
 
 impl Store {
-    /// A page of waits after a run and a step; the last row may be the first of the next page (`beyond`).
+    /// A page of waits in order of run and step, after `after`. A row marked `beyond` exceeds the byte limit and
+    /// belongs to the next page, unless it is alone.
     pub async fn wait_list(
         &self,
         scope: &Scope,
@@ -73,7 +74,8 @@ impl Store {
         rows.map_err(|fault| fault.into_read_error(scope))
     }
 
-    /// Waits for the end of a task under the name of a step; the payload is how it ended. Repeating it is harmless.
+    /// Makes a run wait for the end of a task, as a step. The payload describes how the task ended. Repeating the call
+    /// has no further effect.
     pub async fn task_await(
         &self,
         scope: &Scope,
@@ -91,7 +93,7 @@ impl Store {
             &task_id,
             &timeout,
         ];
-        // The other queue too may be locked; no connection is held meanwhile.
+        // The awaited queue may be locked too. This check needs no connection.
         self.admit(awaited_queue.as_str())?;
         let tx = self.begin(lock_wait).await?;
         let outcome = match tx.rows(&TASK_AWAIT, Wait::Block, Some(scope), &params).await {
@@ -100,7 +102,7 @@ impl Store {
                 Some(_) => Ok(Err(Error::TaskNotFound(task_id))),
                 None => Err(Fault::Bug("no answer".into())),
             },
-            // The only thing that this function refuses by itself.
+            // The function raises only for a wait that it refuses: a task cannot wait for its own end.
             Err(Fault::Raised { message, .. }) => Ok(Err(Error::invalid("awaited_task_id", message))),
             Err(fault) => Err(fault),
         };
@@ -116,19 +118,21 @@ impl Store {
         }
     }
 
-    /// Whether a run waits for a task at all.
+    /// Whether any run waits for the end of a task.
     pub async fn task_list_awaited(&self) -> Result<bool, Fault> {
         let rows = self.rows(&TASK_LIST_AWAITED, Wait::Skip, None, &[]).await?;
         Ok(rows.first().is_some_and(|row| row.get("awaited")))
     }
 
-    /// Queues of which tasks are awaited, at most 1,000.
+    /// Queues whose tasks are awaited, at most 1,000.
     pub async fn task_list_awaited_queues(&self) -> Result<Vec<String>, Fault> {
         let rows = self.rows(&TASK_LIST_AWAITED_QUEUES, Wait::Skip, None, &[]).await?;
         Ok(rows.iter().map(|row| row.get("queue_name")).collect())
     }
 
-    /// Wakes runs whose awaited tasks have ended, those of a queue or all; says which queues have woken runs.
+    /// Wakes runs whose awaited tasks have ended or are gone, and returns the queues of the woken runs. `queue` and
+    /// `tasks` restrict the awaited tasks. `limit` holds per awaited queue and is shared by the waiting queues, with at
+    /// least 20 waits for each.
     pub async fn task_settle_awaited(
         &self,
         queue: Option<&str>,
@@ -139,9 +143,9 @@ impl Store {
         Ok(rows.iter().map(|row| row.get("waiting_queue")).collect())
     }
 
-    /// Emits events of different names and wakes up to a limit of those who wait for them; one answer each, in order, `None`
-    /// where somebody holds the event. Rows are waited for at most `lock_wait`; an event that another transaction has
-    /// emitted, only if `wait` says so.
+    /// Emits events of different names, and wakes up to 1,000 of the runs that wait for them. Returns one answer per
+    /// item, in order; `None` if another transaction holds the event. Waits for locked runs at most `lock_wait`, and
+    /// for locked events only with [`Wait::Block`].
     pub async fn event_emit(
         &self,
         scope: &Scope,
@@ -158,7 +162,7 @@ impl Store {
         Ok(names.iter().map(|name| found.get(name).copied()).collect())
     }
 
-    /// Wakes the next of those who wait for an event that was emitted.
+    /// Wakes further runs that wait for an event emitted before.
     pub async fn event_emit_more(
         &self,
         scope: &Scope,
@@ -170,7 +174,8 @@ impl Store {
         rows.first().map(|row| emission(row, true)).ok_or_else(|| Fault::Bug("no answer".into()))
     }
 
-    /// Emissions that have not woken all who wait, at most 100: queues and events.
+    /// Emissions that have not yet woken all waiting runs, as pairs of queue and event. At most 10 per queue, and 1,000
+    /// in all.
     pub async fn event_list_unfinished(&self) -> Result<Vec<(String, String)>, Fault> {
         let rows = self.rows(&EVENT_LIST_UNFINISHED, Wait::Skip, None, &[]).await?;
         Ok(rows.iter().map(|row| (row.get("queue_name"), row.get("event_name"))).collect())

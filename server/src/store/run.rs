@@ -1,4 +1,4 @@
-//! Runs: claiming, checking, cutting leases, reading.
+//! Runs: claims, checks of claims, cuts of leases, and reads.
 
 use std::time::Duration;
 
@@ -16,96 +16,97 @@ use crate::domain::claim::{Checkpoint, Secret};
 use crate::domain::{Claim, ClaimToken, Digest, Error, Instant, RunId, State, TaskId, WorkerId};
 use crate::scope::Scope;
 
-/// Runs that are tried one by one after a claim was refused.
+/// Runs that are tried one by one after Postgres refused a claim.
 const TRIED: i32 = 50;
 
 /// One unit of credit of one stream.
 #[derive(Debug, Clone)]
 pub struct Slot {
-    /// Who will hold the run.
+    /// Worker that will hold the run.
     pub worker_id: WorkerId,
-    /// Secret of the claim, should one be made.
+    /// Secret of the claim, if one is made.
     pub secret: Secret,
-    /// Lease in seconds; 0 never ends.
+    /// Lease in seconds; 0 never expires.
     pub lease_seconds: u32,
 }
 
 impl Slot {
-    /// The lease as a statement takes it.
+    /// The lease as a statement parameter.
     pub(super) fn lease(&self) -> i32 {
         i32::try_from(self.lease_seconds).unwrap_or(i32::MAX)
     }
 }
 
-/// Where a filtered walk stands.
+/// Position of a walk over the runs in claim order, for streams with a filter on task names.
 #[derive(Debug, Clone, Copy)]
 pub struct Cursor {
     available_at: Instant,
-    /// Page and line of the row.
+    /// Block and offset of the row (`ctid`).
     place: (u32, u16),
 }
 
 impl Cursor {
-    /// Before every run.
+    /// Start of the walk, before every run.
     pub const HEAD: Self = Self { available_at: Instant::from_micros(0), place: (0, 0) };
 
-    /// Page and line as Postgres reads them.
+    /// Block and offset in the text form of `tid`.
     fn place(self) -> String {
         format!("({},{})", self.place.0, self.place.1)
     }
 }
 
-/// Page and line of a `tid` as Postgres prints it.
+/// Parses the text form of `tid` into block and offset.
 fn parse_place(text: &str) -> Option<(u32, u16)> {
     let (page, line) = text.strip_prefix('(')?.strip_suffix(')')?.split_once(',')?;
     Some((page.parse().ok()?, line.parse().ok()?))
 }
 
-/// What a claim statement took.
+/// Result of a claim statement.
 #[derive(Debug)]
 pub struct Claimed {
-    /// Claims with the index of their slot.
+    /// Claims, each with the index of its slot.
     pub claims: Vec<(usize, Claim)>,
-    /// Where the next filtered walk starts.
+    /// Start of the next walk.
     pub cursor: Cursor,
-    /// Whether that is not the head: there is more to look at.
+    /// Whether the walk continues at `cursor`, because it has not reached the end.
     pub more: bool,
-    /// What was claimed and cannot be read, and why.
+    /// Runs that were claimed and whose rows cannot be read, with the error.
     pub unreadable: Vec<(ClaimToken, String)>,
 }
 
 impl Claimed {
-    /// Nothing, so far.
+    /// A result without claims.
     pub const NONE: Self = Self { claims: Vec::new(), cursor: Cursor::HEAD, more: false, unreadable: Vec::new() };
 
-    /// Whether nothing was claimed.
+    /// Whether nothing was claimed, readable or not.
     pub fn is_empty(&self) -> bool {
         self.claims.is_empty() && self.unreadable.is_empty()
     }
 }
 
-/// What a check says about a claim.
+/// Current standing of a claim.
 #[derive(Debug, Clone, Copy)]
 pub struct Check {
-    /// State of the run; None: no such run.
+    /// State of the run; `None` if it does not exist.
     pub state: Option<State>,
-    /// Whether the claim still owns it.
+    /// Whether the claim still owns the run.
     pub owned: bool,
-    /// End of the lease.
+    /// End of the lease; `None` means never.
     pub claim_expires_at: Option<Instant>,
-    /// Whether its lease ran out.
+    /// Whether the run failed with `$ClaimTimeout`, usually because its lease expired.
     pub expired: bool,
 }
 
-/// A run, as stored.
+/// A run as stored.
 #[derive(Debug)]
 pub struct RunRecord {
-    /// Columns in the order of the contract.
+    /// Columns of the statement `run_get`, read by name.
     pub row: Row,
 }
 
 impl Store {
-    /// Claims at most one run per slot, oldest first, but for those that are passed over.
+    /// Claims at most one run per slot, oldest first, except for the runs in `passed_over`. With `names`, claims only
+    /// tasks of these names, from `cursor` on.
     pub async fn run_claim(
         &self,
         scope: &Scope,
@@ -158,7 +159,8 @@ impl Store {
         self.rows(statement, Wait::Skip, Some(scope), &params).await
     }
 
-    /// Which of the runs that would be claimed next Postgres refuses to have claimed, and why. Claims nothing.
+    /// Finds the runs whose claim Postgres refuses, among the next 50 runs to be claimed, and the errors. Rolls
+    /// everything back, so nothing is claimed.
     pub async fn run_refused(
         &self,
         scope: &Scope,
@@ -188,7 +190,8 @@ impl Store {
         refused
     }
 
-    /// Adds to resumed claims the checkpoints that their runs may see, up to a budget of bytes each.
+    /// Adds to each resumed claim the checkpoints that its run may see, up to `budget` bytes per claim. Clears
+    /// `checkpoints_complete` if some do not fit.
     pub async fn run_load_checkpoints(
         &self,
         scope: &Scope,
@@ -220,7 +223,8 @@ impl Store {
         Ok(())
     }
 
-    /// Finds what a claim took whose answer was lost.
+    /// Finds the runs that a claim statement took although its answer was lost. `since` is at most the start of that
+    /// statement.
     pub async fn run_list_claimed(
         &self,
         scope: &Scope,
@@ -240,7 +244,7 @@ impl Store {
             .collect())
     }
 
-    /// What claims are worth; one answer per claim, in order. Takes no locks.
+    /// Checks claims without locks. Returns one answer per claim, in order.
     pub async fn run_check(&self, scope: &Scope, claims: &[(RunId, Digest)]) -> Result<Vec<Check>, Fault> {
         let runs: Vec<Uuid> = claims.iter().map(|(run, _)| *run).collect();
         let digests: Vec<&str> = claims.iter().map(|(_, digest)| digest.as_str()).collect();
@@ -256,7 +260,8 @@ impl Store {
             .collect())
     }
 
-    /// Of each claim, with its lease's end as of the claim: whether it has left no trace since.
+    /// Tells for each claim whether it still holds and its worker has been silent: neither a later end of the lease nor
+    /// a checkpoint. The instant is the end of the lease as of the claim.
     pub async fn run_silent(
         &self,
         scope: &Scope,
@@ -272,7 +277,8 @@ impl Store {
         Ok(rows.iter().map(|row| row.get("silent")).collect())
     }
 
-    /// Cuts leases to a grace, where nobody has touched them since.
+    /// Shortens leases to `grace_ms` from now, where the end is still the one given. Skips locked runs, and never
+    /// extends a lease.
     pub async fn run_cut_lease(
         &self,
         scope: &Scope,
@@ -287,25 +293,26 @@ impl Store {
         Ok(())
     }
 
-    /// Runs whose lease has run out, but for those that are set aside.
+    /// Runs whose lease has expired, except quarantined ones.
     pub async fn run_list_expired(&self, scope: &Scope, limit: i64) -> Result<Vec<RunId>, Fault> {
         let rows = self.rows(&RUN_LIST_EXPIRED, Wait::Skip, Some(scope), &[&limit, &scope.queue().as_str()]).await?;
         Ok(rows.iter().map(|row| row.get("run_id")).collect())
     }
 
-    /// Counts a release after delivery; returns the runs with their counts.
+    /// Counts a release of runs that had been delivered, and returns the new counts.
     pub async fn release_count(&self, scope: &Scope, runs: &[RunId]) -> Result<Vec<(RunId, i32)>, Fault> {
         let rows = self.rows(&RELEASE_COUNT, Wait::Skip, None, &[&scope.queue().as_str(), &runs]).await?;
         Ok(rows.iter().map(|row| (row.get("run_id"), row.get("releases"))).collect())
     }
 
-    /// Forgets old release counts.
+    /// Deletes release counts that are older than a day.
     pub async fn release_forget(&self) -> Result<(), Fault> {
         self.rows(&RELEASE_FORGET, Wait::Skip, None, &[]).await?;
         Ok(())
     }
 
-    /// A page of a task's runs after an attempt and its run; the last row may be the first of the next page (`beyond`).
+    /// A page of a task's runs in order of attempt and run, after `after`. A row marked `beyond` exceeds the byte limit
+    /// and belongs to the next page, unless it is alone.
     pub async fn run_list(
         &self,
         scope: &Scope,
@@ -319,7 +326,7 @@ impl Store {
         rows.map_err(|fault| fault.into_read_error(scope))
     }
 
-    /// Reads a run.
+    /// Reads a run. Payloads above [`FIELD_BYTES_MAX`] are left out.
     pub async fn run_get(&self, scope: &Scope, run_id: RunId) -> Result<RunRecord, Error> {
         let rows = self
             .rows(&RUN_GET, Wait::Skip, Some(scope), &[&run_id, &FIELD_BYTES_MAX])
@@ -329,7 +336,7 @@ impl Store {
     }
 }
 
-/// The slot that a row was claimed for, and the token of that claim.
+/// The slot for which a row was claimed, and the token of that claim.
 fn token(slots: &[Slot], row: &Row) -> Option<(usize, ClaimToken)> {
     let slot: i64 = row.get::<_, Option<i64>>("slot")?;
     let index = usize::try_from(slot).ok()?.checked_sub(1)?;
@@ -339,7 +346,7 @@ fn token(slots: &[Slot], row: &Row) -> Option<(usize, ClaimToken)> {
     Some((index, token))
 }
 
-/// The rest of a row. Whoever writes by plain SQL may have left what no schema of ours allows.
+/// Reads the rest of a claimed row. Direct SQL writers may have stored values that cannot be read.
 fn claim(token: ClaimToken, row: &Row) -> Result<Claim, tokio_postgres::Error> {
     let (attempt, resumed): (i32, bool) = (row.try_get("attempt")?, row.try_get("resumed")?);
     Ok(Claim {

@@ -1,4 +1,5 @@
-//! Writes after which a run waits: for a time, as a step or not, or for an event. Many of one kind are one statement.
+//! Writes after which a run waits: until a time, with or without a step, or for an event. One statement carries out
+//! many writes of one kind.
 
 use std::time::Duration;
 
@@ -11,12 +12,12 @@ use super::{Fault, Store, Wait};
 use crate::domain::{CheckpointName, Digest, Error, EventName, Instant, JsonText, State};
 use crate::scope::Scope;
 
-/// When a run can be claimed.
+/// Earliest time at which a run can be claimed.
 #[derive(Debug, Clone, Copy)]
 pub enum When {
-    /// At a time.
+    /// At this time; a past time means at once.
     At(Instant),
-    /// After so long by the database's clock.
+    /// This long from now, by the database's clock.
     After(Duration),
 }
 
@@ -28,7 +29,7 @@ impl When {
         }
     }
 
-    /// Microseconds.
+    /// The delay in microseconds; `None` for a fixed time.
     pub(super) fn after_us(self) -> Option<i64> {
         match self {
             Self::At(_) => None,
@@ -36,7 +37,7 @@ impl When {
         }
     }
 
-    /// How long that is from `now`.
+    /// Duration from `now`; zero for a past time.
     pub fn delay_from(self, now: Instant) -> Duration {
         match self {
             Self::At(at) => Duration::from_micros(at.micros().saturating_sub(now.micros()).max(0).unsigned_abs()),
@@ -49,49 +50,49 @@ pub(super) fn millis(span: Duration) -> i64 {
     i64::try_from(span.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// How a wait stands.
+/// Result of a wait or sleep.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Awaited {
-    /// The event was emitted.
+    /// The event was emitted, or the awaited task ended. Holds the payload.
     Payload(JsonText),
-    /// The run sleeps, until then at most.
+    /// The run sleeps and its claim is over. Holds the time at which it wakes without an event; `None` means never.
     Suspended(Option<Instant>),
-    /// The time was over first.
+    /// The timeout passed before the event, or the sleep is over.
     TimedOut,
 }
 
-/// What a run waits for.
+/// One kind of wait, with its parameters.
 #[derive(Debug, Clone)]
 pub enum Suspend {
-    /// A time.
+    /// Until a time, without a step (`ScheduleTask`).
     Schedule {
-        /// When.
+        /// End of the wait.
         when: When,
     },
-    /// A time, as a step.
+    /// Until a time, as a step. The first call of the step decides the time.
     Sleep {
         /// Name of the step.
         step: CheckpointName,
-        /// When.
+        /// End of the sleep.
         when: When,
     },
-    /// An event, as a step.
+    /// For an event, as a step.
     Event {
-        /// Name of the step.
+        /// Name of the step, under which the payload is stored.
         step: CheckpointName,
-        /// What.
+        /// Name of the event.
         event: EventName,
-        /// Longest wait.
+        /// Longest wait; `None` means no limit.
         timeout: Option<Duration>,
     },
-    /// An event, as an orchestrator says it.
+    /// For an event, without a step (`SetRunSleeping`). An orchestrator has registered the wait before.
     SetSleeping {
-        /// What.
+        /// Name of the event.
         event: EventName,
     },
 }
 
-/// Kinds of waits; one statement each.
+/// Kinds of waits, one per statement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SuspendKind {
     /// `run_schedule`
@@ -105,7 +106,7 @@ pub enum SuspendKind {
 }
 
 impl Suspend {
-    /// Which statement carries it out.
+    /// The statement that carries out this wait.
     pub fn kind(&self) -> SuspendKind {
         match self {
             Self::Schedule { .. } => SuspendKind::Schedule,
@@ -145,8 +146,9 @@ impl Suspend {
 }
 
 impl Store {
-    /// Lets different runs wait, all in one way; one answer each, in order, `None` where somebody holds the run or the event:
-    /// nothing is waited for with an event in hand, which would hold up all others that wait for it. Repeating it is harmless.
+    /// Suspends different runs, all with the same kind of wait. Returns one answer per item, in order; `None` if
+    /// another transaction holds the run, its task or the event. Skips locked rows, because waiting with an event
+    /// locked would block every other wait for that event. Repeating the call has no further effect.
     pub async fn suspend(
         &self,
         scope: &Scope,
@@ -170,7 +172,7 @@ impl Store {
         let mut params: Vec<&(dyn ToSql + Sync)> = vec![&queue, &runs, &digests];
         params.extend_from_slice(more);
         let rows = match kind {
-            // It may have to wait for a transaction that is just making the event.
+            // This statement may wait for a transaction that inserts the event.
             SuspendKind::Event => {
                 self.rows_within(Duration::from_millis(50), statement, Wait::Skip, Some(scope), &params).await
             }
@@ -188,7 +190,7 @@ impl Store {
                 }
                 Ok(answers)
             }
-            // The only thing that these functions refuse by themselves.
+            // The functions raise only if the step's name belongs to another step.
             Err(Fault::Raised { message, .. }) if items.len() == 1 => {
                 Ok(vec![Some(Err(Error::invalid("step_name", message)))])
             }
@@ -197,7 +199,7 @@ impl Store {
     }
 }
 
-/// How a wait stands, from the columns that such statements share.
+/// Reads the result of a wait from the columns that these statements share.
 pub(super) fn awaited(run: &RunRef, row: &Row) -> Result<Awaited, Error> {
     if !row.get::<_, bool>("known") {
         return Err(Error::RunNotFound(run.run_id));
@@ -210,7 +212,7 @@ pub(super) fn awaited(run: &RunRef, row: &Row) -> Result<Awaited, Error> {
     }
 }
 
-/// Why a write about a run was not carried out.
+/// The reason why a write about a run was refused.
 fn refused(run: &RunRef, row: &Row) -> Error {
     let run_id = run.run_id;
     let state = State::from_stored(row.get("state")).unwrap_or(State::Failed);

@@ -1,4 +1,4 @@
-//! Tasks: spawn, read, list, cancel, retry.
+//! Tasks: spawns, reads, lists, cancellations and retries.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -19,95 +19,100 @@ use crate::domain::id::IdPart;
 use crate::domain::{Claim, ClaimToken, Error, Instant, JsonText, QueueName, RunId, State, TaskId, TaskName};
 use crate::scope::Scope;
 
-/// A task to be spawned, valid.
+/// A validated task to be spawned.
 #[derive(Debug, Clone)]
 pub struct NewTask {
-    /// Id, chosen by the caller or minted.
+    /// Id of the task, chosen by the caller or minted.
     pub task_id: TaskId,
-    /// Id of the first run.
+    /// Id of its first run.
     pub run_id: RunId,
-    /// Handler.
+    /// Name of the handler that runs it.
     pub name: TaskName,
-    /// Input; None is stored as JSON null.
+    /// Input; `None` is stored as JSON null.
     pub params: Option<JsonText>,
-    /// Headers.
+    /// JSON object of headers; `None` is stored as SQL NULL.
     pub headers: Option<JsonText>,
-    /// Stored form.
+    /// Retry strategy in its stored form; `None` retries at once.
     pub retry_strategy: Option<JsonText>,
-    /// None: unlimited.
+    /// Upper bound of attempts; `None` means no limit.
     pub max_attempts: Option<i32>,
-    /// Stored form.
+    /// Cancellation policy in its stored form; `None` never cancels.
     pub cancellation: Option<JsonText>,
-    /// Business key.
+    /// Idempotency key. A second spawn with the same key returns the first task.
     pub idempotency_key: Option<String>,
-    /// When it can first be claimed; None: at once.
+    /// Earliest time of the first claim; `None` means at once.
     pub start: Option<When>,
 }
 
-/// Ids of a spawned task.
+/// Answer to a spawn or a retry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Spawned {
-    /// The task.
+    /// Task of the answer: the new one, or the owner of the idempotency key.
     pub task_id: TaskId,
-    /// Its newest run.
+    /// First run of a spawned task, newest run of a task found by its key, or new run of a retry.
     pub run_id: RunId,
-    /// Attempt of that run.
+    /// Attempt of that run, counted from 1.
     pub attempt: i32,
-    /// False: the key's owner existed before.
+    /// Whether the request created the task, now or in an earlier call. False for the older owner of an idempotency
+    /// key, and for a retry.
     pub created: bool,
-    /// Whether this very call made it.
+    /// Whether this call created the run, and no earlier one did.
     pub fresh: bool,
-    /// Whether it was claimed as it was made; else, if it is fresh, the queue has new work.
+    /// Whether the run was claimed in the same statement. A fresh run that was not claimed is new work for the queue.
     pub claimed: bool,
 }
 
-/// What a spawn brought about.
+/// Result of a batch of spawns.
 #[derive(Debug)]
 pub struct Spawning {
-    /// One per task, in order.
+    /// One answer per task, in order.
     pub answers: Vec<Result<Spawned, Error>>,
-    /// Tasks that were claimed as they were made, with their index. Empty unless it has been committed.
+    /// Claims of the tasks that were claimed at once, with their index in the batch. Empty unless the transaction was
+    /// committed.
     pub claims: Vec<(usize, Claim)>,
 }
 
-/// A task to be spawned, and the credit that it takes if nothing older waits.
+/// A task to be spawned, and the credit for it, if any. The credit is used only if no older run of the queue can be
+/// claimed.
 pub type Slotted<'a> = (&'a NewTask, Option<&'a Slot>);
 
 /// State and result of a task.
 #[derive(Debug, Clone)]
 pub struct TaskEnd {
-    /// The task.
+    /// Task that was asked about.
     pub task_id: TaskId,
-    /// None: there is no such task.
+    /// State of the task; `None` means that it does not exist.
     pub state: Option<State>,
-    /// Result when completed, reason when failed; None also where it is too long.
+    /// Result of a completed task, or failure reason of a failed one. `None` for other states, and for a text above
+    /// [`ANSWER_BYTES_MAX`].
     pub text: Option<String>,
-    /// Its length in code points.
+    /// Length of the whole text in code points, even if `text` is left out or only a part.
     pub length: i64,
 }
 
-/// A task that has a cancellation policy.
+/// A task with a cancellation policy.
 #[derive(Debug, Clone, Copy)]
 pub struct Cancellable {
-    /// The task.
+    /// Task that has the policy.
     pub task_id: TaskId,
-    /// Its last run.
+    /// Newest run of the task.
     pub run_id: Option<RunId>,
-    /// Whether the policy cancels it now, and it is not set aside.
+    /// Whether the policy cancels the task now, and its run is not quarantined.
     pub due: bool,
 }
 
-/// What a search in one queue found.
+/// Result of a search in one queue.
 #[derive(Debug)]
 pub struct TaskSearch {
-    /// Tasks, newest first.
+    /// Matching tasks, newest first.
     pub rows: Vec<Row>,
-    /// Whether older tasks of the queue were not looked at.
+    /// Whether the queue has tasks beyond the newest 10,000, which were not compared by the end of their ids.
     pub partial: bool,
 }
 
 impl Store {
-    /// Spawns tasks, each on its own. With keys it waits for other spawns of the same key at most `lock_wait`.
+    /// Spawns tasks. An id or key that exists does not stop the others. With keys, waits for other spawns of the same
+    /// key at most `lock_wait`.
     pub async fn task_spawn(
         &self,
         scope: &Scope,
@@ -134,7 +139,7 @@ impl Store {
         }
     }
 
-    /// Spawns tasks in one transaction, which takes effect only when each of them can be spawned and `keep` is set.
+    /// Spawns tasks in one transaction. Commits only if all of them can be spawned and `keep` is set.
     pub async fn task_spawn_all(
         &self,
         scope: &Scope,
@@ -170,7 +175,7 @@ impl Store {
                 .iter()
                 .map(|row| row.get("idempotency_key"))
                 .collect();
-            // Of several items with one key only the first may be inserted.
+            // Of several items with one key, only the first may be inserted.
             let mut open: std::collections::HashSet<String> = reserved.into_iter().collect();
             wanted.retain(|(task, _)| task.idempotency_key.as_ref().is_none_or(|key| open.remove(key)));
         }
@@ -180,7 +185,7 @@ impl Store {
         if made.len() < tasks.len() {
             old = self.task_find(scope, Some(tx), tasks, parted).await?;
             if old.iter().any(|row| row.get::<_, Option<Uuid>>("task_id").is_none()) {
-                // The owner of a key was removed in between.
+                // The owner of a key was removed in the meantime.
                 return Err(Fault::Conflict);
             }
         }
@@ -206,7 +211,8 @@ impl Store {
         }
     }
 
-    /// Reads a task, with parts of its params and its result where those are asked for.
+    /// Reads a task, or parts of its params and its result. Without a part, a text above [`FIELD_BYTES_MAX`] is left
+    /// out.
     pub async fn task_get(
         &self,
         scope: &Scope,
@@ -241,7 +247,8 @@ impl Store {
             .ok_or(Error::TaskNotFound(task_id))
     }
 
-    /// Which of the awaited tasks have ended, over all queues.
+    /// Those of the awaited tasks that have ended or do not exist, over all queues. Queues that cannot be read are left
+    /// out.
     pub async fn task_ended(&self, waits: &[(QueueName, TaskId)]) -> Result<Vec<(String, TaskEnd)>, Fault> {
         let queues: Vec<&str> = waits.iter().map(|(queue, _)| queue.as_str()).collect();
         let ids: Vec<Uuid> = waits.iter().map(|(_, id)| *id).collect();
@@ -249,7 +256,8 @@ impl Store {
         Ok(rows.iter().map(|row| (row.get("queue_name"), end(row))).collect())
     }
 
-    /// A page of tasks before `before`, newest first; and the cursor of the next page.
+    /// A page of tasks with ids below `before`, newest first, and the cursor of the next page. Each page examines
+    /// 10,000 tasks at most.
     pub async fn task_list(
         &self,
         scope: &Scope,
@@ -277,14 +285,14 @@ impl Store {
         Ok((rows, next))
     }
 
-    /// Whether there is such a task.
+    /// Fails with [`Error::TaskNotFound`] unless the task exists.
     pub async fn task_exists(&self, scope: &Scope, task_id: TaskId) -> Result<(), Error> {
         let little = Some(Part { offset: 0, limit: 1 });
         self.task_get(scope, task_id, little, little).await.map(drop)
     }
 
-    /// Tasks whose ids have a part in common with what somebody has copied; newest first. Waits for a locked queue at most
-    /// `lock_wait`.
+    /// Tasks whose ids begin with the part or, among the newest 10,000, end with it; newest first. A whole id also
+    /// finds the task of a run. Waits for a locked queue at most `lock_wait`.
     pub async fn task_search(
         &self,
         scope: &Scope,
@@ -300,7 +308,7 @@ impl Store {
         Ok(TaskSearch { rows, partial })
     }
 
-    /// Cancels a task; says whether this call did it, and the state now.
+    /// Cancels a task. Returns whether this call cancelled it, and its state now.
     pub async fn task_cancel(
         &self,
         scope: &Scope,
@@ -312,7 +320,7 @@ impl Store {
         ended(tx, done).await
     }
 
-    /// Cancels the task of a run, only while the run is pending or sleeping.
+    /// Cancels the task of a run, but only while the run is pending or sleeping.
     pub async fn task_cancel_by_run(
         &self,
         scope: &Scope,
@@ -343,7 +351,7 @@ impl Store {
     ) -> Result<Result<(bool, State), Error>, Fault> {
         let cancelled = tx.rows(&TASK_CANCEL, Wait::Block, Some(scope), &[&scope.queue().as_str(), &task_id]).await;
         match cancelled {
-            // The function raises plain exceptions; the only one with these arguments is "not found".
+            // `absurd.cancel_task` raises a plain exception (P0001) only for a task that does not exist.
             Err(Fault::Raised { code, .. }) if code == "P0001" => return Ok(Err(Error::TaskNotFound(task_id))),
             cancelled => drop(cancelled?),
         }
@@ -352,7 +360,8 @@ impl Store {
         Ok(Ok((row.get("mine"), State::from_stored(row.get("state")).unwrap_or(State::Cancelled))))
     }
 
-    /// Gives a failed task another attempt, with a run id chosen before.
+    /// Gives a failed task another attempt, with the run id `run_id`. Repeating the call with the same run id has no
+    /// further effect.
     pub async fn task_retry(
         &self,
         scope: &Scope,
@@ -379,7 +388,7 @@ impl Store {
         Err(Error::MaxAttemptsTooLow { allowed: row.get("allowed"), made: row.get("attempts") })
     }
 
-    /// Spawns a copy of a failed task, with ids chosen before.
+    /// Spawns a copy of a failed task, with the given ids. Repeating the call with the same ids has no further effect.
     pub async fn task_respawn(
         &self,
         scope: &Scope,
@@ -406,7 +415,7 @@ impl Store {
         Err(Error::TaskNotFailed { task: task_id, state })
     }
 
-    /// A page of tasks with a cancellation policy, after a cursor; and which are due.
+    /// A page of up to 1,000 tasks with a cancellation policy, in order of id, after `after`.
     pub async fn task_list_cancellable(&self, scope: &Scope, after: TaskId) -> Result<Vec<Cancellable>, Fault> {
         let params: [&(dyn postgres_types::ToSql + Sync); 2] = [&after, &scope.queue().as_str()];
         let rows = self.rows(&TASK_LIST_CANCELLABLE, Wait::Skip, Some(scope), &params).await?;
@@ -416,7 +425,7 @@ impl Store {
     }
 }
 
-/// Commits what was done, and rolls back what was refused or failed.
+/// Commits a success, and rolls back after a refusal or a fault.
 async fn ended<T>(tx: Tx, done: Result<Result<T, Error>, Fault>) -> Result<Result<T, Error>, Fault> {
     match done {
         Ok(Ok(done)) => tx.commit().await.map(|()| Ok(done)),
@@ -438,7 +447,7 @@ fn end(row: &Row) -> TaskEnd {
     }
 }
 
-/// Joins what was made with what was found in the way.
+/// Joins the runs that were inserted with the tasks that existed before. One answer per task, in order.
 fn spawning(tasks: &[Slotted<'_>], made: &[Row], old: &[Row]) -> Spawning {
     let mut made: HashMap<Uuid, &Row> = made.iter().map(|row| (row.get("run_id"), row)).collect();
     let mut claims = Vec::new();
@@ -458,14 +467,14 @@ fn spawning(tasks: &[Slotted<'_>], made: &[Row], old: &[Row]) -> Spawning {
     Spawning { answers, claims }
 }
 
-/// The answer for a task that was there before.
+/// Answer for a task that existed before.
 fn found(row: &Row) -> Result<Spawned, Error> {
     let Some(task_id) = row.get::<_, Option<Uuid>>("task_id") else {
         return Err(Error::DatabaseBusy("the task was removed at the same time".into()));
     };
     let first: Option<Uuid> = row.get("first_run_id");
     if row.get::<_, bool>("same_id") {
-        // The same request again: the same answer as the first time.
+        // A repeated request gets the answer of the first one.
         return match first {
             Some(run_id) if row.get::<_, bool>("same_task") => {
                 Ok(Spawned { task_id, run_id, attempt: 1, created: true, fresh: false, claimed: false })
@@ -477,7 +486,7 @@ fn found(row: &Row) -> Result<Spawned, Error> {
     Ok(Spawned { task_id, run_id, attempt: row.get("attempts"), created: false, fresh: false, claimed: false })
 }
 
-/// The claim that a task was made with.
+/// The claim of a task that was claimed when it was spawned.
 fn claim(task: &NewTask, slot: &Slot, row: &Row) -> Claim {
     let now: Instant = row.get("now");
     let lease = Duration::from_secs(slot.lease_seconds.into());
@@ -501,7 +510,7 @@ fn claim(task: &NewTask, slot: &Slot, row: &Row) -> Claim {
     }
 }
 
-/// The parameters of `task_spawn`, column by column.
+/// Parameters of the spawn statements, column by column.
 struct Columns<'a> {
     task_ids: Vec<Uuid>,
     run_ids: Vec<Uuid>,
@@ -556,7 +565,8 @@ impl<'a> Columns<'a> {
         columns
     }
 
-    /// Slots cost a look at what waits, starts a comparison for each task. Beside a task with a start no slot is used.
+    /// A slot costs a search for older runs, and a start time costs a comparison per task. Batches without them use a
+    /// cheaper statement. A batch with a start time uses no slots.
     fn statement(&self) -> &'static Statement {
         match (self.has_starts(), self.has_slots()) {
             (true, _) => &TASK_SPAWN_LATER,

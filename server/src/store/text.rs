@@ -1,4 +1,4 @@
-//! How our types travel: JSON as text in jsonb's binary form, times as microseconds.
+//! Binary forms of our types on the wire to Postgres: JSON as the text inside jsonb, times as microseconds.
 
 use bytes::{BufMut as _, BytesMut};
 use postgres_types::{FromSql, IsNull, ToSql, Type, to_sql_checked};
@@ -6,17 +6,18 @@ use std::error::Error as StdError;
 
 use crate::domain::{Instant, JsonText};
 
-/// Microseconds between Postgres' epoch (2000) and 1970.
+/// Microseconds from 1970 to Postgres' epoch, 2000-01-01.
 const EPOCH: i64 = 946_684_800_000_000;
-/// Bytes of JSON that an answer holds at most; gRPC clients take 4 MiB without being told.
+/// Upper bound of the JSON bytes in an answer. gRPC clients accept 4 MiB unless told otherwise.
 pub const ANSWER_BYTES_MAX: i32 = 3 * 1024 * 1024;
-/// Bytes of each of up to three JSON fields of an answer.
+/// Upper bound of the bytes of each JSON field, in an answer with up to three of them.
 pub const FIELD_BYTES_MAX: i32 = 1_310_720;
 
-/// Bytes of the headers of a task in an answer that holds its params and its result too.
+/// Upper bound of the bytes of a task's headers, in an answer that also holds its params and its result.
 pub const HEADERS_BYTES_MAX: i32 = 1024 * 1024;
 
-/// The beginning of a text, at most so many bytes of it. A part that was asked for in code points may take four times as many.
+/// Cuts a text to at most `bytes` bytes, at a character boundary. A part is requested in code points, which may need
+/// four times as many bytes.
 pub fn cut(mut text: String, bytes: i32) -> String {
     let mut end = text.len().min(bytes.unsigned_abs() as usize);
     while !text.is_char_boundary(end) {
@@ -29,14 +30,14 @@ pub fn cut(mut text: String, bytes: i32) -> String {
 /// Part of a long text, in code points.
 #[derive(Debug, Clone, Copy)]
 pub struct Part {
-    /// First one, from 0.
+    /// First code point, counted from 0.
     pub offset: i32,
-    /// How many at most.
+    /// Most code points to return.
     pub limit: i32,
 }
 
 impl Part {
-    /// The two parameters of a statement.
+    /// Offset and limit as statement parameters; both are NULL without a part.
     pub(super) fn params(part: Option<Self>) -> (Option<i32>, Option<i32>) {
         part.map(|part| (part.offset, part.limit)).unzip()
     }

@@ -1,4 +1,5 @@
-//! Tracking records of workflow runs.
+//! Tracking records of workflow runs. They belong to no queue's tables, so methods take a [`Caller`] instead of a
+//! scope.
 
 use tokio_postgres::Row;
 use uuid::Uuid;
@@ -9,65 +10,66 @@ use super::{Fault, Store, Wait};
 use crate::domain::{Error, Instant, JsonText, QueueName, RunId, WorkflowName, WorkflowVersion};
 use crate::scope::Caller;
 
-/// A record to be made.
+/// A new record of a workflow run.
 #[derive(Debug, Clone)]
 pub struct NewWorkflowRun {
-    /// Id.
+    /// Id of the workflow run, chosen by the caller or minted.
     pub id: Uuid,
-    /// Queue.
+    /// Queue of its first run. It need not exist.
     pub queue: QueueName,
-    /// Name.
+    /// Name of the workflow.
     pub name: WorkflowName,
-    /// Version.
+    /// Version of the workflow.
     pub version: WorkflowVersion,
-    /// Hash of the definition.
+    /// Hash of the workflow's definition, at most 128 bytes.
     pub hash: Option<String>,
-    /// First run.
+    /// First run of the workflow, if it exists already.
     pub run_id: Option<RunId>,
-    /// Inputs.
+    /// JSON object with the inputs of the workflow run.
     pub inputs: Option<JsonText>,
-    /// Who.
+    /// Name of its creator, as the caller gives it; at most 200 bytes.
     pub created_by: Option<String>,
-    /// Tags.
+    /// JSON object of tags, searched by [`WorkflowFilter::tags`].
     pub tags: Option<JsonText>,
 }
 
-/// What changes; None stays.
+/// Changes of a record. `None` leaves a field as it is.
 #[derive(Debug, Clone, Default)]
 pub struct WorkflowChange {
-    /// State, as stored.
+    /// New state, in its stored form.
     pub status: Option<&'static str>,
-    /// Result.
+    /// Result of the workflow run.
     pub result: Option<JsonText>,
-    /// Error.
+    /// Error of the workflow run.
     pub error: Option<JsonText>,
-    /// Beginning.
+    /// Start of the workflow run.
     pub started_at: Option<Instant>,
-    /// End.
+    /// End of the workflow run.
     pub completed_at: Option<Instant>,
-    /// Tasks.
+    /// Number of its tasks, as its orchestrator counts them.
     pub task_count: Option<i32>,
 }
 
-/// Which records.
+/// Filter of a list of records. `None` matches all.
 #[derive(Debug, Clone, Default)]
 pub struct WorkflowFilter {
-    /// Of this name.
+    /// Exact name of the workflow.
     pub name: Option<String>,
-    /// Of this version.
+    /// Exact version of the workflow.
     pub version: Option<String>,
-    /// In this state.
+    /// State, in its stored form.
     pub status: Option<&'static str>,
-    /// With at least these tags.
+    /// Tags that the record must contain, by jsonb's `@>`.
     pub tags: Option<JsonText>,
-    /// Made then or later.
+    /// Earliest creation time, inclusive.
     pub from: Option<Instant>,
-    /// Made before then.
+    /// Latest creation time, exclusive.
     pub before: Option<Instant>,
 }
 
 impl Store {
-    /// Makes a record; repeating it is harmless.
+    /// Creates a record. Repeating it with the same name, version and inputs has no further effect; the id of another
+    /// record is refused.
     pub async fn workflow_create(&self, _caller: &Caller, new: &NewWorkflowRun) -> Result<(), Error> {
         let (queue, name, version) = (new.queue.as_str(), new.name.as_str(), new.version.as_str());
         let params: [&(dyn postgres_types::ToSql + Sync); 9] =
@@ -79,7 +81,7 @@ impl Store {
         Err(Error::invalid("workflow_run_id", "belongs to another workflow run"))
     }
 
-    /// Changes a record; says whether there is one.
+    /// Changes a record, and returns whether it exists.
     pub async fn workflow_update(&self, _caller: &Caller, id: Uuid, change: &WorkflowChange) -> Result<bool, Error> {
         let params: [&(dyn postgres_types::ToSql + Sync); 7] = [
             &id,
@@ -97,7 +99,7 @@ impl Store {
             .is_empty())
     }
 
-    /// One record, with as many of its payloads as fit into so many bytes.
+    /// One record. Payloads that would take it past `bytes` are left out, in the order tags, inputs, result, error.
     pub async fn workflow_get(&self, _caller: &Caller, id: Uuid, bytes: i32) -> Result<Option<Row>, Error> {
         Ok(self
             .rows(&WORKFLOW_GET, Wait::Skip, None, &[&id, &bytes])
@@ -107,7 +109,8 @@ impl Store {
             .next())
     }
 
-    /// A part of one payload of a record, by the name of its column; and the length of the whole in code points.
+    /// A part of one payload of a record, and the length of the whole payload in code points. `payload` is the name of
+    /// its column.
     pub async fn workflow_get_part(
         &self,
         _caller: &Caller,
@@ -123,7 +126,8 @@ impl Store {
         }))
     }
 
-    /// A page of records, newest first, after a place; the last row may be the first of the next page (`beyond`).
+    /// A page of records, newest first, after `after`. A row marked `beyond` exceeds the byte limit and belongs to the
+    /// next page, unless it is alone.
     pub async fn workflow_list(
         &self,
         _caller: &Caller,
