@@ -1,4 +1,5 @@
-//! Installs and upgrades the schemas: forward only, under an advisory lock, so that two replicas may start at once.
+//! Installs and upgrades the schemas, forward only. An advisory lock serializes migrations, so two replicas may start
+//! at once.
 
 use sha2::{Digest as _, Sha256};
 use std::fmt::Write as _;
@@ -8,16 +9,16 @@ use crate::domain::Error;
 
 /// Key of the advisory lock: the bytes of "absurd".
 const LOCK: i64 = 0x6162_7375_7264;
-/// What this server is, compared with the `min_server` of a database.
+/// Generation of this server. A database whose `min_server` is greater refuses it.
 pub const SERVER_GENERATION: i32 = 2;
-/// The oldest generation of servers that may run on the side schema as this server makes it.
+/// Oldest generation of servers that may run on the side schema of this server.
 const MIN_SERVER: i32 = 2;
-/// Version of the side schema's text. Any change of it is a new version (`server/sql/versions`).
+/// Version of the side schema's text. Every change of the text needs a new version (`server/sql/versions`).
 const SIDE_VERSION: i32 = 9;
-/// Version of the storage contract's text, likewise.
+/// Version of the storage contract's text. Every change of the text needs a new version.
 const CONTRACT_VERSION: i32 = 2;
 
-/// Serves in both schemas.
+/// Cleanup functions, installed in both schemas.
 const CLEANUP: &str = include_str!("../../sql/absurd/08_cleanup.sql");
 
 const CONTRACT: &[(&str, &str)] = &[
@@ -35,7 +36,7 @@ const CONTRACT: &[(&str, &str)] = &[
     ("12_existing_queues", include_str!("../../sql/absurd/12_existing_queues.sql")),
 ];
 
-/// The side schema. Each file may be applied again, over any older version of itself.
+/// Files of the side schema. Each can be applied again, over any older version of itself.
 const SIDE: &[&str] = &[
     include_str!("../../sql/side/01_schema.sql"),
     include_str!("../../sql/side/02_doorbell.sql"),
@@ -49,13 +50,13 @@ const SIDE: &[&str] = &[
     include_str!("../../sql/side/09_quarantine.sql"),
 ];
 
-/// The whole text of the side schema.
+/// The complete SQL text of the side schema.
 pub fn side_text() -> String {
     let cleanup = CLEANUP.replace("function absurd.cleanup_", "function absurd_server.cleanup_");
     SIDE.iter().map(|part| part.replace("-- {cleanup}", &cleanup)).collect()
 }
 
-/// The whole text of the storage contract.
+/// The complete SQL text of the storage contract.
 pub fn contract_text() -> String {
     CONTRACT.iter().fold(String::new(), |mut text, (name, part)| {
         let _ = writeln!(text, "-- {name}\n{part}");
@@ -63,36 +64,36 @@ pub fn contract_text() -> String {
     })
 }
 
-/// Where the storage contract in a database comes from.
+/// Installer of the storage contract in a database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
-    /// Installed by us.
+    /// This server installed it, or will.
     Ours,
-    /// Installed by upstream's own tool; schema `absurd` stays as it is.
+    /// Upstream's own tool installed it. Migrations leave schema `absurd` as it is.
     Adopted,
 }
 
-/// What a migration did.
+/// Result of a migration, or of a dry run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
-    /// Whose database it is.
+    /// Installer of the storage contract.
     pub origin: Origin,
-    /// Steps that were applied, by name.
+    /// Names of the steps that were applied. After a dry run: that would be.
     pub applied: Vec<String>,
-    /// Whether the doorbell hangs on the queues.
+    /// Whether the doorbell trigger is installed on the queues. After a dry run: whether it would be.
     pub doorbell: bool,
 }
 
-/// How to migrate.
+/// Options of a migration.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Options {
-    /// Hang the doorbell in an adopted database too.
+    /// Install the doorbell trigger in an adopted database too. By default only our own databases get it.
     pub doorbell: bool,
-    /// Never hang it, and take it down.
+    /// Install no doorbell trigger, and drop those that exist. Wins over `doorbell`.
     pub no_doorbell: bool,
 }
 
-/// Connects on its own and migrates.
+/// Migrates a database, over a connection of its own.
 pub async fn migrate(database: &Config, options: Options) -> Result<Report, Error> {
     let client = connect(database).await?;
     super::connect::check_for_migration(database, &client).await?;
@@ -102,7 +103,7 @@ pub async fn migrate(database: &Config, options: Options) -> Result<Report, Erro
     report
 }
 
-/// Says what [`migrate`] would do, and does nothing.
+/// Reports the steps that [`migrate`] would apply, and changes nothing.
 pub async fn check(database: &Config, options: Options) -> Result<Report, Error> {
     let client = connect(database).await?;
     super::connect::check_for_migration(database, &client).await?;
@@ -113,7 +114,8 @@ pub async fn check(database: &Config, options: Options) -> Result<Report, Error>
     Ok(Report { origin, applied: versions.steps(), doorbell })
 }
 
-/// Takes away everything of ours but the storage contract: the triggers first, then the side schema with all in it.
+/// Removes the doorbell triggers and the side schema; the storage contract stays. Refuses while a server runs on the
+/// database. Without `force`, also refuses while workflow runs are stored.
 pub async fn remove(database: &Config, force: bool) -> Result<(), Error> {
     let client = connect(database).await?;
     take_lock(&client).await?;
@@ -161,7 +163,7 @@ async fn take_lock(client: &Client) -> Result<(), Error> {
     client.batch_execute(&format!("select pg_advisory_lock({LOCK})")).await.map_err(|error| fail(&error))
 }
 
-/// Closing the session would unlock too; this way the next one need not wait for that.
+/// Releases the lock explicitly, so that the next migration need not wait until this session is closed.
 async fn release_lock(client: &Client) -> Result<(), Error> {
     client.batch_execute(&format!("select pg_advisory_unlock({LOCK})")).await.map_err(|error| fail(&error))
 }
@@ -196,7 +198,7 @@ async fn apply(client: &Client, options: Options) -> Result<Report, Error> {
     Ok(Report { origin, applied: versions.steps(), doorbell })
 }
 
-/// The text and its version, in one transaction.
+/// Applies the side schema and records its version, in one transaction.
 async fn apply_side(client: &Client) -> Result<(), Error> {
     let text = side_text();
     let note = format!(
@@ -208,8 +210,8 @@ async fn apply_side(client: &Client) -> Result<(), Error> {
     step(client, &format!("begin;\n{text}\n{note};\ncommit;")).await
 }
 
-/// Which versions of the schemas a database has; 0: none. Versions alone decide what is applied: a text is never put over that of
-/// a newer version, whatever a checksum says.
+/// Versions of the schemas in a database; 0 means that a schema is absent. Versions alone decide which steps are
+/// applied. A text is never applied over that of a newer version, whatever its checksum.
 #[derive(Debug, Clone, Copy)]
 struct Versions {
     origin: Origin,
@@ -227,7 +229,7 @@ impl Versions {
         self.origin == Origin::Ours && self.contract < CONTRACT_VERSION
     }
 
-    /// What a migration has to do.
+    /// Names of the steps that a migration has to apply.
     fn steps(self) -> Vec<String> {
         let from = |version: i32| if version == 0 { String::new() } else { format!("{version} to ") };
         let contract = format!("storage contract (version {}{CONTRACT_VERSION})", from(self.contract));
@@ -236,7 +238,7 @@ impl Versions {
         steps.into_iter().filter_map(|(old, step)| old.then_some(step)).collect()
     }
 
-    /// A newer server has migrated the database, and says in `min_server` whether this one may still run.
+    /// Refuses a database that a newer server has migrated, if its `min_server` excludes this server.
     fn refuse_newer(self) -> Result<(), Error> {
         if self.min_server > SERVER_GENERATION {
             return Err(Error::Setup(format!(
@@ -250,7 +252,7 @@ impl Versions {
         Ok(())
     }
 
-    /// A server does not run on schemas that are older than its own.
+    /// Refuses schemas that are older than those of this server.
     fn refuse_older(self) -> Result<(), Error> {
         let steps = self.steps();
         if steps.is_empty() {
@@ -275,7 +277,7 @@ async fn versions(client: &Client, origin: Origin) -> Result<Versions, Error> {
             .map_err(|error| fail(&error))?;
         (side, min_server) = (row.get(0), row.get(1));
     }
-    // Before there were versions, a checksum was all that was kept.
+    // Databases older than the version numbers stored only a checksum; they count as version 1.
     let contract = match setting(client, "contract_version").await? {
         Some(version) => version.parse().unwrap_or(0),
         None => i32::from(setting(client, "contract_checksum").await?.is_some()),
@@ -291,14 +293,15 @@ async fn step(client: &Client, sql: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// A schema `absurd` that we did not mark as ours was installed by upstream; release 0.4.0 and newer are adopted.
+/// Determines the installer of schema `absurd`. A schema without our mark is upstream's, and is adopted from release
+/// 0.4.0 on.
 async fn origin(client: &Client) -> Result<Origin, Error> {
     match setting(client, "origin").await?.as_deref() {
         Some("ours") => return Ok(Origin::Ours),
         Some("adopted") => return Ok(Origin::Adopted),
         _ => {}
     }
-    // The catalogue decides, not the version: columns and functions that came with a release and that we rely on.
+    // Decided by the functions that we rely on, not by the version that the schema reports.
     let row = client
         .query_one(
             "select to_regclass('absurd.queues') is not null,
@@ -360,16 +363,17 @@ async fn doorbell(client: &Client, origin: Origin, options: Options) -> Result<b
     Ok(wanted)
 }
 
-/// What a server must know of its database.
+/// Facts about a migrated database that a server needs at its start.
 #[derive(Debug, Clone, Copy)]
 pub struct Known {
-    /// Whose schema `absurd` is.
+    /// Installer of schema `absurd`.
     pub origin: Origin,
-    /// Whether the doorbell hangs.
+    /// Whether queues get the doorbell trigger, as the newest migration decided.
     pub doorbell: bool,
 }
 
-/// What is known of a migrated database.
+/// Reads the facts about a migrated database, or `None` for one that was never migrated. Fails if its schemas are older
+/// than this server, or exclude it.
 pub async fn inspect(client: &Client) -> Result<Option<Known>, Error> {
     if !relation_exists(client, "absurd_server.setting").await? {
         return Ok(None);
@@ -430,7 +434,7 @@ fn fail(error: &tokio_postgres::Error) -> Error {
 mod tests {
     use super::*;
 
-    /// A database knows its schemas by their versions alone, so no two texts may have one version.
+    /// A database knows its schemas by version number only, so two texts must never share a version.
     #[test]
     fn each_text_has_a_version_of_its_own() {
         let known = include_str!("../../sql/versions");

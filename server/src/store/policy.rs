@@ -1,4 +1,4 @@
-//! How queues are kept: policies, and cleanup by hand.
+//! Policies of queues, and cleanups that a caller requests.
 
 use tokio_postgres::Row;
 
@@ -7,35 +7,35 @@ use super::{Fault, Store, Wait};
 use crate::domain::Error;
 use crate::scope::Scope;
 
-/// What a cleanup deletes.
+/// Kind of rows that a cleanup deletes.
 #[derive(Debug, Clone, Copy)]
 pub enum Old {
-    /// Tasks that have ended.
+    /// Tasks that ended more than `seconds` ago.
     Tasks,
-    /// Events.
+    /// Events emitted more than `seconds` ago.
     Events,
 }
 
 impl Store {
-    /// The policy of a queue.
+    /// Reads the policy of a queue. Fails with [`Error::QueueNotFound`] if the queue is not registered.
     pub async fn queue_policy(&self, scope: &Scope) -> Result<Row, Error> {
         let rows = self.rows(&QUEUE_POLICY, Wait::Skip, None, &[&scope.queue().as_str()]).await;
         let row = rows.map_err(|fault| fault.into_read_error(scope))?.into_iter().next();
         row.ok_or_else(|| Error::QueueNotFound(scope.queue().as_str().to_owned()))
     }
 
-    /// Changes the policy of a queue that exists; `policy` is what the contract's function takes.
+    /// Changes the policy of a registered queue. `policy` is the JSON argument of the contract's `set_queue_policy`.
     pub async fn queue_set_policy(&self, scope: &Scope, policy: &str) -> Result<(), Error> {
         let changed = self.rows(&QUEUE_SET_POLICY, Wait::Skip, None, &[&scope.queue().as_str(), &policy]).await;
         match changed {
             Ok(_) => Ok(()),
-            // What it refuses was not refused at the edge: it depends on the queue.
+            // The request was validated before, so this refusal depends on the queue.
             Err(Fault::Raised { message, .. }) => Err(Error::invalid("policy", message)),
             Err(fault) => Err(fault.into_error(scope)),
         }
     }
 
-    /// Deletes a batch of what is old; says how many.
+    /// Deletes up to `limit` tasks or events older than `seconds`. Returns how many were deleted.
     pub async fn cleanup(&self, scope: &Scope, what: Old, seconds: i32, limit: i32) -> Result<i32, Error> {
         let statement = match what {
             Old::Tasks => &TASK_CLEANUP,

@@ -1,4 +1,5 @@
-//! Tasks that cannot be moved on: set aside with a reason.
+//! Quarantine: tasks that Postgres refuses to process, or that fit into no message. Sweeps leave such a task out for 30
+//! s at first, then twice as long each time, at most 10 minutes.
 
 use uuid::Uuid;
 
@@ -7,26 +8,26 @@ use super::{Fault, Store, Wait};
 use crate::domain::{RunId, TaskId};
 use crate::scope::Scope;
 
-/// Longest text of a problem that is kept, in characters.
+/// Longest stored problem text, in characters.
 const PROBLEM_MAX: usize = 500;
 
-/// Why a task is set aside.
+/// Why a task is quarantined. The constraint on `absurd_server.quarantine` lists the same reasons.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
-    /// Postgres refuses to have it claimed, or it cannot be read.
+    /// Postgres refuses its claim, or its row cannot be read.
     Claim,
-    /// Its lease ran out, and Postgres refuses to fail its run.
+    /// Its lease expired, and Postgres refuses to fail its run.
     Lease,
-    /// Its policy cancels it, and Postgres refuses that.
+    /// Its cancellation policy is due, and Postgres refuses the cancellation.
     Policy,
-    /// It fits into no message of the stream that it was claimed for.
+    /// It fits into no message of the stream that claimed it.
     Size,
 }
 
 impl Reason {
     const ALL: [Self; 4] = [Self::Claim, Self::Lease, Self::Policy, Self::Size];
 
-    /// As stored, and as the label of a metric.
+    /// Stored form, and label in metrics.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Claim => "claim",
@@ -37,23 +38,23 @@ impl Reason {
     }
 }
 
-/// A task that is set aside.
+/// A quarantined task.
 #[derive(Debug, Clone)]
 pub struct Quarantined {
-    /// Its queue.
+    /// Name of its queue.
     pub queue: String,
-    /// The task.
+    /// Task of the quarantined run.
     pub task_id: TaskId,
-    /// As stored.
+    /// Stored form of its [`Reason`].
     pub reason: String,
-    /// What Postgres said, or how large it is.
+    /// The message of Postgres, or the size of the task.
     pub problem: String,
-    /// How often it was tried.
+    /// Times that the run was quarantined.
     pub times: i32,
 }
 
 impl Store {
-    /// Sets runs aside, each with its problem.
+    /// Quarantines runs, each with its problem. A repeated run doubles its pause.
     pub async fn quarantine_put(&self, scope: &Scope, reason: Reason, found: &[(RunId, String)]) -> Result<(), Fault> {
         let runs: Vec<Uuid> = found.iter().map(|(run_id, _)| *run_id).collect();
         let problems: Vec<String> =
@@ -63,7 +64,7 @@ impl Store {
         self.rows(&QUARANTINE_PUT, Wait::Skip, Some(scope), &params).await.map(drop)
     }
 
-    /// What is set aside, so many at most.
+    /// Quarantined tasks by queue, oldest first, at most `limit`.
     pub async fn quarantine_list(&self, limit: i64) -> Result<Vec<Quarantined>, Fault> {
         let rows = self.rows(&QUARANTINE_LIST, Wait::Skip, None, &[&limit]).await?;
         let read = |row: &tokio_postgres::Row| Quarantined {
@@ -76,14 +77,14 @@ impl Store {
         Ok(rows.iter().map(read).collect())
     }
 
-    /// How many are set aside, by reason.
+    /// Number of quarantined tasks per reason, zeros included.
     pub async fn quarantine_count(&self) -> Result<[(Reason, i64); 4], Fault> {
         let rows = self.rows(&QUARANTINE_COUNT, Wait::Skip, None, &[]).await?;
         let of = |reason: Reason| rows.iter().find(|row| row.get::<_, &str>("reason") == reason.as_str());
         Ok(Reason::ALL.map(|reason| (reason, of(reason).map_or(0, |row| row.get("tasks")))))
     }
 
-    /// Forgets what has moved on.
+    /// Removes entries whose run has moved on, or whose queue is gone.
     pub async fn quarantine_forget(&self) -> Result<(), Fault> {
         self.rows(&QUARANTINE_FORGET, Wait::Skip, None, &[]).await.map(drop)
     }

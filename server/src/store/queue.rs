@@ -1,4 +1,4 @@
-//! Queues: create, drop, list, count.
+//! Queues: creating, dropping, listing and counting them, and their doorbell triggers.
 
 use tokio_postgres::Row;
 
@@ -10,9 +10,9 @@ use super::{Fault, Store, Tx, Wait};
 use crate::domain::Error;
 use crate::scope::Scope;
 
-/// How far counts go.
+/// Upper bound of each count of a queue. Counting stops there.
 pub const COUNT_MAX: i64 = 100_000;
-/// Longest wait for others who create queues.
+/// Longest lock wait while a queue is created, such as for another creation of the same queue.
 const LOCK_WAIT: std::time::Duration = std::time::Duration::from_secs(10);
 
 impl Store {
@@ -25,11 +25,11 @@ impl Store {
         Ok(rows.first().map_or((None, false), |row| (row.get("storage_mode"), row.get("usable"))))
     }
 
-    /// Creates a queue, and sets a policy in the same transaction; says whether it is new: of many who create it at once, one
-    /// hears so. `policy` is what the contract's function takes.
+    /// Creates a queue and sets its policy, in one transaction. Returns whether the queue is new; of concurrent calls
+    /// only one gets `true`. `policy` is the JSON argument of the contract's `set_queue_policy`.
     pub async fn queue_create(&self, scope: &Scope, mode: &str, policy: Option<&str>) -> Result<bool, Error> {
         match self.queue_create_with(scope, mode, policy).await {
-            // A creator by SQL at the same time: the other one made it.
+            // An SQL client created the queue at the same time. The second attempt finds it.
             Err(Fault::Duplicate) => {
                 self.queue_create_with(scope, mode, policy).await.unwrap_or_else(|fault| Err(fault.into_error(scope)))
             }
@@ -37,7 +37,7 @@ impl Store {
         }
     }
 
-    /// The transaction of it; inside, what is refused by rules.
+    /// Runs the transaction of [`Store::queue_create`]. The inner error is a refusal by the rules for queues.
     async fn queue_create_with(
         &self,
         scope: &Scope,
@@ -54,13 +54,13 @@ impl Store {
         }
     }
 
-    /// Those of these queues on which no doorbell hangs.
+    /// Those of `queues` that lack a doorbell trigger on one of their two tables.
     pub async fn doorbell_missing(&self, queues: &[&str]) -> Result<Vec<String>, Fault> {
         let rows = self.rows(&DOORBELL_MISSING, Wait::Skip, None, &[&queues]).await?;
         Ok(rows.iter().map(|row| row.get("queue_name")).collect())
     }
 
-    /// Hangs the doorbell on a queue. May fail for want of a lock; it is tried again later.
+    /// Installs the doorbell trigger on a queue. Fails if a lock takes longer than 100 ms; a later tick retries.
     pub async fn queue_doorbell(&self, scope: &Scope) -> Result<(), Fault> {
         let tx = self.begin(std::time::Duration::from_millis(100)).await?;
         match tx.rows(&QUEUE_DOORBELL, Wait::Skip, None, &[&scope.queue().as_str()]).await {
@@ -72,14 +72,14 @@ impl Store {
         }
     }
 
-    /// How many of its tasks can be claimed and wait, up to a bound.
+    /// Counts the pending tasks that can be claimed now, up to `most`.
     pub async fn queue_backlog(&self, scope: &Scope, most: i64) -> Result<i64, Error> {
         let rows = self.rows(&QUEUE_BACKLOG, Wait::Skip, Some(scope), &[&most]).await;
         let rows = rows.map_err(|fault| fault.into_read_error(scope))?;
         Ok(rows.first().map_or(0, |row| row.get("waiting")))
     }
 
-    /// Drops a queue; says whether there was one.
+    /// Drops a queue, and returns whether it was registered.
     pub async fn queue_drop(&self, scope: &Scope) -> Result<bool, Error> {
         let (before, _) = self.queue_get(scope).await?;
         self.rows(&QUEUE_DROP, Wait::Skip, None, &[&scope.queue().as_str()])
@@ -88,12 +88,12 @@ impl Store {
         Ok(before.is_some())
     }
 
-    /// A page of queues after a name.
+    /// A page of at most `limit` queues in order of name, after `after`.
     pub async fn queue_list(&self, scope: Option<&Scope>, after: &str, limit: i64) -> Result<Vec<Row>, Fault> {
         self.rows(&QUEUE_LIST, Wait::Skip, scope, &[&after, &limit]).await
     }
 
-    /// Counts of a queue.
+    /// Counts of a queue's runs by state, each up to [`COUNT_MAX`], and the age of the oldest claimable one.
     pub async fn queue_stats(&self, scope: &Scope) -> Result<Row, Error> {
         self.rows(&QUEUE_STATS, Wait::Skip, Some(scope), &[&COUNT_MAX])
             .await
@@ -132,7 +132,7 @@ async fn create_in(scope: &Scope, tx: &Tx, mode: &str, policy: Option<&str>) -> 
     }
     if let Some(policy) = policy {
         match tx.rows(&QUEUE_SET_POLICY, Wait::Skip, None, &[&queue, &policy]).await {
-            // What was in order at the edge may still not fit the queue.
+            // A policy that was valid on its own may still not fit the queue.
             Err(Fault::Raised { message, .. }) => return Ok(Err(Error::invalid("policy", message))),
             set => drop(set?),
         }
