@@ -1,4 +1,5 @@
-//! A failed statement, by what can be done about it. `sqlstate` says what a code means; no other file knows one.
+//! Faults: failed statements, classified by the reaction that they allow. `sqlstate` gives each code its meaning; only
+//! special cases are decided here.
 
 use std::time::Duration;
 
@@ -9,64 +10,65 @@ use super::sqlstate::{Meaning, meaning};
 use crate::domain::Error;
 use crate::scope::Scope;
 
-/// A failed statement, by what can be done about it. Its `Debug` form is its text, as log lines show it.
+/// A failed statement, classified by the reaction that it allows. `Debug` prints the kind and the text, for log lines.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Fault {
-    /// A table does not exist: the queue does not.
+    /// The queue does not exist.
     Missing,
-    /// A table does not exist; [`super::Store`] finds out whether the queue does.
+    /// A table does not exist. [`super::Store`] then finds out whether the queue exists.
     NoTable(String),
-    /// Schema `absurd` or `absurd_server` is gone, or lacks what every database of this server has.
+    /// Schema `absurd` or `absurd_server` is gone, or lacks a table that every database of this server has.
     Schema(String),
-    /// Postgres refused a value.
+    /// Postgres cannot store a value of the statement.
     Data(String),
     /// A trigger, a constraint or a policy of the database's owner refused a row.
     Refused(String),
     /// The server's role lacks a right.
     Rights(String),
-    /// A table of the queue is not as the server knows it: a column, an index or a table was renamed or dropped.
+    /// A table of the queue does not match the server's expectations: a column, an index or a table was renamed or
+    /// dropped.
     Damaged(String),
     /// A stored row or page cannot be read.
     Unreadable(String),
     /// Postgres' own installation is broken: a library, a file, a setting.
     Broken(String),
-    /// A lock was not to be had in time.
+    /// A lock was not granted in time.
     Locked,
-    /// A serialization failure or a deadlock: run it again.
+    /// A serialization failure or a deadlock. Run the statement again.
     Conflict,
-    /// No connection, or it was lost before the statement was sent.
+    /// No connection, or it was lost before the statement took effect. Nothing was done.
     Gone(String),
-    /// The connection was lost while the statement ran: it may have been carried out.
+    /// The connection was lost while the statement ran. It may have been carried out.
     Unknown(String),
-    /// No connection was free in time, or would have been.
+    /// No connection was free in time, or none would have been.
     Busy {
-        /// When to come again.
+        /// Suggested delay before the next attempt.
         after: Duration,
     },
-    /// Postgres takes no further connection.
+    /// Postgres accepts no further connection.
     Crowded(String),
-    /// Postgres lacks memory or another resource for now.
+    /// Postgres lacks memory or another resource at the moment.
     Exhausted(String),
-    /// The statement ran into its time limit.
+    /// The statement exceeded its time limit.
     Timeout,
-    /// A unique key of the storage contract exists.
+    /// A unique key of the storage contract exists already.
     Duplicate,
-    /// An error raised by a function of the contract.
+    /// A function of the storage contract raised an error.
     Raised {
-        /// SQLSTATE.
+        /// SQLSTATE of the error.
         code: String,
-        /// Text.
+        /// Primary message of the error.
         message: String,
     },
-    /// A cached plan whose result type changed, or a prepared statement that a pooler lost: prepare it again.
+    /// A cached plan changed its result type, or a pooler lost a prepared statement. Prepare it again.
     StalePlan,
-    /// The database takes no writes: a standby, or set to read only.
+    /// The database takes no writes: it is a standby, or set to read only.
     ReadOnly,
     /// The database's disk is full.
     Full,
-    /// The database gives out no more transaction ids until it has been vacuumed.
+    /// The database assigns no more transaction ids until it is vacuumed.
     NoIds,
-    /// Anything else; a bug.
+    /// Anything else: a bug of the server.
     Bug(String),
 }
 
@@ -86,7 +88,8 @@ impl Fault {
 
     pub(crate) fn from_postgres(error: &tokio_postgres::Error) -> Self {
         let Some(database) = error.as_db_error() else {
-            // A value that could not be encoded never left this process; everything else is the connection.
+            // Without a SQLSTATE, either the connection failed, or a value could not be encoded or decoded. The latter
+            // is a bug.
             let text = describe(error);
             return if error.is_closed() || text.contains("communicating") || text.contains("connect") {
                 Self::Unknown(text)
@@ -101,18 +104,20 @@ impl Fault {
         let code = database.code().code();
         let text = told(database);
         let meaning = match (meaning(code), database.routine()) {
-            // Too much of something is the caller's, with one exception.
+            // Class 54 blames a value of the caller, except when Postgres is out of transaction ids.
             (_, Some("GetNewTransactionId" | "GetNewMultiXactId")) => return Self::NoIds,
-            // Of class 0A, one routine speaks of a plan, one of a value, all others of what the owner has set up.
+            // Class 0A normally blames the database's owner. These two routines report a stale plan and a value that
+            // the encoding lacks.
             (_, Some("RevalidateCachedQuery")) if code == "0A000" => Meaning::Prepared,
             (_, Some("pg_unicode_to_server")) => Meaning::Value,
-            // Row security has the code of a missing right, and refuses a row.
+            // Row security refuses a row with the code of a missing right.
             (Meaning::Rights, Some("ExecWithCheckOptions")) => Meaning::Refused,
-            // A trigger may raise any code. Only those that ask for another try are taken at their word.
+            // RAISE in a trigger can use any code. Only codes that ask for a retry keep their meaning.
             (Meaning::Conflict, Some("exec_stmt_raise")) => Meaning::Conflict,
             (Meaning::Lock, Some("exec_stmt_raise")) => Meaning::Lock,
             (_, Some("exec_stmt_raise")) if !is_ours(database) => Meaning::Refused,
-            // Only a session that ends leaves something in doubt; a foreign server that is away does not.
+            // The outcome is in doubt only if our session ends. Without that, class 08 comes from a foreign server that
+            // is unreachable.
             (Meaning::Connection | Meaning::Session, _) if !is_fatal(database) && code.starts_with("08") => {
                 Meaning::Resources
             }
@@ -143,7 +148,7 @@ impl Fault {
         }
     }
 
-    /// For metrics.
+    /// Label of the kind in metrics and logs.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Missing | Self::NoTable(_) => "missing",
@@ -191,12 +196,12 @@ impl Fault {
         )
     }
 
-    /// Whether the statement asked too much of Postgres: less of the same work may succeed at once.
+    /// Whether the statement asked too much of Postgres. A smaller part of the work may succeed at once.
     pub fn is_too_much(&self) -> bool {
         matches!(self, Self::Timeout | Self::Exhausted(_))
     }
 
-    /// Whether Postgres refused what some row holds, or what becomes of it: without that row the same statement may succeed.
+    /// Whether Postgres refused a stored row, or the change of it. Without that row the same statement may succeed.
     pub fn is_refusal(&self) -> bool {
         matches!(
             self,
@@ -209,12 +214,13 @@ impl Fault {
         )
     }
 
-    /// Whether the same statement fails until an operator mends the queue or the database: a right, a table, a library.
+    /// Whether the same statement fails until an operator repairs the queue or the database: a right, a table, a
+    /// library.
     pub fn is_lasting(&self) -> bool {
         matches!(self, Self::Schema(_) | Self::Rights(_) | Self::Damaged(_) | Self::Unreadable(_) | Self::Broken(_))
     }
 
-    /// What Postgres said, for an operator.
+    /// The message of Postgres, or a description of the fault, for an operator.
     pub fn problem(&self) -> String {
         match self {
             Self::Data(text)
@@ -244,12 +250,12 @@ impl Fault {
         }
     }
 
-    /// Whether the connection is of no more use, or leads to a server that is of none.
+    /// Whether to discard the connection: it is broken, or leads to a server that cannot serve.
     pub(super) fn is_of_connection(&self) -> bool {
         matches!(self, Self::Gone(_) | Self::Unknown(_) | Self::ReadOnly | Self::Exhausted(_))
     }
 
-    /// The domain's error.
+    /// Converts to the domain's error, for a statement on this queue.
     pub fn into_error(self, scope: &Scope) -> Error {
         let queue = || scope.queue().as_str().to_owned();
         match self {
@@ -261,7 +267,7 @@ impl Fault {
         }
     }
 
-    /// The domain's error of a statement that speaks of no queue.
+    /// Converts to the domain's error, for a statement on no particular queue.
     pub fn into_database_error(self) -> Error {
         let text = self.problem();
         match self {
@@ -285,7 +291,7 @@ impl Fault {
         }
     }
 
-    /// The domain's error of a read, which a lost connection cannot leave in doubt.
+    /// Converts to the domain's error, for a read. A lost connection leaves no outcome in doubt.
     pub fn into_read_error(self, scope: &Scope) -> Error {
         match self {
             Self::Unknown(text) => Error::DatabaseUnreachable(text),
@@ -293,7 +299,7 @@ impl Fault {
         }
     }
 
-    /// The same of a read that speaks of no queue.
+    /// Like [`Fault::into_read_error`], for a read on no particular queue.
     pub fn into_database_read_error(self) -> Error {
         match self {
             Self::Unknown(text) => Error::DatabaseUnreachable(text),
@@ -316,7 +322,8 @@ impl std::fmt::Debug for Fault {
 
 impl std::error::Error for Fault {}
 
-/// The message, its detail and its hint, and the code. The detail of a refused row is the whole row, which no log may hold.
+/// Message, detail and hint of an error, and its code in parentheses. The detail of a row that a constraint refused is left
+/// out: it is the whole row, which no log may hold.
 fn told(database: &DbError) -> String {
     let holds_the_row = [&SqlState::NOT_NULL_VIOLATION, &SqlState::CHECK_VIOLATION].contains(&database.code());
     let mut text = database.message().to_owned();
@@ -330,14 +337,15 @@ fn is_fatal(database: &DbError) -> bool {
     matches!(database.parsed_severity(), Some(Severity::Fatal | Severity::Panic))
 }
 
-/// Whether a function of ours, or of the storage contract, raised the error: the innermost line of the context names it.
+/// Whether a function of the storage contract or of the side schema raised the error. The first line of the context
+/// names the innermost function.
 fn is_ours(database: &DbError) -> bool {
     let innermost = database.where_().and_then(|context| context.lines().next()).unwrap_or_default();
     innermost.split_whitespace().any(is_function_of_ours)
 }
 
-/// Whether a word of a context is a function of ours. Postgres leaves the schema away where it is in the search path, as it is
-/// for a role that is called `absurd`; the functions of triggers have no arguments, those that raise errors here do.
+/// Whether a word of an error's context names a function of ours. Postgres omits the schema if it is in the search
+/// path, as for a role named `absurd`. Trigger functions have no arguments; our raising functions do.
 fn is_function_of_ours(word: &str) -> bool {
     let Some((name, arguments)) = word.split_once('(') else { return false };
     match name.split_once('.') {
@@ -346,7 +354,7 @@ fn is_function_of_ours(word: &str) -> bool {
     }
 }
 
-/// Functions of the storage contract and of the side schema that raise errors.
+/// Functions of the storage contract and of the side schema that are recognized without their schema.
 const RAISING: &[&str] = &[
     "await_event",
     "await_task",
@@ -371,14 +379,14 @@ const RAISING: &[&str] = &[
     "validate_queue_name",
 ];
 
-/// Whether a unique key belongs to the storage contract; its owner may have added others to the tables.
+/// Whether a unique key belongs to the storage contract. The database's owner may have added other keys to the tables.
 fn is_key_of_ours(database: &DbError) -> bool {
     let schema = database.schema().is_some_and(|schema| schema == "absurd" || schema == "absurd_server");
     schema
         && database.constraint().is_some_and(|name| name.ends_with("_pkey") || name.ends_with("_idempotency_key_key"))
 }
 
-/// What an error of the driver says, with all its causes, for an operator.
+/// Text of a driver error with its whole chain of causes, for an operator.
 pub(crate) fn explain(error: &tokio_postgres::Error) -> String {
     error.as_db_error().map_or_else(|| describe(error), told)
 }

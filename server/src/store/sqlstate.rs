@@ -1,52 +1,52 @@
-//! Every SQLSTATE of Postgres, and its meaning for a statement of ours. [`meaning`] is the only reader of the two tables;
-//! a test walks all codes that Postgres 14 to 18 know, so no code falls through by accident.
+//! The meaning of every SQLSTATE of Postgres. A test covers all codes that Postgres 14 to 18 can raise, so none gets
+//! its meaning by accident.
 
-/// What a SQLSTATE says about the statement that it ended.
+/// Meaning of a SQLSTATE for the statement that it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Meaning {
-    /// The statement holds a value that Postgres cannot store.
+    /// The statement contains a value that Postgres cannot store.
     Value,
     /// A rule of the database's owner refuses a row: a trigger, a constraint, a policy.
     Refused,
-    /// A unique key exists.
+    /// A unique key exists already.
     Key,
-    /// Raised by the storage contract's own functions, for their callers.
+    /// A function of the storage contract raised it for its caller.
     Contract,
     /// The server's role lacks a right.
     Rights,
     /// A table is missing: a queue's, or one of the schemas'.
     Table,
-    /// A table, a function or a type is not as the server knows it.
+    /// A table, a function or a type does not match the server's expectations.
     Structure,
     /// Stored pages or rows cannot be read.
     Storage,
-    /// Something outside of the tables is broken: a library, a file, a setting.
+    /// Something outside the tables is broken: a library, a file, a setting.
     Installation,
-    /// A lock was not to be had in time.
+    /// A lock was not granted in time.
     Lock,
-    /// Another transaction was faster: run it again.
+    /// A conflict with another transaction. Run the statement again.
     Conflict,
-    /// The statement ran into its time limit, or somebody cancelled it.
+    /// The statement exceeded its time limit, or was cancelled.
     Cancelled,
-    /// Postgres lacks memory or another resource for now.
+    /// Postgres lacks memory or another resource at the moment.
     Resources,
-    /// Postgres takes no further connection.
+    /// Postgres accepts no further connection.
     Connections,
     /// The disk is full.
     Disk,
     /// The database takes no writes.
     ReadOnly,
-    /// The session ends, and whatever it did is rolled back.
+    /// The session ends, and its transaction is rolled back.
     Session,
-    /// The connection failed: the statement may have been carried out.
+    /// The connection failed. The statement may have been carried out.
     Connection,
-    /// A prepared statement is gone, or of another session.
+    /// A prepared statement is gone, or belongs to another session.
     Prepared,
     /// The statement itself is wrong.
     Bug,
 }
 
-/// By class: the first two characters of a code.
+/// Meanings by class, the first two characters of a code.
 const CLASSES: &[(&str, Meaning)] = &[
     ("00", Meaning::Refused),
     ("01", Meaning::Refused),
@@ -54,13 +54,13 @@ const CLASSES: &[(&str, Meaning)] = &[
     ("03", Meaning::Bug),
     ("08", Meaning::Connection),
     ("09", Meaning::Refused),
-    // Mostly a value; `fault` singles out stale plans, which have this class too.
+    // `fault` singles out stale plans, and values that the encoding lacks.
     ("0A", Meaning::Refused),
     ("0B", Meaning::Bug),
     ("0F", Meaning::Bug),
     ("0L", Meaning::Rights),
     ("0P", Meaning::Rights),
-    // Postgres 18 names this one as class 10.
+    // Postgres 18 lists this class as 10.
     ("10", Meaning::Refused),
     ("0Z", Meaning::Refused),
     ("20", Meaning::Refused),
@@ -82,7 +82,7 @@ const CLASSES: &[(&str, Meaning)] = &[
     ("3D", Meaning::Session),
     ("3F", Meaning::Table),
     ("40", Meaning::Conflict),
-    // All statements are prepared in a test: a name that is not found later was renamed or dropped.
+    // A test prepares all statements, so a missing name means that it was renamed or dropped later.
     ("42", Meaning::Structure),
     ("44", Meaning::Refused),
     ("53", Meaning::Resources),
@@ -97,7 +97,7 @@ const CLASSES: &[(&str, Meaning)] = &[
     ("XX", Meaning::Storage),
 ];
 
-/// Codes with another meaning than the rest of their class.
+/// Codes whose meaning differs from that of their class.
 const CODES: &[(&str, Meaning)] = &[
     ("23505", Meaning::Key),
     ("25006", Meaning::ReadOnly),
@@ -111,14 +111,14 @@ const CODES: &[(&str, Meaning)] = &[
     ("42P01", Meaning::Table),
     ("42P02", Meaning::Bug),
     ("42P03", Meaning::Bug),
-    // A pooler gave the session of somebody else.
+    // A pooler assigned the session of another client.
     ("42P05", Meaning::Prepared),
     ("42P08", Meaning::Bug),
     ("42P14", Meaning::Bug),
     ("42P18", Meaning::Bug),
     ("53100", Meaning::Disk),
     ("53300", Meaning::Connections),
-    // In use by another statement: a lock that is not waited for.
+    // Another statement uses the object; treated like a lock that is not granted.
     ("55006", Meaning::Lock),
     ("55P02", Meaning::Bug),
     ("55P03", Meaning::Lock),
@@ -130,7 +130,7 @@ const CODES: &[(&str, Meaning)] = &[
     ("AB003", Meaning::Contract),
 ];
 
-/// The meaning of a code. A class that no release of Postgres knows belongs to the database's owner.
+/// The meaning of a code. Classes unknown to every release of Postgres are raised by the database's owner.
 pub(super) fn meaning(code: &str) -> Meaning {
     let of_code = CODES.iter().find(|(known, _)| *known == code);
     let of_class = || CLASSES.iter().find(|(class, _)| code.get(..2) == Some(*class));
