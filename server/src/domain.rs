@@ -1,4 +1,4 @@
-//! The nouns of the service. Pure: no runtime, no wire types, no SQL; a value that exists is valid.
+//! Domain types of the service. They depend on no runtime, no wire types and no SQL. A value that exists is valid.
 
 pub mod claim;
 pub mod error;

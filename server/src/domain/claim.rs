@@ -1,4 +1,4 @@
-//! A claim: a run lent to a worker, and the token that proves it.
+//! Claims: a claim gives a worker a run for the time of a lease, and its token proves that.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -7,41 +7,42 @@ use uuid::Uuid;
 
 use super::{Error, Instant, JsonText, RunId, State, TaskId};
 
-/// Bytes of a token before encoding: version, run, secret, lease, place in the queue, flags.
+/// Bytes of a token before encoding: version, run id, secret, lease, place in the queue, flags.
 const TOKEN_BYTES: usize = 1 + 16 + 16 + 4 + 8 + 1;
 const TOKEN_VERSION: u8 = 1;
 const FLAG_FIRST_CLAIM: u8 = 1;
 
-/// What Postgres keeps of a claim's secret: 22 base64url characters behind the worker id.
+/// Stored part of a claim: a truncated SHA-256 of its secret, 22 base64url characters. Postgres keeps it behind the
+/// worker id.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Digest(String);
 
 impl Digest {
-    /// The characters.
+    /// The 22 characters.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Its 16 bytes, in the form in which replicas tell each other of claims.
+    /// The 16 bytes of the digest, in the form in which replicas notify each other of claims.
     pub fn to_uuid(&self) -> Uuid {
         let bytes = URL_SAFE_NO_PAD.decode(&self.0).ok().and_then(|bytes| <[u8; 16]>::try_from(bytes).ok());
         bytes.map_or(Uuid::nil(), Uuid::from_bytes)
     }
 }
 
-/// The random part of a token; never stored, never logged.
+/// Random part of a token, 16 bytes. It is never stored and never logged.
 #[derive(Clone, Copy)]
 pub struct Secret([u8; 16]);
 
 impl Secret {
-    /// A new secret.
+    /// Draws a new secret from the system's random source.
     pub fn new() -> Result<Self, Error> {
         let mut bytes = [0; 16];
         getrandom::fill(&mut bytes).map_err(|error| Error::Internal(error.to_string()))?;
         Ok(Self(bytes))
     }
 
-    /// What is stored.
+    /// The digest that Postgres stores.
     pub fn digest(&self) -> Digest {
         Digest(URL_SAFE_NO_PAD.encode(&Sha256::digest(self.0)[..16]))
     }
@@ -53,22 +54,22 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-/// Proof of a claim. Carries what any replica needs to extend or release it.
+/// Claim token: proof of a claim. It carries everything that any replica needs to extend or release the claim.
 #[derive(Debug, Clone)]
 pub struct ClaimToken {
-    /// The run.
+    /// Run that is claimed.
     pub run_id: RunId,
     secret: Secret,
-    /// Lease that the claim was made with, in seconds; 0 never ends.
+    /// Lease of the claim in seconds; 0 never expires.
     pub lease_seconds: u32,
-    /// Where the run stood in the queue.
+    /// Place of the run in the queue before the claim.
     pub was_available_at: Instant,
-    /// Whether this claim was the task's first.
+    /// Whether this claim was the first of its task.
     pub first_claim: bool,
 }
 
 impl ClaimToken {
-    /// The token of a claim just made.
+    /// Makes the token of a new claim.
     pub fn new(
         run_id: RunId,
         secret: Secret,
@@ -79,7 +80,7 @@ impl ClaimToken {
         Self { run_id, secret, lease_seconds, was_available_at, first_claim }
     }
 
-    /// Reads a token.
+    /// Parses a token. Any malformed text fails with [`Error::TokenInvalid`].
     pub fn parse(text: &str) -> Result<Self, Error> {
         let bytes = URL_SAFE_NO_PAD.decode(text).map_err(|_| Error::TokenInvalid)?;
         let bytes: [u8; TOKEN_BYTES] = bytes.try_into().map_err(|_| Error::TokenInvalid)?;
@@ -101,7 +102,7 @@ impl ClaimToken {
         })
     }
 
-    /// Writes the token.
+    /// Encodes the token as base64url.
     pub fn encode(&self) -> String {
         let mut bytes = Vec::with_capacity(TOKEN_BYTES);
         bytes.push(TOKEN_VERSION);
@@ -113,54 +114,54 @@ impl ClaimToken {
         URL_SAFE_NO_PAD.encode(bytes)
     }
 
-    /// What Postgres keeps of it.
+    /// The digest that Postgres stores.
     pub fn digest(&self) -> Digest {
         self.secret.digest()
     }
 }
 
-/// A claimed run, with all that its worker needs.
+/// A claimed run, with everything that its worker needs.
 #[derive(Debug, Clone)]
 pub struct Claim {
-    /// Proof.
+    /// Token that proves the claim.
     pub token: ClaimToken,
-    /// The run.
+    /// Run that is claimed.
     pub run_id: RunId,
-    /// Its task.
+    /// Task of the run.
     pub task_id: TaskId,
-    /// 1 for the first.
+    /// Number of the attempt, counted from 1.
     pub attempt: i32,
-    /// Handler.
+    /// Name of the handler.
     pub task_name: String,
-    /// Input.
+    /// Input of the task.
     pub params: JsonText,
-    /// As stored.
+    /// Retry strategy in its stored form.
     pub retry_strategy: Option<JsonText>,
-    /// None: unlimited.
+    /// Upper bound of attempts; `None` means no limit.
     pub max_attempts: Option<i32>,
-    /// As stored; JSON null means none.
+    /// Headers in their stored form; JSON null means none.
     pub headers: Option<JsonText>,
-    /// Event that it waited for.
+    /// Event for which the run waited.
     pub wake_event: Option<String>,
     /// Payload of that event.
     pub event_payload: Option<JsonText>,
-    /// End of the lease; None: never.
+    /// End of the lease; `None` means never.
     pub claim_expires_at: Option<Instant>,
-    /// Whether an earlier claim may have left checkpoints.
+    /// Whether an earlier claim of the task may have left checkpoints.
     pub resumed: bool,
-    /// Checkpoints that the run may see, oldest first.
+    /// Checkpoints visible to the run, oldest first.
     pub checkpoints: Vec<Checkpoint>,
-    /// Whether those are all.
+    /// Whether `checkpoints` holds all of them.
     pub checkpoints_complete: bool,
-    /// Whether params were left out of the message.
+    /// Whether the params are left out of the message, for lack of room.
     pub params_omitted: bool,
 }
 
-/// Room for ids, token, times and field tags of a task message.
+/// Bytes reserved for ids, token, times and field tags of a task message.
 const MESSAGE_OVERHEAD: usize = 1024;
 
 impl Claim {
-    /// Upper bound of the encoded message's size in bytes.
+    /// Upper bound of the size of the encoded message, in bytes.
     pub fn message_bytes(&self) -> usize {
         let checkpoints: usize = self.checkpoints.iter().map(Checkpoint::message_bytes).sum();
         let text = |json: &Option<JsonText>| json.as_ref().map_or(0, JsonText::len);
@@ -176,16 +177,16 @@ impl Claim {
     }
 }
 
-/// The stored result of a step.
+/// Stored result of a step.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
     /// Name of the step.
     pub name: String,
-    /// Value; None is SQL NULL.
+    /// Result of the step; `None` is SQL NULL.
     pub state: Option<JsonText>,
-    /// Run that wrote it.
+    /// Run that wrote the checkpoint.
     pub owner_run_id: Option<RunId>,
-    /// When.
+    /// Time of the newest write.
     pub updated_at: Instant,
 }
 
@@ -195,50 +196,50 @@ impl Checkpoint {
     }
 }
 
-/// What a claim is worth now.
+/// Current standing of a claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// It holds.
+    /// The claim holds.
     Held,
-    /// Another claim owns the run, or it was given back.
+    /// Another claim owns the run, or the run left this claim.
     Lost,
-    /// The lease ran out.
+    /// The run failed with `$ClaimTimeout`, usually because its lease expired.
     Expired,
     /// The task was cancelled.
     Cancelled,
-    /// This claim has ended the run.
+    /// This claim has already completed or failed the run.
     Finished,
-    /// Not a token, or an unknown run.
+    /// The token is malformed, or its run or queue does not exist.
     Invalid,
-    /// Could not be told in time.
+    /// The state could not be determined in time. Ask again.
     Busy,
-    /// Given back.
+    /// The claim was released.
     Released,
 }
 
-/// What became of one item of a settling batch.
+/// Outcome of one write of a batch about runs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settled {
     /// Task of the run.
     pub task_id: TaskId,
-    /// Whether an earlier call had done it already.
+    /// Whether an earlier call had done the write already.
     pub replayed: bool,
-    /// End of the lease after an extension or a checkpoint.
+    /// End of the lease after an extension or a checkpoint; `None` means never.
     pub claim_expires_at: Option<Instant>,
-    /// Whether a checkpoint was stored.
+    /// Whether the checkpoint was stored. One of a later attempt is kept.
     pub applied: bool,
-    /// What follows a failure.
+    /// State of the task after a failure.
     pub failed: Option<Failed>,
 }
 
-/// What follows a failure.
+/// State of a task after one of its runs failed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Failed {
-    /// State of the task.
+    /// New state of the task.
     pub task_state: State,
-    /// The next attempt's run, its number, and when it may be claimed.
+    /// Next attempt: its run, its number, and the time at which it can be claimed. `None` if there is none.
     pub next: Option<(RunId, i32, Instant)>,
-    /// Milliseconds until then, by the database's clock.
+    /// Milliseconds until then by the database's clock; 0 for a repeated call.
     pub next_in_ms: i64,
 }
 

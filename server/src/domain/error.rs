@@ -1,172 +1,173 @@
-//! The one error of the service. A variant exists only where a caller does something different because of it.
+//! The error type of the service. Each variant makes a caller react differently.
 
 use uuid::Uuid;
 
-/// What went wrong, with a stable reason (see `absurd_service.proto` for the list).
+/// An error with a stable reason; `absurd_service.proto` lists the reasons.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// A field of the request is wrong.
+    /// A field of the request is invalid.
     #[error("{field}: {problem}")]
     Invalid {
         /// Path of the field, as in the proto file.
         field: String,
-        /// What to change.
+        /// How to correct it.
         problem: String,
     },
-    /// A JSON field holds what jsonb refuses.
+    /// A JSON field holds text that jsonb does not accept.
     #[error("{field}: {problem}")]
     Json {
-        /// Path of the field.
+        /// Path of the field, as in the proto file.
         field: String,
-        /// What is wrong with the text.
+        /// Error in the text.
         problem: String,
     },
-    /// A JSON field is over its limit.
+    /// A JSON field exceeds its size limit.
     #[error("{field}: {size} bytes, at most {limit} are allowed")]
     TooLarge {
-        /// Path of the field.
+        /// Path of the field, as in the proto file.
         field: String,
-        /// Bytes sent.
+        /// Size in bytes; numbers count with all digits that jsonb stores.
         size: usize,
-        /// Bytes allowed.
+        /// Largest size allowed, in bytes.
         limit: usize,
     },
-    /// The claim token is not one of ours.
+    /// The claim token was not made by this service.
     #[error("claim_token is not a token of this service")]
     TokenInvalid,
-    /// The server insists on claim tokens.
+    /// The server requires claim tokens (`--require-claim-token`).
     #[error("claim_token is required by this server")]
     TokenRequired,
-    /// No such queue.
+    /// The queue does not exist. Holds its name.
     #[error("queue {0:?} does not exist; create it first")]
     QueueNotFound(String),
     /// The queue exists with another storage mode.
     #[error("queue {0:?} exists with another storage mode")]
     QueueExists(String),
-    /// No such task in the queue.
+    /// The queue has no task of this id.
     #[error("task {0} does not exist in this queue")]
     TaskNotFound(Uuid),
-    /// No such run in the queue.
+    /// The queue has no run of this id.
     #[error("run {0} does not exist in this queue")]
     RunNotFound(Uuid),
-    /// The chosen task id belongs to another task.
+    /// The chosen task id belongs to a task with another name or other params.
     #[error("task_id {0} belongs to a task with another name or other params")]
     TaskIdConflict(Uuid),
-    /// Another claim owns the run.
+    /// Another claim owns the run, or the claim was released. Holds the run.
     #[error("the claim on run {0} is lost: another claim owns the run, or it was given back")]
     ClaimLost(Uuid),
-    /// The lease ran out and the attempt was failed.
+    /// The run failed with `$ClaimTimeout`, usually because its lease expired. Holds the run.
     #[error("the attempt of run {0} is over: its lease ran out or it was failed")]
     ClaimExpired(Uuid),
-    /// The task was cancelled.
+    /// The task was cancelled. Holds the run.
     #[error("the task of run {0} was cancelled")]
     TaskCancelled(Uuid),
     /// The run's state does not allow the call.
     #[error("run {run} is {state}")]
     RunNotRunning {
-        /// The run.
+        /// Run of the call.
         run: Uuid,
-        /// Its state.
+        /// State of the run, as stored.
         state: String,
     },
     /// Only failed tasks can be retried.
     #[error("task {task} is {state}; only failed tasks can be retried")]
     TaskNotFailed {
-        /// The task.
+        /// Task of the call.
         task: Uuid,
-        /// Its state.
+        /// State of the task, as stored.
         state: String,
     },
     /// `max_attempts` does not allow another attempt.
     #[error("max_attempts {allowed} must be greater than the {made} attempts made")]
     MaxAttemptsTooLow {
-        /// Asked for.
+        /// Requested limit.
         allowed: i32,
-        /// Made so far.
+        /// Number of attempts made so far.
         made: i32,
     },
     /// An earlier item of the same run failed.
     #[error("an earlier item of the same run failed")]
     ItemSkipped,
-    /// As many streams are open as may be.
+    /// The maximum number of streams is open.
     #[error("{whose} its {limit} streams; try another replica, or raise {flag}")]
     StreamLimit {
-        /// Who has them, with the verb.
+        /// Holder of the streams, with its verb, such as "this replica has".
         whose: &'static str,
-        /// How many.
+        /// Number of streams allowed.
         limit: usize,
-        /// What allows more.
+        /// Flag of the server that raises the limit.
         flag: &'static str,
     },
-    /// More is asked for than can be done in time.
+    /// The server has more work than it can do in time.
     #[error("the server is busy; try again in {} ms", after.as_millis())]
     TooManyRequests {
-        /// When it may go better.
+        /// Suggested delay before the next attempt.
         after: std::time::Duration,
     },
-    /// As many tasks of the queue wait as may.
+    /// The maximum number of tasks waits in the queue.
     #[error(
         "queue {queue:?} has its {limit} waiting tasks; try again when workers have caught up, or raise --max-backlog"
     )]
     BacklogFull {
-        /// The queue.
+        /// Name of the queue.
         queue: String,
-        /// How many.
+        /// Number of waiting tasks allowed.
         limit: i64,
     },
     /// Postgres cannot be reached.
     #[error("the database is not available: {0}")]
     DatabaseUnreachable(String),
-    /// Postgres answers, and did not get the statement done in time; the same one may succeed soon.
+    /// Postgres answers, but could not complete the statement. The same statement may succeed soon.
     #[error("the database is busy: {0}; try again")]
     DatabaseBusy(String),
-    /// Postgres answers, and cannot write.
+    /// Postgres answers, but takes no writes.
     #[error("the database {0}; try again later")]
     NotWritable(&'static str),
-    /// Another session holds a lock on the queue's tables, or on the rows that the call needs.
+    /// Another session has locked the queue's tables, or rows that the call needs.
     #[error("queue {queue:?} is locked by another session (VACUUM FULL, ALTER TABLE, an open transaction); try again")]
     QueueLocked {
-        /// The queue.
+        /// Name of the queue.
         queue: String,
     },
-    /// A trigger, a constraint or a policy on the queue's tables refuses a row; the text is the database's.
+    /// A rule of the database's owner refuses a row, or a function of the storage contract raised an error. The text is
+    /// that of Postgres.
     #[error("the database refuses it: {0}")]
     DatabaseRefused(String),
     /// The server's role lacks a right.
     #[error("the server's role may not do this{}: {problem}; grant it the right (see `absurd doctor`)", of_queue(queue.as_deref()))]
     DatabasePermission {
-        /// The queue, where one is meant.
+        /// Name of the queue, if the statement was about one.
         queue: Option<String>,
-        /// What Postgres said; it names the table.
+        /// Message of Postgres, which names the table.
         problem: String,
     },
-    /// The tables of a queue are not as the server knows them, or cannot be read.
+    /// The tables of a queue do not match the server's expectations, or cannot be read.
     #[error("queue {queue:?} is damaged: {problem}; an operator has to mend its tables (see `absurd doctor`)")]
     QueueDamaged {
-        /// The queue.
+        /// Name of the queue.
         queue: String,
-        /// What Postgres said.
+        /// Message of Postgres.
         problem: String,
     },
-    /// The schemas that the server works on are gone, or are not those of this server.
+    /// A schema of the server is missing, incomplete, or of another version.
     #[error("the schema of this server is missing or incomplete: {0}; run `absurd migrate`")]
     SchemaMissing(String),
-    /// Postgres' own installation is broken.
+    /// The installation of Postgres is broken, or stored data cannot be read.
     #[error("the database is broken: {0}; an operator has to mend it (see `absurd doctor`)")]
     DatabaseBroken(String),
-    /// A migration cannot be carried out; the text says why and what to do.
+    /// A migration or a check of the database failed. The text gives the cause and the remedy.
     #[error("{0}")]
     Setup(String),
     /// This replica is stopping.
     #[error("this replica is shutting down")]
     ShuttingDown,
-    /// The call's deadline has passed.
+    /// The deadline of the call has passed.
     #[error("the deadline has passed")]
     DeadlineExceeded,
-    /// A commit's outcome cannot be told.
+    /// The connection was lost during a commit. Whether it took effect is unknown.
     #[error("the connection was lost during the commit; whether it happened cannot be told")]
     OutcomeUnknown,
-    /// A bug. The text is for the log only.
+    /// A bug of the server. The text is for the log only.
     #[error("internal error")]
     Internal(String),
 }
@@ -176,12 +177,12 @@ fn of_queue(queue: Option<&str>) -> String {
 }
 
 impl Error {
-    /// A wrong field.
+    /// An error about the invalid field `field`.
     pub fn invalid(field: impl Into<String>, problem: impl Into<String>) -> Self {
         Self::Invalid { field: field.into(), problem: problem.into() }
     }
 
-    /// The stable name of this error on the wire.
+    /// Stable reason on the wire, in `ErrorInfo`.
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Invalid { .. } => "INVALID_ARGUMENT",
@@ -219,12 +220,12 @@ impl Error {
         }
     }
 
-    /// Whether the caller's claim is over.
+    /// Whether the caller's claim has ended.
     pub fn is_claim_over(&self) -> bool {
         matches!(self, Self::ClaimLost(_) | Self::ClaimExpired(_) | Self::TaskCancelled(_) | Self::RunNotRunning { .. })
     }
 
-    /// Path of the wrong field, where one is wrong.
+    /// Path of the invalid field, if the error is about one.
     pub fn field(&self) -> Option<&str> {
         match self {
             Self::Invalid { field, .. } | Self::Json { field, .. } | Self::TooLarge { field, .. } => Some(field),

@@ -1,4 +1,4 @@
-//! Names and ids. Each is parsed once, at the edge, and needs no check afterwards.
+//! Names and ids. Each is parsed once, when a request arrives, and needs no check afterwards.
 
 use std::fmt;
 use std::sync::Arc;
@@ -7,13 +7,14 @@ use uuid::Uuid;
 
 use super::Error;
 
-/// Longest queue name in bytes: Postgres' 63 less the longest prefix and suffix (contract section 3).
+/// Longest queue name in bytes: the 63 bytes of a Postgres name, less the longest prefix and suffix (contract section
+/// 3).
 pub const QUEUE_NAME_BYTES_MAX: usize = 57;
 /// Longest task name in bytes.
 pub const TASK_NAME_BYTES_MAX: usize = 512;
 /// Longest checkpoint name in bytes; it is part of an index key.
 pub const CHECKPOINT_NAME_BYTES_MAX: usize = 1024;
-/// Longest name of an event; `$awaitEvent:` and a number fit around it into a checkpoint's name.
+/// Longest event name in bytes. A checkpoint's name has room for it with `$awaitEvent:` and a number around it.
 pub const EVENT_NAME_BYTES_MAX: usize = 512;
 /// Longest idempotency key in bytes; it is an index key.
 pub const IDEMPOTENCY_KEY_BYTES_MAX: usize = 1024;
@@ -22,7 +23,7 @@ pub const WORKER_ID_BYTES_MAX: usize = 200;
 /// Longest session id in bytes.
 pub const SESSION_ID_BYTES_MAX: usize = 64;
 
-/// Checks a text: at most so many bytes, no NUL.
+/// Checks that a text has at most `max` bytes and no NUL. `field` is named in the error.
 pub fn bounded(field: &str, value: &str, max: usize) -> Result<(), Error> {
     if value.len() > max {
         return Err(Error::invalid(field, format!("{} bytes, at most {max} are allowed", value.len())));
@@ -38,7 +39,7 @@ pub fn bounded(field: &str, value: &str, max: usize) -> Result<(), Error> {
 pub struct QueueName(Arc<str>);
 
 impl QueueName {
-    /// Parses a name; `field` is named in the error.
+    /// Parses a queue name. `field` is named in the error.
     pub fn parse(field: &str, name: &str) -> Result<Self, Error> {
         if name.is_empty() {
             return Err(Error::invalid(field, "must not be empty"));
@@ -47,7 +48,7 @@ impl QueueName {
         Ok(Self(name.into()))
     }
 
-    /// The name.
+    /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -72,7 +73,7 @@ macro_rules! name {
         pub struct $type(String);
 
         impl $type {
-            /// Parses a name that must not be blank; `field` is named in the error.
+            /// Parses a name, which must not be empty or only spaces. `field` is named in the error.
             pub fn parse(field: &str, name: &str) -> Result<Self, Error> {
                 if name.trim_matches(' ').is_empty() {
                     return Err(Error::invalid(field, "must not be blank"));
@@ -81,7 +82,7 @@ macro_rules! name {
                 Ok(Self(name.to_owned()))
             }
 
-            /// The name.
+            /// The name as text.
             pub fn as_str(&self) -> &str {
                 &self.0
             }
@@ -90,67 +91,67 @@ macro_rules! name {
 }
 
 name!(
-    /// Name of a task's handler.
+    /// Name of a task's handler, at most 512 bytes.
     TaskName,
     TASK_NAME_BYTES_MAX
 );
 name!(
-    /// Name of an event.
+    /// Name of an event, at most 512 bytes.
     EventName,
     EVENT_NAME_BYTES_MAX
 );
 name!(
-    /// Name of a checkpoint.
+    /// Name of a checkpoint, at most 1,024 bytes.
     CheckpointName,
     CHECKPOINT_NAME_BYTES_MAX
 );
 
-/// Id that a worker gives itself. Not unique, not trusted.
+/// Id that a worker chooses for itself. It is neither unique nor trusted.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct WorkerId(Arc<str>);
 
 impl WorkerId {
-    /// Parses an id; empty means `worker`, as in the contract's claim.
+    /// Parses an id. An empty one becomes `worker`, as in the contract's claim function.
     pub fn parse(field: &str, id: &str) -> Result<Self, Error> {
         bounded(field, id, WORKER_ID_BYTES_MAX)?;
         Ok(Self(if id.is_empty() { "worker".into() } else { id.into() }))
     }
 
-    /// The id.
+    /// The id as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// Id of a worker process, the same across its reconnects.
+/// Id of a worker process, unchanged across its reconnects.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct SessionId(Arc<str>);
 
 impl SessionId {
-    /// Parses an id; empty makes a new session.
+    /// Parses an id. An empty one becomes a new random id.
     pub fn parse(field: &str, id: &str) -> Result<Self, Error> {
         bounded(field, id, SESSION_ID_BYTES_MAX)?;
         Ok(Self(if id.is_empty() { Uuid::new_v4().to_string().into() } else { id.into() }))
     }
 
-    /// The id.
+    /// The id as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// Checks an idempotency key; an empty key is a key.
+/// Checks an idempotency key. The empty key is valid.
 pub fn parse_idempotency_key(field: &str, key: &str) -> Result<String, Error> {
     bounded(field, key, IDEMPOTENCY_KEY_BYTES_MAX)?;
     Ok(key.to_owned())
 }
 
-/// Id of a task.
+/// Id of a task: a UUID, unique within its queue.
 pub type TaskId = Uuid;
-/// Id of a run.
+/// Id of a run: a UUID, unique within its queue.
 pub type RunId = Uuid;
 
-/// Parses an id in canonical text.
+/// Parses a UUID in its canonical form of 36 characters.
 pub fn parse_uuid(field: &str, id: &str) -> Result<Uuid, Error> {
     if id.len() != 36 {
         return Err(Error::invalid(field, "must be a UUID such as 0190f4c8-5d1a-7c3e-9b1a-2f60c1d5e8aa"));
@@ -158,17 +159,17 @@ pub fn parse_uuid(field: &str, id: &str) -> Result<Uuid, Error> {
     Uuid::try_parse(id).map_err(|error| Error::invalid(field, error.to_string()))
 }
 
-/// Fewest hexadecimal digits of an id that a search takes.
+/// Fewest hexadecimal digits that a search by id accepts.
 const ID_DIGITS_MIN: usize = 6;
-/// Digits of a whole id.
+/// Hexadecimal digits of a complete id.
 const ID_DIGITS: usize = 32;
 
-/// The beginning or the end of an id, or a whole one, as somebody has copied it.
+/// Beginning or end of an id, or a complete id, for a search.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IdPart(String);
 
 impl IdPart {
-    /// Parses 6 to 32 hexadecimal digits; dashes and case do not matter.
+    /// Parses 6 to 32 hexadecimal digits. Dashes and letter case do not matter.
     pub fn parse(field: &str, text: &str) -> Result<Self, Error> {
         let digits: String = text.chars().filter(|c| *c != '-').map(|c| c.to_ascii_lowercase()).collect();
         if !digits.chars().all(|c| c.is_ascii_hexdigit()) {
@@ -181,7 +182,7 @@ impl IdPart {
         Ok(Self(digits))
     }
 
-    /// The first and the last id that begin so.
+    /// First and last id that begin with these digits.
     pub fn range(&self) -> (Uuid, Uuid) {
         let padded = |digit: char| {
             let text: String = self.0.chars().chain(std::iter::repeat(digit)).take(ID_DIGITS).collect();
@@ -190,36 +191,36 @@ impl IdPart {
         (padded('0'), padded('f'))
     }
 
-    /// The id, if this is a whole one.
+    /// The id, if all its digits are given.
     pub fn whole(&self) -> Option<Uuid> {
         (self.0.len() == ID_DIGITS).then(|| self.range().0)
     }
 
-    /// The digits that an id may end in; none where this is a whole one.
+    /// Digits with which an id may end; `None` for a complete id.
     pub fn end(&self) -> Option<&str> {
         (self.0.len() < ID_DIGITS).then_some(self.0.as_str())
     }
 }
 
-/// State of a task or run.
+/// State of a task or a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum State {
     /// Waits to be claimed.
     Pending,
-    /// Held by a worker.
+    /// Claimed by a worker.
     Running,
     /// Waits for a time or an event.
     Sleeping,
-    /// Ended well.
+    /// Ended with a result.
     Completed,
-    /// Ended badly.
+    /// Ended with a failure.
     Failed,
-    /// Was cancelled.
+    /// Cancelled by a caller or by its cancellation policy.
     Cancelled,
 }
 
 impl State {
-    /// As stored.
+    /// Stored form of the state.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Pending => "pending",
@@ -231,7 +232,7 @@ impl State {
         }
     }
 
-    /// From storage; a check constraint allows no other text.
+    /// Parses the stored form. A check constraint admits no other text.
     pub fn from_stored(text: &str) -> Option<Self> {
         Some(match text {
             "pending" => Self::Pending,
@@ -244,7 +245,7 @@ impl State {
         })
     }
 
-    /// Whether nothing follows.
+    /// Whether the state is final.
     pub fn is_terminal(self) -> bool {
         matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
     }

@@ -1,34 +1,34 @@
-//! JSON text that Postgres' jsonb takes for sure, checked in one pass without building a tree.
+//! JSON text that Postgres' jsonb is sure to accept. One pass checks it, without building a tree.
 
 use super::Error;
 
-/// Deepest nesting that is ever accepted.
+/// Deepest nesting that any limit allows.
 pub const DEPTH_MAX: usize = 100;
-/// Digits before the decimal point that a numeric holds.
+/// Most digits before the decimal point of a Postgres numeric.
 const NUMERIC_DIGITS_MAX: i64 = 131_072;
-/// Digits after the decimal point that a numeric holds.
+/// Most digits after the decimal point of a Postgres numeric.
 const NUMERIC_SCALE_MAX: i64 = 16_383;
-/// Exponents from here on are not even read.
+/// Exponents of this size and larger are refused.
 const NUMERIC_EXPONENT_END: i64 = i32::MAX as i64 / 2;
-/// Room kept for a failure's reason.
+/// Largest stored failure reason, in bytes.
 pub const REASON_BYTES_MAX: usize = 64 * 1024;
 
-/// How much of a text is taken.
+/// Limits of a JSON text.
 #[derive(Debug, Clone, Copy)]
 pub struct JsonBound {
-    /// Bytes.
+    /// Largest size in bytes.
     pub bytes: usize,
-    /// Nesting.
+    /// Deepest nesting.
     pub depth: usize,
 }
 
-/// Checked JSON text.
+/// A JSON text that was checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JsonText(String);
 
 impl JsonText {
-    /// Checks a text against jsonb's rules and a bound; `field` is named in the error. A number counts with all the digits
-    /// that jsonb stores for it: `1e100000` is 100,001 of them.
+    /// Checks a text against jsonb's rules and the limits. `field` is named in the error. Numbers count with all digits
+    /// that jsonb stores: `1e100000` counts as 100,001 bytes.
     pub fn parse(field: &str, text: String, bound: JsonBound) -> Result<Self, Error> {
         let too_large = |size| Err(Error::TooLarge { field: field.into(), size, limit: bound.bytes });
         if text.len() > bound.bytes {
@@ -43,7 +43,7 @@ impl JsonText {
         }
     }
 
-    /// As [`JsonText::parse`], and the value must be an object.
+    /// Like [`JsonText::parse`], but the value must be an object.
     pub fn parse_object(field: &str, text: String, bound: JsonBound) -> Result<Self, Error> {
         let json = Self::parse(field, text, bound)?;
         if json.0.trim_start().starts_with('{') {
@@ -53,7 +53,8 @@ impl JsonText {
         }
     }
 
-    /// An object, or an empty one, with a key set to a text; jsonb keeps the last of equal keys. Neither needs escaping.
+    /// Sets a key of an object to a text, starting from `{}` without an object. jsonb keeps the last of equal keys.
+    /// `key` and `text` must need no escaping.
     pub fn with_text_key(object: Option<Self>, key: &str, text: &str) -> Self {
         let object = object.map_or_else(|| "{}".to_owned(), |object| object.0);
         let inside = object.trim_end().strip_suffix('}').unwrap_or("{").trim_end();
@@ -61,12 +62,13 @@ impl JsonText {
         Self(format!("{inside}{comma}\"{key}\":\"{text}\"}}"))
     }
 
-    /// Text that Postgres gave us, or that this program made.
+    /// Wraps a text from Postgres or from this program, without a check.
     pub fn trusted(text: String) -> Self {
         Self(text)
     }
 
-    /// Why a run failed. Never refused: a text that jsonb does not take, or that is too long, becomes a message.
+    /// Makes a failure reason. It never fails: a text that jsonb does not accept, or that is too long, becomes a
+    /// shorter object.
     pub fn reason(text: &str) -> Self {
         let fits = |growth| text.len().saturating_add(growth) <= REASON_BYTES_MAX;
         if text.len() <= REASON_BYTES_MAX && Guard::new(text.as_bytes(), DEPTH_MAX).check().is_ok_and(fits) {
@@ -88,8 +90,8 @@ impl JsonText {
         Self(serde_json::json!({ "name": "Failure", "message": message }).to_string())
     }
 
-    /// The same value in ASCII without escapes of other characters: each of those becomes `?`. A database of any encoding
-    /// takes it.
+    /// The same value in ASCII, with `?` for each character and each escape outside ASCII. A database of any encoding
+    /// can store it.
     pub fn to_ascii(&self) -> Self {
         let mut out = String::with_capacity(self.0.len());
         let mut rest = self.0.chars();
@@ -112,22 +114,22 @@ impl JsonText {
         Self(out)
     }
 
-    /// The text.
+    /// The JSON text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The text, by value.
+    /// The JSON text, by value.
     pub fn into_string(self) -> String {
         self.0
     }
 
-    /// Length in bytes.
+    /// Length of the text in bytes.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether the text is empty; it never is.
+    /// Whether the text is empty. A checked text never is.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -149,12 +151,12 @@ fn cut(text: &str, limit: usize) -> &str {
     &text[..end]
 }
 
-/// One pass over the bytes; a bit stack remembers whether each level is an object.
+/// A recursive check of the bytes, at most `depth_max` levels deep.
 struct Guard<'a> {
     bytes: &'a [u8],
     at: usize,
     depth_max: usize,
-    /// Digits that jsonb stores for numbers beyond their texts.
+    /// Digits that jsonb stores for numbers beyond those written.
     growth: usize,
 }
 
@@ -165,7 +167,7 @@ impl<'a> Guard<'a> {
         Self { bytes, at: 0, depth_max, growth: 0 }
     }
 
-    /// Says by how many bytes the text grows when it is stored.
+    /// Checks the text. Returns the number of bytes by which it grows when it is stored.
     fn check(mut self) -> Check<usize> {
         self.value(0)?;
         self.space();
@@ -339,8 +341,8 @@ impl<'a> Guard<'a> {
         self.at - start
     }
 
-    /// A number that Postgres' numeric holds: what counts is where its first digit that is not zero stands, and how many
-    /// digits there are behind the point.
+    /// Checks that a Postgres numeric can hold the number. The place of its first nonzero digit and the digits after
+    /// the point are bounded.
     fn number(&mut self) -> Check {
         if self.peek() == Some(b'-') {
             self.at += 1;
@@ -458,7 +460,7 @@ mod tests {
         }
     }
 
-    /// What jsonb makes of numbers counts, not how they are written; `tests/it/input.rs` compares it with Postgres.
+    /// The stored digits of a number count, not the written ones. `tests/it/input.rs` compares this with Postgres.
     #[test]
     fn numbers_count_with_the_digits_that_are_stored() {
         let growth = |text: &str| Guard::new(text.as_bytes(), DEPTH_MAX).check().unwrap();

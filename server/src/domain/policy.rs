@@ -1,37 +1,37 @@
-//! Retry strategies and cancellation policies, valid by construction, as the JSON that the contract stores.
+//! Retry strategies and cancellation policies, and the JSON form that the storage contract stores.
 
 use std::time::Duration;
 
 use super::{Error, JsonText};
 
-/// Longest delay of a retry strategy (contract section 5.3).
+/// Longest delay of a retry strategy: one day (contract section 5.3).
 pub const RETRY_DELAY_MAX: Duration = Duration::from_secs(86_400);
-/// Longest span of a cancellation policy: 100 years.
+/// Longest span of a cancellation policy: 100 years of 366 days.
 pub const CANCELLATION_MAX: Duration = Duration::from_secs(100 * 366 * 86_400);
 
-/// When the next attempt follows a failed one.
+/// Delay from a failed attempt to the next one.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RetryStrategy {
-    /// At once.
+    /// No delay.
     None,
-    /// Always after `base`.
+    /// A fixed delay.
     Fixed {
-        /// The delay.
+        /// Delay before each further attempt; `None` means 60 s.
         base: Option<Duration>,
     },
     /// `base * factor ^ (attempt - 1)`, at most `max`.
     Exponential {
-        /// First delay.
+        /// First delay; `None` means 30 s.
         base: Option<Duration>,
-        /// Growth.
+        /// Growth per attempt; `None` means 2.
         factor: Option<f64>,
-        /// Bound.
+        /// Longest delay; `None` means one day.
         max: Option<Duration>,
     },
 }
 
 impl RetryStrategy {
-    /// Checks the bounds; the prefix of the field is `retry_strategy`.
+    /// Checks the bounds. Errors name fields of `retry_strategy`.
     pub fn checked(self) -> Result<Self, Error> {
         let delay = |field: &str, value: Option<Duration>| match value {
             Some(value) if value > RETRY_DELAY_MAX => {
@@ -53,7 +53,7 @@ impl RetryStrategy {
         Ok(self)
     }
 
-    /// As stored.
+    /// The form that the storage contract stores.
     pub fn to_json(self) -> JsonText {
         let mut object = serde_json::Map::new();
         let mut put = |key: &str, value: Option<f64>| {
@@ -88,17 +88,17 @@ fn number(value: f64) -> serde_json::Value {
     }
 }
 
-/// When a task is cancelled by itself.
+/// Limits after which a task is cancelled automatically.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CancellationPolicy {
-    /// Unclaimed for this long after the spawn.
+    /// Longest time from the spawn to the first claim.
     pub max_delay: Option<Duration>,
-    /// Not ended for this long after the first claim.
+    /// Longest time from the first claim to the end of the task.
     pub max_duration: Option<Duration>,
 }
 
 impl CancellationPolicy {
-    /// Checks that both are whole seconds within the bound; the prefix of the field is `cancellation`.
+    /// Checks that both are whole seconds within the bound. Errors name fields of `cancellation`.
     pub fn checked(self) -> Result<Self, Error> {
         for (field, value) in [("max_delay", self.max_delay), ("max_duration", self.max_duration)] {
             let Some(value) = value else { continue };
@@ -112,7 +112,7 @@ impl CancellationPolicy {
         Ok(self)
     }
 
-    /// As stored.
+    /// The form that the storage contract stores.
     pub fn to_json(self) -> JsonText {
         let mut object = serde_json::Map::new();
         for (key, value) in [("max_delay", self.max_delay), ("max_duration", self.max_duration)] {

@@ -1,4 +1,4 @@
-//! Points in time as Postgres counts them. The database's clock is the only wall clock.
+//! Points in time as Postgres stores them. They come from the database's clock, the only wall clock of the service.
 
 use std::time::Duration;
 
@@ -7,25 +7,25 @@ use std::time::Duration;
 pub struct Instant(i64);
 
 impl Instant {
-    /// Later than every other instant.
+    /// An instant later than all others: `infinity` in Postgres.
     pub const NEVER: Self = Self(i64::MAX);
 
-    /// From microseconds since 1970.
+    /// The instant this many microseconds after 1970-01-01 UTC.
     pub const fn from_micros(micros: i64) -> Self {
         Self(micros)
     }
 
-    /// Microseconds since 1970.
+    /// Microseconds since 1970-01-01 UTC.
     pub fn micros(self) -> i64 {
         self.0
     }
 
-    /// Whether this is `infinity`.
+    /// Whether this is [`Instant::NEVER`].
     pub fn is_never(self) -> bool {
         self == Self::NEVER
     }
 
-    /// This instant and a bit.
+    /// This instant plus a duration, at most [`Instant::NEVER`].
     #[must_use]
     pub fn plus(self, duration: Duration) -> Self {
         Self(self.0.saturating_add(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)))

@@ -1,21 +1,22 @@
-//! Names of workflows (contract of the original client, 2.4): a display form `name__version__step` must stay readable.
+//! Names and versions of workflows (contract of the original client, section 2.4). The display form
+//! `name__version__step` must stay unambiguous, so neither contains two underscores together.
 
 use super::Error;
 
-/// Longest name and version.
+/// Longest name and longest version, in bytes.
 const NAME_BYTES_MAX: usize = 200;
 const VERSION_BYTES_MAX: usize = 100;
 
-/// Name of a workflow.
+/// Name of a workflow, at most 200 bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkflowName(String);
 
-/// Version of a workflow.
+/// Version of a workflow, at most 100 bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkflowVersion(String);
 
 impl WorkflowName {
-    /// A lower-case letter, then lower-case letters, digits and single underscores.
+    /// Parses a name: a lower-case letter, then lower-case letters, digits and single underscores.
     pub fn parse(field: &str, text: &str) -> Result<Self, Error> {
         let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
         let good = text.starts_with(|c: char| c.is_ascii_lowercase()) && text.chars().all(allowed);
@@ -28,14 +29,14 @@ impl WorkflowName {
         Ok(Self(text.to_owned()))
     }
 
-    /// The name.
+    /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
 impl WorkflowVersion {
-    /// Letters, digits, dots, hyphens and single underscores.
+    /// Parses a version: letters, digits, dots, hyphens and single underscores.
     pub fn parse(field: &str, text: &str) -> Result<Self, Error> {
         let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
         if text.is_empty() || !text.chars().all(allowed) || text.contains("__") || text.len() > VERSION_BYTES_MAX {
@@ -47,7 +48,7 @@ impl WorkflowVersion {
         Ok(Self(text.to_owned()))
     }
 
-    /// The version.
+    /// The version as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
