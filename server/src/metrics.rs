@@ -1,7 +1,8 @@
-//! Metrics: every name in one place, and the plain HTTP address where they are read.
+//! Every metric of the server, and the HTTP endpoints that expose them.
 //!
-//! Names follow Prometheus: base units, `_total` for counters. No label holds an id or a name that a caller chose, but for the
-//! queue where the metric is about faults of one queue; those are bounded.
+//! Names follow Prometheus: base units, and `_total` for counters. No label holds an id. Only two metrics have a
+//! queue's name as a label. `absurd_queue_trouble` is bounded to 1,000 series; `absurd_hot_retries_total` has one
+//! series per queue whose tasks retry without a pause.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -19,17 +20,17 @@ use crate::engine::Engine;
 use crate::gate::Gate;
 use crate::store::Fault;
 
-/// Bounds of the buckets of times, in seconds.
+/// Upper bounds of the buckets of duration histograms, in seconds.
 const SECONDS: [f64; 12] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
 
-/// Queues that are ever named as not well, with the kind of their trouble: each is a series.
+/// Upper bound of series of `absurd_queue_trouble`, one per queue and kind of trouble.
 const TROUBLES_MAX: usize = 1000;
-/// Those that were, and whether they are at the last look.
+/// Queues and kinds of trouble seen so far, and whether the trouble persists.
 static TROUBLES: Mutex<BTreeMap<(String, &'static str), bool>> = Mutex::new(BTreeMap::new());
 
 static HANDLE: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
 
-/// One recorder for the process; servers in one process share it.
+/// Installs the recorder, once per process. Servers in one process share it.
 pub fn install() {
     HANDLE.get_or_init(|| {
         let builder = PrometheusBuilder::new().set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS);
@@ -37,23 +38,23 @@ pub fn install() {
     });
 }
 
-/// A call was answered.
+/// Counts an answered call, and records its duration.
 pub fn rpc(method: &'static str, code: &'static str, took: Duration) {
     counter!("absurd_rpcs_total", "method" => method, "code" => code).increment(1);
     histogram!("absurd_rpc_duration_seconds", "method" => method).record(took);
 }
 
-/// A call was refused, by the reason that the caller sees.
+/// Counts a refused call, by the reason that the caller sees.
 pub fn refused(reason: &'static str) {
     counter!("absurd_refused_total", "reason" => reason).increment(1);
 }
 
-/// The gate cut a connection.
+/// Counts a connection that the gate cut, by cause.
 pub fn connection_cut(why: &'static str) {
     counter!("absurd_connections_cut_total", "why" => why).increment(1);
 }
 
-/// No connection could be taken.
+/// Counts a failure to accept a connection. The kind tells which file descriptors ran out, if any.
 pub fn accept_failed(error: &io::Error) {
     let kind = match error.raw_os_error() {
         Some(code) if code == rustix::io::Errno::MFILE.raw_os_error() => "process_files",
@@ -63,68 +64,68 @@ pub fn accept_failed(error: &io::Error) {
     counter!("absurd_accept_errors_total", "kind" => kind).increment(1);
 }
 
-/// A stream ended.
+/// Counts a stream that the server gave up, by cause. A graceful end does not count.
 pub fn stream_ended(why: &'static str) {
     counter!("absurd_streams_ended_total", "why" => why).increment(1);
 }
 
-/// Runs were claimed.
+/// Counts claimed runs.
 pub fn claimed(count: usize) {
     counter!("absurd_claimed_runs_total").increment(count as u64);
 }
 
-/// A claim went back without an outcome.
+/// Counts a claim that the server released itself, by cause.
 pub fn released(why: &'static str) {
     counter!("absurd_released_claims_total", "why" => why).increment(1);
 }
 
-/// A task failed beyond its fifth attempt and is tried again without a pause.
+/// Counts a failure of an attempt beyond the fifth that is retried without a pause.
 pub fn hot_retry(queue: &str) {
     counter!("absurd_hot_retries_total", "queue" => queue.to_owned()).increment(1);
 }
 
-/// Tasks that are set aside, in the whole database.
+/// Sets the number of quarantined tasks in the whole database, by reason.
 pub fn quarantined(reason: &'static str, count: i64) {
     gauge!("absurd_quarantined_tasks", "reason" => reason).set(count as f64);
 }
 
-/// The oldest transaction of the database has kept dead rows from being removed for so long.
+/// Sets the time for which the oldest transaction has kept dead rows from being removed.
 pub fn snapshot_age(age: Duration) {
     gauge!("absurd_oldest_transaction_seconds").set(age.as_secs_f64());
 }
 
-/// Leases ran out.
+/// Counts expired leases whose runs a sweep of this replica failed.
 pub fn leases_expired(count: usize) {
     counter!("absurd_leases_expired_total").increment(count as u64);
 }
 
-/// A batch was carried out.
+/// Counts the items of a batch, and records its duration.
 pub fn batch(name: &'static str, items: usize, took: Duration) {
     counter!("absurd_batch_items_total", "batch" => name).increment(items as u64);
     histogram!("absurd_batch_duration_seconds", "batch" => name).record(took);
 }
 
-/// A statement failed.
+/// Counts a failed statement, by kind of fault. Statements inside an explicit transaction do not count.
 pub fn fault(fault: &Fault) {
     counter!("absurd_database_faults_total", "kind" => fault.kind()).increment(1);
 }
 
-/// The tables of a queue were found locked by another session.
+/// Counts a queue whose tables were found locked by another session.
 pub fn queue_locked() {
     counter!("absurd_queue_locks_total").increment(1);
 }
 
-/// A part of the server ended in a bug, and begins anew.
+/// Counts a background task that panicked. It is restarted.
 pub fn part_ended(name: &'static str) {
     counter!("absurd_parts_ended_total", "part" => name).increment(1);
 }
 
-/// The listening session was lost.
+/// Counts a lost LISTEN connection.
 pub fn listener_lost() {
     counter!("absurd_listen_reconnects_total").increment(1);
 }
 
-/// Queues that are not well, by name and kind, so that an alert can name them: 1 while it lasts, then 0.
+/// Sets a gauge per queue and kind of trouble, so that an alert can name the queue: 1 while the trouble lasts, then 0.
 fn observe_queues(engine: &Engine) {
     let mut named = TROUBLES.lock().unwrap_or_else(PoisonError::into_inner);
     named.values_mut().for_each(|lasts| *lasts = false);
@@ -141,7 +142,7 @@ fn observe_queues(engine: &Engine) {
     }
 }
 
-/// What is read rather than counted.
+/// Sets the gauges that are sampled when metrics are read.
 fn observe(engine: &Engine, gate: &Gate) {
     for (role, most, open, waiting) in engine.store.connections() {
         gauge!("absurd_database_connections_max", "role" => role).set(most as f64);
@@ -157,7 +158,7 @@ fn observe(engine: &Engine, gate: &Gate) {
     gauge!("absurd_database_silence_seconds").set(age);
 }
 
-/// Serves `/metrics`, `/livez` and `/readyz` over plain HTTP, for ever.
+/// Serves `/metrics`, `/livez` and `/readyz` over plain HTTP, until the task is dropped.
 pub async fn serve(
     listener: TcpListener,
     engine: Arc<Engine>,

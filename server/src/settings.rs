@@ -1,4 +1,5 @@
-//! What `absurd serve` can be told: by flag, by environment, by file; in that order. An unknown key is an error.
+//! Settings of `absurd serve`. A flag wins over an environment variable, and that over the file. An unknown key in the
+//! file is an error.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -25,7 +26,7 @@ use crate::transport::admission::AdmissionOptions;
 pub struct Secret(String);
 
 impl Secret {
-    /// The text.
+    /// The secret text.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -43,7 +44,7 @@ impl From<&str> for Secret {
     }
 }
 
-/// A span such as `15s`, `30m`, `1h 30m`.
+/// A duration such as `15s`, `30m` or `1h 30m`.
 #[derive(Debug, Clone, Copy)]
 pub struct Span(pub Duration);
 
@@ -62,10 +63,11 @@ impl<'de> Deserialize<'de> for Span {
     }
 }
 
-/// Declares the settings once, for flags, environment and file, and how two sources are joined.
+/// Declares the settings once: as flags, environment variables and keys of a file, with a method that merges two
+/// sources.
 macro_rules! settings {
     ($($(#[$meta:meta])* $name:ident: $type:ty,)*) => {
-        /// Settings of a server; what is absent has a default.
+        /// Settings of a server. An absent one has its default.
         #[derive(Debug, Clone, Default, clap::Args, Deserialize)]
         #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
         pub struct Settings {
@@ -73,10 +75,10 @@ macro_rules! settings {
         }
 
         impl Settings {
-            /// The names of all settings.
+            /// Field names of all settings.
             const KEYS: &[&str] = &[$(stringify!($name),)*];
 
-            /// These settings, and for what they leave open the other ones.
+            /// These settings, completed by those of `other`.
             #[must_use]
             pub fn or(self, other: Self) -> Self {
                 Self { $($name: self.$name.or(other.$name),)* }
@@ -89,7 +91,7 @@ settings! {
     /// Database to serve, as a URL or in key=value form [default: libpq's variables, such as PGHOST]
     #[arg(long, env = "ABSURD_DATABASE_URL", hide_env_values = true, value_name = "URL")]
     database_url: Secret,
-    /// Database to LISTEN on [default: the same]; name Postgres itself, where the other URL goes through a pooler
+    /// Database to LISTEN on [default: the same]; name Postgres itself if the other URL goes through a pooler
     #[arg(long, env = "ABSURD_LISTEN_DATABASE_URL", hide_env_values = true, value_name = "URL")]
     listen_database_url: Secret,
     /// Address to serve on, as HOST:PORT, or :PORT for this machine alone [default: 127.0.0.1:50051]
@@ -102,20 +104,20 @@ settings! {
     /// Do not let direct SQL writers wake the server; it finds their tasks within two seconds
     #[arg(long, env = "ABSURD_NO_DOORBELL", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     no_doorbell: bool,
-    /// Between rounds of cleanup and partition upkeep by the queues' policies; 0s: never [default: 1h, 0s in a database
-    /// that upstream's tool made]
+    /// Interval between rounds of cleanup and partition upkeep by the queues' policies; 0s: never [default: 1h, 0s in a
+    /// database that upstream's tool made]
     #[arg(long, env = "ABSURD_UPKEEP", value_name = "SPAN")]
     upkeep: Span,
-    /// Connections to the database at most [default: 16]
+    /// Maximum number of pooled connections to the database [default: 16]
     #[arg(long, env = "ABSURD_MAX_CONNECTIONS", value_name = "N")]
     max_connections: usize,
-    /// Claim streams at most [default: 20000]
+    /// Maximum number of claim streams [default: 20000]
     #[arg(long, env = "ABSURD_MAX_STREAMS", value_name = "N")]
     max_streams: usize,
-    /// Streams end politely after about this long and are opened again [default: 30m]
+    /// Approximate age at which a stream is ended gracefully and opened again [default: 30m]
     #[arg(long, env = "ABSURD_STREAM_AGE", value_name = "SPAN")]
     stream_age: Span,
-    /// Between heartbeats on a stream [default: 15s]
+    /// Interval between heartbeats on a stream [default: 15s]
     #[arg(long, env = "ABSURD_HEARTBEAT", value_name = "SPAN")]
     heartbeat: Span,
     /// Largest params, result or checkpoint in bytes [default: 1048576]
@@ -127,28 +129,28 @@ settings! {
     /// Refuse calls about a run that show no claim token
     #[arg(long, env = "ABSURD_REQUIRE_CLAIM_TOKEN", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     require_claim_token: bool,
-    /// Attempts of a task whose spawn over gRPC says nothing about them [default: 5]
+    /// Maximum attempts of a task whose spawn over gRPC does not set them [default: 5]
     #[arg(long, env = "ABSURD_DEFAULT_MAX_ATTEMPTS", value_name = "N")]
     default_max_attempts: i32,
-    /// Claim streams on one connection at most [default: 10000]
+    /// Maximum number of claim streams on one connection [default: 10000]
     #[arg(long, env = "ABSURD_MAX_STREAMS_PER_CONNECTION", value_name = "N")]
     max_streams_per_connection: usize,
-    /// Claim streams from one address at most [default: no bound]
+    /// Maximum number of claim streams from one address [default: no bound]
     #[arg(long, env = "ABSURD_MAX_STREAMS_PER_CALLER", value_name = "N")]
     max_streams_per_caller: usize,
-    /// Connections of clients at most [default: as many as there are file descriptors, less 100]
+    /// Maximum number of client connections [default: the number of file descriptors, less 100]
     #[arg(long, env = "ABSURD_MAX_CLIENTS", value_name = "N")]
     max_clients: usize,
-    /// Calls in flight at most, streams left out [default: 20000]
+    /// Maximum number of calls in flight, not counting streams [default: 20000]
     #[arg(long, env = "ABSURD_MAX_REQUESTS", value_name = "N")]
     max_requests: usize,
-    /// Writes that may wait for their batch, of each kind [default: 50000]
+    /// Maximum number of writes that wait for their batch, of each kind [default: 50000]
     #[arg(long, env = "ABSURD_MAX_WAITING_WRITES", value_name = "N")]
     max_waiting_writes: usize,
     /// Longest wait for a connection to the database [default: 10s]
     #[arg(long, env = "ABSURD_MAX_CONNECTION_WAIT", value_name = "SPAN")]
     max_connection_wait: Span,
-    /// Tasks that may wait in one queue; spawns beyond it are refused [default: no bound]
+    /// Maximum number of tasks that wait in one queue; further spawns are refused [default: no bound]
     #[arg(long, env = "ABSURD_MAX_BACKLOG", value_name = "N")]
     max_backlog: i64,
     /// Largest request in bytes [default: 16777216]
@@ -157,16 +159,16 @@ settings! {
     /// Largest header block of a request in bytes [default: 65536]
     #[arg(long, env = "ABSURD_MAX_HEADER_LIST_BYTES", value_name = "BYTES")]
     max_header_list_bytes: u32,
-    /// Items of one batch at most, 1 to 1,000 [default: 1000]
+    /// Maximum number of items in one batch, 1 to 1,000 [default: 1000]
     #[arg(long, env = "ABSURD_MAX_BATCH", value_name = "N")]
     max_batch: usize,
-    /// Items of one page at most, 1 to 1,000 [default: 1000]
+    /// Maximum number of items on one page, 1 to 1,000 [default: 1000]
     #[arg(long, env = "ABSURD_MAX_PAGE", value_name = "N")]
     max_page: i64,
     /// Deepest nesting of JSON, 1 to 100 [default: 100]
     #[arg(long, env = "ABSURD_MAX_JSON_DEPTH", value_name = "N")]
     max_json_depth: usize,
-    /// A client that takes no answer for this long is cut off [default: 30s]
+    /// A client that takes no answer for this long is disconnected [default: 30s]
     #[arg(long, env = "ABSURD_MAX_STALL", value_name = "SPAN")]
     max_stall: Span,
     /// Address for /metrics, /livez and /readyz over plain HTTP [default: none]
@@ -185,7 +187,7 @@ settings! {
     /// PEM file of the certificate's key
     #[arg(long, env = "ABSURD_TLS_KEY", value_name = "FILE")]
     tls_key: PathBuf,
-    /// What to log: error, warn, info, debug, or a filter by module [default: info]
+    /// Log level error, warn, info or debug, or a filter by module [default: info]
     #[arg(long, env = "ABSURD_LOG", value_name = "FILTER")]
     log: String,
     /// Log one JSON object per line
@@ -200,7 +202,8 @@ impl Settings {
         Self::from_toml(&text).map_err(|problem| anyhow::anyhow!("{}{problem}", path.display()))
     }
 
-    /// Reads a TOML text. An error names key and line, and repeats neither line nor value: either may hold a password.
+    /// Reads a TOML text. An error names the key and the line number. It repeats neither line nor value, because either
+    /// may hold a password.
     fn from_toml(text: &str) -> Result<Self, String> {
         let table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
             let at = error.span().map_or(0, |span| span.start);
@@ -237,7 +240,7 @@ impl Settings {
         Ok(settings)
     }
 
-    /// The options of a server, all defaults filled in.
+    /// Converts to the options of a server, with all defaults filled in.
     pub fn into_app_options(self) -> anyhow::Result<AppOptions> {
         let dispatch = DispatchOptions::default();
         let limits = Limits::default();
@@ -304,7 +307,7 @@ impl Settings {
     }
 }
 
-/// Where a key stands in a file.
+/// Line number of a key in a file, as a part of an error message.
 fn place(text: &str, key: &str) -> String {
     let starts = |line: &str| {
         let line = line.trim_start().trim_start_matches(['[', '"', '\'']);
@@ -314,17 +317,17 @@ fn place(text: &str, key: &str) -> String {
     text.lines().position(starts).map_or_else(String::new, |index| format!(", line {}", index + 1))
 }
 
-/// The setting that a wrong name was meant to be.
+/// Suggests the setting whose name is closest to a wrong one, as a part of an error message.
 fn suggestion(name: &str) -> String {
     let near = |known: &&str| strsim::jaro_winkler(&known.replace('_', "-"), name);
     let best = Settings::KEYS.iter().max_by(|a, b| near(a).total_cmp(&near(b))).filter(|known| near(known) > 0.8);
     best.map_or_else(String::new, |known| format!("; did you mean {:?}?", known.replace('_', "-")))
 }
 
-/// More of anything that is counted is a mistake.
+/// Upper bound of any count. A larger one is a mistake.
 const COUNT_MAX: usize = 100_000_000;
 
-/// A bound that is at least 1, and not above what the rest is built for.
+/// Checks that a bound is from 1 to `most`.
 fn bounded<T: PartialOrd + From<u8> + std::fmt::Display + Copy>(
     name: &str,
     asked: Option<T>,
@@ -336,7 +339,7 @@ fn bounded<T: PartialOrd + From<u8> + std::fmt::Display + Copy>(
     Ok(asked)
 }
 
-/// Attempts of a task.
+/// Checks a number of attempts, with the default `usual`.
 fn attempts(asked: Option<i32>, usual: i32) -> anyhow::Result<i32> {
     match asked.unwrap_or(usual) {
         attempts @ 1.. => Ok(attempts),
@@ -344,7 +347,7 @@ fn attempts(asked: Option<i32>, usual: i32) -> anyhow::Result<i32> {
     }
 }
 
-/// The same, where there is a usual one.
+/// Like [`bounded`], with the default `usual`.
 fn within<T: PartialOrd + From<u8> + std::fmt::Display + Copy>(
     name: &str,
     asked: Option<T>,
@@ -354,16 +357,16 @@ fn within<T: PartialOrd + From<u8> + std::fmt::Display + Copy>(
     Ok(bounded(name, asked, most)?.unwrap_or(usual))
 }
 
-/// Where a server listens unless told otherwise.
+/// Address that a server listens on by default.
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 50051);
 
-/// Parses a database's URL or `key=value` text, and completes it as libpq does, from the environment, a service file and a
-/// passfile. The error repeats no part of it, as it may hold a password.
+/// Parses a database URL or `key=value` text. As in libpq, the environment, a service file and a passfile complete it.
+/// The error repeats no part of the text, because it may hold a password.
 pub fn parse_database(url: &Secret) -> anyhow::Result<tokio_postgres::Config> {
     resolve_database(Some(url))
 }
 
-/// The database that a command speaks of: by its URL, else by libpq's own variables.
+/// Resolves the database of a command: by its URL, otherwise by libpq's environment variables.
 pub fn resolve_database(url: Option<&Secret>) -> anyhow::Result<tokio_postgres::Config> {
     let variable = |name: &str| std::env::var(name).ok();
     let environment = libpq::Environment { variable: &variable };
@@ -388,8 +391,8 @@ pub fn resolve_database(url: Option<&Secret>) -> anyhow::Result<tokio_postgres::
     Ok(resolved.config)
 }
 
-/// Replaces passwords of URLs and `password=` parts in a text that somebody else has made, such as a message about the
-/// command line. A text that only may be a password is replaced too.
+/// Masks the passwords of URLs and `password=` parts in a foreign text, such as a message about the command line. In
+/// doubt, text that may be a password is masked too.
 pub fn masked(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
@@ -406,7 +409,7 @@ pub fn masked(text: &str) -> String {
     out + rest
 }
 
-/// Where the value of the first `password =` begins.
+/// Index at which the value of the first `password =` begins.
 fn after_password(text: &str) -> Option<usize> {
     text.match_indices("password").find_map(|(at, word)| {
         let rest = text[at + word.len()..].trim_start();
@@ -415,7 +418,8 @@ fn after_password(text: &str) -> Option<usize> {
     })
 }
 
-/// A value of libpq's: in single quotes, in which a backslash keeps the next character, or up to a blank.
+/// Masks one libpq value and returns the rest. A value ends with its closing single quote, where a backslash escapes
+/// the next character. Without quotes it ends at a blank or a quote.
 fn masked_word(value: &str) -> (String, &str) {
     let end = match value.strip_prefix('\'') {
         Some(quoted) => {
@@ -432,12 +436,13 @@ fn masked_word(value: &str) -> (String, &str) {
     ("***".into(), &value[end..])
 }
 
-/// What follows `://`: the user, the place and the path are shown, a password and the options are not.
+/// Masks the text after `://` and returns the rest. User, host and path are shown; the password and the options are
+/// not.
 fn masked_url(text: &str) -> (String, &str) {
     let line = &text[..text.find(['\n', '"']).unwrap_or(text.len())];
     let word = line.find(|next: char| next.is_whitespace() || next == '\'').unwrap_or(line.len());
     let authority = &line[..line[..word].find(['/', '?']).unwrap_or(word)];
-    // A blank or a slash in a password that nobody has escaped: the login goes on up to the last @.
+    // The password may contain a blank or a slash that is not escaped, so the login extends to the last @.
     let login = match line[..word].rfind('@') {
         Some(at) => Some(at),
         None if !names_places(authority) => line.rfind('@').or(Some(word)),
@@ -459,9 +464,9 @@ fn masked_url(text: &str) -> (String, &str) {
     (shown, &text[end..])
 }
 
-/// Whether an authority without a login is a list of hosts, with ports or without.
+/// Whether an authority without a login is a list of hosts, with or without ports.
 fn names_places(authority: &str) -> bool {
-    // A message goes on behind the URL.
+    // The message may continue after the URL.
     authority.trim_end_matches([':', ';', ',', '.', ')']).split(',').all(|place| {
         let port = place.rsplit_once(':').filter(|_| !place.ends_with(']')).map_or("", |(_, port)| port);
         port.chars().all(|digit| digit.is_ascii_digit()) && (place.starts_with('[') || place.matches(':').count() < 2)
