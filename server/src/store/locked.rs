@@ -97,7 +97,7 @@ impl Store {
     /// Waits until the tables of a queue allow this access. Holds no connection meanwhile.
     pub(crate) async fn wait_for(&self, queue: &str, needed: Access) {
         if let Some(mut access) = self.inner.locked.watched(queue) {
-            // The sender sends [`Access::Free`] before it is dropped.
+            // The sender sends `Access::Free` before it is dropped.
             let _ = access.wait_for(|access| *access >= needed).await;
         }
     }
