@@ -1,8 +1,8 @@
-//! Group commit: while one batch is in flight the next one gathers; no timer makes anybody wait.
+//! Group commit: while one batch is in flight, the next one gathers; no timer delays an item.
 //!
-//! Each item gets its own outcome. A bad item is found by halving and never fails its neighbours; an item whose row is
-//! locked leaves the batch for the slow lane, where it is tried alone until its caller's deadline. Work runs on tasks of
-//! its own: a caller that goes away cancels nothing half-way, and a batch that panics ends only itself.
+//! Each item gets its own outcome. A bad item is found by halving and never fails its neighbours. An item whose row is
+//! locked leaves the batch and is retried alone until its caller's deadline. Work runs on tokio tasks of its own: a
+//! caller that goes away cancels nothing half-way, and a batch that panics ends only itself.
 
 mod batches;
 mod late;
@@ -26,49 +26,50 @@ use late::Late;
 pub(crate) use late::{until, until_free};
 pub(crate) use sequence::sequence;
 
-/// A lane that is expected to take longer than this turns new callers away.
+/// Longest expected wait; a lane that exceeds it refuses new items.
 const WAIT_MAX: Duration = Duration::from_secs(2);
-/// Weight of the newest batch in what is known of a lane's pace.
+/// Weight of the newest batch in the moving average of a lane's pace.
 const PACE_WEIGHT: f64 = 0.3;
-/// So many that wait get a second batch in flight.
+/// Number of waiting items from which on a lane may have a second batch in flight.
 const CROWD: usize = 250;
-/// Items that wait for locks at the same time, each on a connection.
+/// Items that wait for locks at the same time; each holds a connection.
 const SLOW_MAX: usize = 6;
-/// Longest pause between tries of an item whose rows are held.
+/// Longest pause between attempts of an item whose rows are held.
 const SLOW_PAUSE_MAX: Duration = Duration::from_millis(200);
-/// While a queue is locked: between looks at who still waits for it.
+/// While a queue is locked: pause between checks for items whose callers have left.
 const PURGE: Duration = Duration::from_millis(250);
 
-/// What a committer carries out.
+/// One kind of items, and the way to execute a batch of them.
 pub(crate) trait Batch: Send + Sync + 'static {
-    /// Items with different keys never share a statement.
+    /// Items with different keys share no statement.
     type Key: Clone + Eq + Hash + Send + Sync + 'static;
-    /// One caller's wish.
+    /// Request of one caller.
     type Item: Send + Sync + 'static;
-    /// One caller's answer.
+    /// Answer to one caller.
     type Out: Send + 'static;
-    /// What tells items apart.
+    /// Identity of an item within a lane.
     type Id: Eq + Hash + Send;
-    /// For the log.
+    /// Name of the batch in logs and metrics.
     const NAME: &'static str;
-    /// Items in one statement at most.
+    /// Maximum number of items per statement.
     const ITEMS_MAX: usize;
-    /// Batches of one key in flight at most: one gathers more, a second one works while the first is being flushed.
+    /// Maximum number of batches of one key in flight. A single one gathers larger batches; of two, one executes while
+    /// the other's commit is flushed.
     const DRIVERS_MAX: usize = 1;
-    /// Whether new items are turned away while others are expected to wait long. Outcomes of work that is done never are:
-    /// turned away, it would be done again.
+    /// Whether a lane with a long expected wait refuses new items. Outcomes of finished work are never refused, because
+    /// the work would be done again.
     const SHEDS: bool;
 
-    /// Two items of one identity never share a statement.
+    /// Identity of an item. Items of one identity share no statement.
     fn identity(item: &Self::Item) -> Self::Id;
-    /// Whether an item that is tried again recognizes what it has done before. One that does not, and is refused after a try
-    /// whose answer was lost, may have been carried out all the same.
+    /// Whether a retried item recognizes its own earlier effect. If not, an item that is refused after a lost answer
+    /// may have taken effect nevertheless.
     fn knows_itself(item: &Self::Item) -> bool;
-    /// The scope of a key.
+    /// Queue and tenant of a key.
     fn scope(key: &Self::Key) -> &Scope;
-    /// Where it is carried out.
+    /// Store on which batches are executed.
     fn store(&self) -> &Store;
-    /// Carries out a batch; `None` for items whose rows are locked.
+    /// Executes a batch; the outcome of an item whose rows are locked is `None`.
     fn execute(
         &self,
         key: &Self::Key,
@@ -89,17 +90,17 @@ struct Entry<B: Batch> {
     answer: oneshot::Sender<Result<B::Out, Error>>,
 }
 
-/// Items of one key that wait.
+/// The items of one key that wait, and their pace.
 struct Lane<B: Batch> {
     waiting: VecDeque<Entry<B>>,
     /// Batches in flight.
     drivers: usize,
-    /// Seconds per item, lately; 0: not known.
+    /// Average seconds per item; 0: not known yet.
     pace: f64,
 }
 
 impl<B: Batch> Lane<B> {
-    /// How long a new item is expected to wait.
+    /// Expected wait of a new item.
     fn wait(&self) -> Duration {
         Duration::from_secs_f64(self.pace * self.waiting.len() as f64)
     }
@@ -112,17 +113,17 @@ impl<B: Batch> Lane<B> {
 
 struct Shared<B: Batch> {
     batch: B,
-    /// A lane exists while tasks drive it.
+    /// Lanes by key. A lane exists while a driver serves it.
     lanes: Mutex<HashMap<B::Key, Lane<B>>>,
     slow: Semaphore,
-    /// Of the places for slow items those of one queue: its held rows must not keep another queue's items waiting.
+    /// Per queue, half of the places in `slow`: held rows of one queue must not keep another queue's items waiting.
     slow_of: Mutex<HashMap<QueueName, Arc<Semaphore>>>,
     room: Arc<Semaphore>,
     room_max: usize,
 }
 
 impl<B: Batch> Shared<B> {
-    /// The places for slow items of a queue. Those of queues without any are forgotten.
+    /// The slow places of a queue. Forgets those of queues without slow items.
     fn slow_of(&self, queue: &QueueName) -> Arc<Semaphore> {
         let mut all = self.slow_of.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|_, places| Arc::strong_count(places) > 1);
@@ -130,7 +131,7 @@ impl<B: Batch> Shared<B> {
     }
 }
 
-/// Gathers items into batches, one batch in flight per key.
+/// Gathers items into batches per key; see [`Batch::DRIVERS_MAX`] for the batches in flight.
 pub(crate) struct Committer<B: Batch> {
     shared: Arc<Shared<B>>,
 }
@@ -148,7 +149,7 @@ impl<B: Batch> Clone for Committer<B> {
 }
 
 impl<B: Batch> Committer<B> {
-    /// A committer for which so many items may wait.
+    /// `waiting_max` bounds the items without an outcome.
     pub(crate) fn new(batch: B, waiting_max: usize) -> Self {
         Self {
             shared: Arc::new(Shared {
@@ -162,17 +163,17 @@ impl<B: Batch> Committer<B> {
         }
     }
 
-    /// Items that wait.
+    /// Number of items without an outcome, in flight or waiting.
     pub(crate) fn waiting(&self) -> usize {
         self.shared.room_max - self.shared.room.available_permits()
     }
 
-    /// Lanes that are driven.
+    /// Number of lanes with a driver.
     pub(crate) fn lanes(&self) -> usize {
         self.shared.lanes.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    /// Carries out one item with whatever else waits, and returns its outcome.
+    /// Executes one item in the next batch of its key, and returns its outcome.
     pub(crate) async fn submit(&self, key: B::Key, item: B::Item, deadline: Instant) -> Result<B::Out, Error> {
         let Ok(_room) = Arc::clone(&self.shared.room).try_acquire_owned() else {
             return Err(Error::TooManyRequests { after: WAIT_MAX });
@@ -183,14 +184,14 @@ impl<B: Batch> Committer<B> {
         enqueue(&self.shared, key, entry, B::SHEDS)?;
         match tokio::time::timeout_at(deadline, answered).await {
             Ok(Ok(outcome)) => outcome,
-            // It may have ended after the commit.
+            // The batch ended without an answer, perhaps after its commit.
             Ok(Err(_)) => Err(Error::OutcomeUnknown),
             Err(_) => Err(late.error()),
         }
     }
 }
 
-/// Puts an item into its lane. `Err` turns it away, because it would wait too long.
+/// Adds an item to its lane, and starts a driver if needed. `Err` refuses it, because its expected wait is too long.
 fn enqueue<B: Batch>(shared: &Arc<Shared<B>>, key: B::Key, entry: Entry<B>, sheds: bool) -> Result<(), Error> {
     let mut lanes = shared.lanes.lock().unwrap_or_else(PoisonError::into_inner);
     let lane = lanes.entry(key.clone()).or_insert_with(|| Lane { waiting: VecDeque::new(), drivers: 0, pace: 0.0 });
@@ -207,7 +208,7 @@ fn enqueue<B: Batch>(shared: &Arc<Shared<B>>, key: B::Key, entry: Entry<B>, shed
     Ok(())
 }
 
-/// Waits while the queue of a lane is locked. Items whose callers have left do not stay meanwhile.
+/// Waits while the queue of a lane is locked. Items whose callers have left are removed meanwhile.
 async fn wait_until_free<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key) {
     let (store, scope) = (shared.batch.store(), B::scope(key));
     while store.is_locked(scope.queue().as_str()) {
@@ -224,7 +225,7 @@ async fn wait_until_free<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key) {
     }
 }
 
-/// Runs the batches of one lane until nothing waits.
+/// Drives one lane: runs batches until no item waits.
 async fn drive<B: Batch>(shared: Arc<Shared<B>>, key: B::Key) {
     loop {
         wait_until_free(&shared, &key).await;
@@ -257,7 +258,7 @@ async fn drive<B: Batch>(shared: Arc<Shared<B>>, key: B::Key) {
     }
 }
 
-/// The next batch: in order, each identity once.
+/// Takes the next batch: items in order, each identity once.
 fn take<B: Batch>(lane: &mut VecDeque<Entry<B>>) -> Vec<Entry<B>> {
     let mut seen = HashSet::new();
     let mut later = VecDeque::new();
@@ -298,7 +299,7 @@ async fn run<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, entries: Vec<Entry
                 parts.push(second);
                 parts.push(part);
             }
-            // One item that takes too long must not hold up those behind it.
+            // A slow item must not hold up those behind it.
             Err(fault) if matches!(fault, Fault::Locked) || fault.is_too_much() => {
                 for entry in part {
                     if fault.is_too_much() {
@@ -341,7 +342,8 @@ fn settle<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, part: Vec<Entry<B>>, 
     }
 }
 
-/// A refusal after a try whose answer was lost: the refused item may be what that try has carried out.
+/// Turns a refusal into [`Error::OutcomeUnknown`] if an earlier attempt lost its answer: that attempt may have carried
+/// the item out.
 fn honest<B: Batch>(entry: &Entry<B>, outcome: Result<B::Out, Error>) -> Result<B::Out, Error> {
     match outcome {
         Err(error) if error.is_claim_over() && !B::knows_itself(&entry.item) && entry.late.is_unknown() => {
@@ -351,7 +353,7 @@ fn honest<B: Batch>(entry: &Entry<B>, outcome: Result<B::Out, Error>) -> Result<
     }
 }
 
-/// Lets one item wait for its locks, alone.
+/// Retries one item alone, waiting for its locks, until its deadline.
 fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B>) {
     let shared = Arc::clone(shared);
     let key = key.clone();
@@ -359,7 +361,7 @@ fn slow_lane<B: Batch>(shared: &Arc<Shared<B>>, key: &B::Key, mut entry: Entry<B
         let mut pause = Duration::from_millis(10);
         loop {
             if shared.batch.store().is_locked(B::scope(&key).queue().as_str()) {
-                // It is not about this item: it waits with all others of its lane.
+                // The whole queue is locked: the item waits with all others of its lane.
                 entry.late.note(&Fault::Locked, B::scope(&key));
                 let _ = enqueue(&shared, key, entry, false);
                 return;
@@ -405,10 +407,10 @@ mod tests {
     use crate::store::tests::nowhere;
 
     const BUG: u32 = 0;
-    /// Takes a while to find that Postgres is away.
+    /// Finds after 7 ms that Postgres is unreachable.
     const AWAY: u32 = 1;
 
-    /// Its items say what becomes of a batch.
+    /// Executes a batch as its items ask: a bug, an unreachable database, or success.
     struct Scripted(Store);
 
     impl Batch for Scripted {
@@ -466,20 +468,20 @@ mod tests {
         assert_eq!(committer.submit(scope, 2, deadline()).await.unwrap(), 2);
     }
 
-    /// What an item meets in the database.
+    /// State of an item's rows in the database.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     enum Met {
-        /// Nothing: it is carried out.
+        /// Free: the item is carried out.
         Nothing,
-        /// Somebody holds its rows, longer than anybody waits.
+        /// Held for longer than any attempt waits.
         HeldRows,
-        /// Somebody holds its rows, until it waits for them alone.
+        /// Held until the item waits for them alone.
         RowsHeldBriefly,
-        /// The same, and the answer is lost; when it is asked for again, the claim is over.
+        /// Held like that, and the answer is lost; at the next attempt the claim is over.
         LostAnswer,
     }
 
-    /// Carries out numbered items as each of them says, and notes the numbers of each try.
+    /// Executes numbered items as each asks, and records the numbers of each attempt.
     #[derive(Clone)]
     struct Rows {
         store: Store,
@@ -570,7 +572,7 @@ mod tests {
         tokio::time::sleep(Duration::from_millis(100)).await;
         let began = Instant::now();
         committer.submit(scope("other"), (1, Met::RowsHeldBriefly), later()).await.unwrap();
-        // Each of the others waits for its rows for a second.
+        // Each item of the other queue waits a second for its rows.
         assert!(began.elapsed() < Duration::from_millis(500), "{:?}", began.elapsed());
     }
 

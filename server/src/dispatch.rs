@@ -1,6 +1,7 @@
-//! The dispatcher: chooses which claimed run goes to which stream. One loop per queue that has streams on this replica.
+//! The dispatcher assigns claimed runs to streams. One loop per queue that has streams or `ClaimTask` calls on this
+//! replica.
 //!
-//! Nothing is claimed that was not first reserved in a stream's credit. What a transport never took comes back.
+//! Nothing is claimed without credit reserved before. A claim that no transport took is given back.
 
 mod give_back;
 mod hand_over;
@@ -33,19 +34,19 @@ use crate::tally::{Counted, Tally};
 use outbox::{Message, Outbox};
 use state::{Plan, Pull, Return, Spans, State, StreamId, StreamOptions, Turn};
 
-/// Bytes of checkpoints that ride along with a resumed task.
+/// Bytes of checkpoints sent along with each resumed task.
 const CHECKPOINT_BUDGET: i64 = 512 * 1024;
 
-/// What the server decides about streams.
+/// Bounds and periods of claim streams.
 #[derive(Debug, Clone, Copy)]
 pub struct DispatchOptions {
-    /// Between heartbeats.
+    /// Pause between heartbeats.
     pub heartbeat: Duration,
-    /// Streams end politely about this long after they opened.
+    /// Mean age at which a stream ends as planned; each stream's own differs by up to a fifth.
     pub stream_age: Duration,
-    /// Streams of this replica at most.
+    /// Maximum number of streams on this replica.
     pub streams_max: usize,
-    /// A stream whose peer takes no message for this long is given up, and what waits for it goes back.
+    /// A stream whose peer takes no message for this long is closed; its undelivered claims are given back.
     pub stall_max: Duration,
 }
 
@@ -65,7 +66,7 @@ struct Queue {
     scope: Scope,
     state: Mutex<State>,
     bell: Notify,
-    /// Held by the search for claims whose answer was lost: one at a time takes a connection.
+    /// Held by a search for claims whose answer was lost, so that such searches use one connection at a time.
     searching: tokio::sync::Mutex<()>,
 }
 
@@ -85,27 +86,27 @@ struct Shared {
     queues: Mutex<HashMap<QueueName, Arc<Queue>>>,
     next_id: AtomicU64,
     streams: Tally,
-    /// Releases and hand-overs that are under way; a stopping server waits for them.
+    /// Releases and hand-overs in flight; a stopping server waits for them.
     releasing: Tally,
     closing: AtomicBool,
 }
 
-/// See the module.
+/// Handle to the dispatchers of all queues; clones share them.
 #[derive(Debug, Clone)]
 pub struct Dispatcher {
     shared: Arc<Shared>,
 }
 
-/// What an opened stream is told first.
+/// The facts that a new stream sends first.
 #[derive(Debug)]
 pub struct Opened {
     /// Id of the stream on this replica.
     pub stream_id: StreamId,
-    /// Its session.
+    /// Session that opened the stream.
     pub session_id: SessionId,
-    /// How long it may live.
+    /// Time after which the stream ends as planned.
     pub age: Duration,
-    /// Verdict and lease end of each held token, in order.
+    /// Each held token with its verdict and the end of its lease, in the order of the request.
     pub held: Vec<(String, Verdict, Option<DbTime>)>,
 }
 
@@ -120,7 +121,7 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// The next message; `None` after the end.
+    /// The next message; `None` after the end of the stream.
     pub fn poll_next(&mut self, cx: &Context<'_>) -> Poll<Option<Message>> {
         let next = self.outbox.poll_next(cx);
         if let Poll::Ready(Some(Message::Task(claim))) = &next {
@@ -145,7 +146,7 @@ impl Drop for Stream {
 }
 
 impl Dispatcher {
-    /// A dispatcher without queues.
+    /// A dispatcher without queues; the loop of a queue starts with its first stream or call.
     pub(crate) fn new(
         store: Store,
         settles: Committer<Settles>,
@@ -169,7 +170,7 @@ impl Dispatcher {
         }
     }
 
-    /// What the server decides about streams.
+    /// The options given to this dispatcher.
     pub fn options(&self) -> DispatchOptions {
         self.shared.options
     }
@@ -182,8 +183,8 @@ impl Dispatcher {
         self.shared.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs something on a queue's state, starting its loop if need be; under the map's lock, so that an idle loop
-    /// cannot end in between.
+    /// Runs `act` on a queue's state, and starts the queue's loop if there is none. The lock of the map is held
+    /// meanwhile, so that an idle loop cannot end in between.
     fn with_queue<T>(&self, scope: &Scope, act: impl FnOnce(&mut State) -> T) -> (Arc<Queue>, T) {
         let mut queues = self.queues();
         let queue = queues.entry(scope.queue().clone()).or_insert_with(|| {
@@ -205,12 +206,12 @@ impl Dispatcher {
         self.queues().get(queue).cloned()
     }
 
-    /// Whether a queue has streams or pulls here; then it exists, or its end is about to be heard of.
+    /// Whether a queue has a loop here. Such a queue exists, or news of its drop is on the way.
     pub fn knows(&self, queue: &QueueName) -> bool {
         self.find(queue).is_some()
     }
 
-    /// Opens a stream. The queue exists, the options are valid.
+    /// Opens a stream. The caller has checked the options and that the queue exists.
     pub async fn open(
         &self,
         scope: &Scope,
@@ -240,7 +241,7 @@ impl Dispatcher {
             state.open(id, options, Arc::clone(&outbox), kept, Instant::now(), spans, age);
         });
         let stream = Stream { id, queue, outbox, shared: Arc::clone(&self.shared), _counted: counted };
-        // A shutdown that began meanwhile may not have seen this stream.
+        // A shutdown that began in the meantime may not have seen this stream.
         if self.shared.closing.load(Ordering::SeqCst) {
             return Err(Error::ShuttingDown);
         }
@@ -249,7 +250,7 @@ impl Dispatcher {
         Ok((stream, Opened { stream_id: id, session_id, age, held }))
     }
 
-    /// Restores the leases of runs that a worker still executes; says what each claim is worth.
+    /// Extends the leases of claims that a worker still holds. Returns the verdict and the lease's end for each.
     async fn take_over(&self, scope: &Scope, held: &[String]) -> Vec<(Verdict, Option<DbTime>)> {
         let deadline = Instant::now() + Duration::from_secs(10);
         let checks = held.iter().map(|text| async move {
@@ -266,14 +267,14 @@ impl Dispatcher {
         futures_util::future::join_all(checks).await
     }
 
-    /// Claims once, waiting for a first task as long as the pull says.
+    /// Claims tasks once, for a `ClaimTask` call; waits up to `wait` for a first task.
     pub async fn pull(&self, scope: &Scope, options: StreamOptions, wait: Duration) -> Result<Vec<Claim>, Error> {
         if self.shared.closing.load(Ordering::Relaxed) {
             return Err(Error::ShuttingDown);
         }
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
         let (answer, answered) = oneshot::channel();
-        // A pull that does not wait is answered after one look, however long that takes.
+        // Without a wait, the call is answered after one claim statement, or after `LOOK`.
         let once = wait.is_zero();
         let until = Instant::now() + if once { LOOK } else { wait };
         let (_queue, ()) = self.with_queue(scope, |state| {
@@ -294,13 +295,13 @@ impl Dispatcher {
         }
     }
 
-    /// This replica wrote something that can be claimed: others hear of it too.
+    /// This replica wrote claimable work: wakes the queue's loop, and tells other replicas.
     pub fn new_work(&self, queue: &QueueName) {
         self.note_work(queue);
         self.shared.hints.dirty(queue);
     }
 
-    /// There may be something to claim on a queue.
+    /// A queue may have claimable work: wakes its loop.
     pub fn note_work(&self, queue: &QueueName) {
         if let Some(queue) = self.find(queue) {
             queue.lock().note_work();
@@ -308,7 +309,7 @@ impl Dispatcher {
         }
     }
 
-    /// A run of a queue can be claimed after this long.
+    /// A run of a queue becomes claimable after this time: sets a timer.
     pub fn note_available(&self, queue: &QueueName, after: Duration) {
         if let Some(queue) = self.find(queue) {
             queue.lock().note_available(Instant::now() + after);
@@ -316,7 +317,7 @@ impl Dispatcher {
         }
     }
 
-    /// The doorbell of a queue rang.
+    /// The doorbell of a queue rang: wakes its loop, which arms it again.
     pub fn note_rung(&self, queue: &QueueName) {
         if let Some(queue) = self.find(queue) {
             queue.lock().note_rung();
@@ -324,7 +325,7 @@ impl Dispatcher {
         }
     }
 
-    /// The listener was lost for a while: look everywhere and arm again.
+    /// Notifications may have been lost: wakes all loops, which look and arm again.
     pub fn note_unheard(&self) {
         let queues: Vec<Arc<Queue>> = self.queues().values().cloned().collect();
         for queue in queues {
@@ -333,7 +334,7 @@ impl Dispatcher {
         }
     }
 
-    /// Somebody spoke of a run.
+    /// A worker showed a sign of life for a run; `expires_at` is the new end of its lease, if it has one.
     pub fn alive(&self, queue: &QueueName, run_id: RunId, expires_at: Option<DbTime>) {
         if let Some(queue) = self.find(queue) {
             queue.lock().alive(run_id, expires_at);
@@ -341,7 +342,8 @@ impl Dispatcher {
         }
     }
 
-    /// Somebody spoke of a run and left no trace in the database: where it is in flight elsewhere, that replica hears of it.
+    /// A worker showed a sign of life without a write to the database. If the run is not in flight here, tells other
+    /// replicas.
     pub fn spoke(&self, queue: &QueueName, run_id: RunId) {
         let here = self.find(queue).is_some_and(|queue| queue.lock().holds(run_id));
         if !here {
@@ -349,7 +351,7 @@ impl Dispatcher {
         }
     }
 
-    /// Another replica says that somebody spoke of runs.
+    /// Another replica saw signs of life for these runs.
     pub fn alive_elsewhere(&self, runs: &[RunId]) {
         let queues: Vec<Arc<Queue>> = self.queues().values().cloned().collect();
         for queue in queues {
@@ -360,14 +362,14 @@ impl Dispatcher {
         }
     }
 
-    /// A run left its claim; other replicas hear of it when it was not in flight here.
+    /// A run left its claim. If it was not in flight here, tells other replicas.
     pub fn left(&self, queue: &QueueName, run_id: RunId) {
         if !self.here(queue, |state| state.left(run_id)) {
             self.shared.hints.credit(run_id);
         }
     }
 
-    /// Says whether what left was in flight here.
+    /// Applies `left` to a queue's state; returns whether the run was in flight here.
     fn here(&self, queue: &QueueName, left: impl FnOnce(&mut State) -> bool) -> bool {
         let Some(queue) = self.find(queue) else { return false };
         let here = left(&mut queue.lock());
@@ -377,7 +379,7 @@ impl Dispatcher {
         here
     }
 
-    /// A claim ended whose run goes on: it may be claimed again before this is heard of.
+    /// A claim ended while its run goes on. The run may be claimed again before this call, so only this claim leaves.
     pub fn left_claim(&self, queue: &QueueName, run_id: RunId, digest: Option<&Digest>) {
         let Some(digest) = digest.map(Digest::to_uuid) else { return self.left(queue, run_id) };
         if !self.here(queue, |state| state.left_claim(run_id, digest)) {
@@ -385,7 +387,7 @@ impl Dispatcher {
         }
     }
 
-    /// Another replica says that claims ended whose runs go on.
+    /// Another replica ended these claims while their runs go on.
     pub fn claims_left_elsewhere(&self, claims: &[(RunId, uuid::Uuid)]) {
         let queues: Vec<Arc<Queue>> = self.queues().values().cloned().collect();
         for queue in queues {
@@ -398,7 +400,7 @@ impl Dispatcher {
         }
     }
 
-    /// Another replica says that runs left their claims.
+    /// Another replica took these runs from their claims.
     pub fn left_elsewhere(&self, runs: &[RunId]) {
         let queues: Vec<Arc<Queue>> = self.queues().values().cloned().collect();
         for queue in queues {
@@ -411,27 +413,27 @@ impl Dispatcher {
         }
     }
 
-    /// Names of the queues that have a dispatcher here.
+    /// Names of the queues that have a loop here.
     pub fn active(&self) -> Vec<QueueName> {
         self.queues().keys().cloned().collect()
     }
 
-    /// Streams of this replica.
+    /// Number of streams on this replica.
     pub fn streams(&self) -> usize {
         self.shared.streams.now()
     }
 
-    /// Releases and hand-overs that are under way.
+    /// Number of releases and hand-overs in flight.
     pub fn releasing(&self) -> usize {
         self.shared.releasing.now()
     }
 
-    /// Streams on a queue.
+    /// Number of streams on a queue here.
     pub fn stream_count(&self, queue: &QueueName) -> usize {
         self.find(queue).map_or(0, |queue| queue.lock().stream_count())
     }
 
-    /// Takes in what a tick saw of a queue.
+    /// Applies the result of a look at a queue.
     pub fn observe(&self, tick: &QueueTick) {
         let Ok(name) = QueueName::parse("queue", &tick.queue) else { return };
         let Some(queue) = self.find(&name) else { return };
@@ -450,7 +452,7 @@ impl Dispatcher {
         queue.bell.notify_one();
     }
 
-    /// Ends the stream of a session on this replica; says whether there was one.
+    /// Ends the stream of a session if it is on this replica; returns whether it was.
     pub fn drain(&self, queue: &QueueName, session: &SessionId) -> bool {
         let Some(queue) = self.find(queue) else { return false };
         let returns = queue.lock().drain(session);
@@ -460,7 +462,7 @@ impl Dispatcher {
         ended
     }
 
-    /// The queue was dropped: its streams end.
+    /// Ends the streams and calls of a queue that was dropped.
     pub fn drop_queue(&self, name: &QueueName) {
         if let Some(queue) = self.find(name) {
             queue.lock().fail_all(&Error::QueueNotFound(name.as_str().to_owned()));
@@ -468,7 +470,8 @@ impl Dispatcher {
         }
     }
 
-    /// Stops claiming, ends all streams politely and gives back what no transport took.
+    /// Stops claiming, ends all streams with a reason, and gives back the claims that no transport took. Waits at most
+    /// `limit`.
     pub async fn shut_down(&self, limit: Duration) {
         self.shared.closing.store(true, Ordering::SeqCst);
         let queues: Vec<Arc<Queue>> = self.queues().values().cloned().collect();
@@ -483,10 +486,10 @@ impl Dispatcher {
         }
     }
 
-    /// One queue's loop: all the control flow of claiming. Ends when nothing needs it.
+    /// The loop of one queue, with all control flow of claiming. Ends when nothing needs it.
     async fn run(self, queue: Arc<Queue>) {
         loop {
-            // Listen before looking: what rings while we look must not be lost.
+            // Registered before the look at the state, so that a notification in between is not lost.
             let mut bell = std::pin::pin!(queue.bell.notified());
             bell.as_mut().enable();
             let turn = queue.lock().turn(Instant::now(), self.spans());
@@ -507,7 +510,7 @@ impl Dispatcher {
         }
     }
 
-    /// Forgets a queue if nothing needs it; a stream that is just opening finds it gone and starts anew.
+    /// Forgets a queue that nothing needs. A stream that opens at the same time creates it again.
     fn retire(&self, queue: &Arc<Queue>) -> bool {
         let mut queues = self.queues();
         let idle = queue.lock().is_idle();
@@ -517,7 +520,7 @@ impl Dispatcher {
         idle
     }
 
-    /// Does what a turn decided; says whether to look again at once.
+    /// Carries out the decisions of a turn; returns whether to take the next turn at once.
     async fn run_once(&self, queue: &Arc<Queue>, turn: Turn) -> bool {
         if turn.arm {
             self.shared.hints.arm(queue.scope.queue());
@@ -569,7 +572,7 @@ impl Dispatcher {
                 queue.name = %scope.queue(), problem = fault.problem(),
                 "could not read checkpoints; giving the claims of resumed tasks back"
             );
-            // Later: at once they would come to the same trouble.
+            // With a delay: claimed again at once they would meet the same fault.
             let resumed = claims.extract_if(.., |(_, claim)| claim.resumed);
             let returns = resumed.map(|(_, claim)| Return { delay: UNREAD_DELAY, ..Return::undelivered(claim.token) });
             let returns = returns.collect();
@@ -583,14 +586,14 @@ impl Dispatcher {
 }
 
 impl Dispatcher {
-    /// A claim statement failed: it is tried again, less and less often where the fault does not pass.
+    /// Handles a failed claim statement. The next one comes after a pause, which doubles for faults that do not pass.
     fn claim_failed(&self, queue: &Arc<Queue>, plan: Plan, since: Option<DbTime>, fault: Fault) {
         let scope = &queue.scope;
-        // A lock is told of where it is found.
+        // The store logs a locked queue where it finds the lock.
         if !matches!(fault, Fault::Locked) {
             tracing::warn!(queue.name = %scope.queue(), problem = fault.problem(), "could not claim; will try again");
         }
-        // A statement that ran out of its time was rolled back.
+        // The claims may have been committed. After a timeout they were not: Postgres rolled the statement back.
         if matches!(fault, Fault::Unknown(_)) {
             self.find_lost_claims(queue, plan.slots.clone(), since);
         }
@@ -600,9 +603,9 @@ impl Dispatcher {
         state.fail_pulls(&plan, &fault.into_read_error(scope));
     }
 
-    /// Claims for a plan. Where Postgres refuses that because of some run, the others are taken all the same, and that run is
-    /// found and passed over from then on: smaller and smaller parts are claimed until one run alone is refused, and then
-    /// each of the next ones is tried.
+    /// Claims for a plan. If Postgres refuses the statement because of some run, smaller and smaller parts are claimed
+    /// until one run alone is refused. Then the next runs are tried one by one; refused runs are passed over from then
+    /// on, and the others are claimed.
     async fn take(&self, queue: &Arc<Queue>, plan: &Plan) -> Result<Claimed, Fault> {
         let (store, scope) = (&self.shared.store, &queue.scope);
         let mut passed_over = queue.lock().passed_over(Instant::now());
@@ -639,7 +642,7 @@ impl Dispatcher {
                     passed_over.extend(refused.iter().map(|(run_id, _)| *run_id));
                     self.pass_over(queue, refused).await;
                 }
-                // What was claimed before is not given up for what cannot be.
+                // Keeps the claims that were made before the fault.
                 Err(fault) if all.is_empty() => return Err(fault),
                 Err(_) => break,
             }
@@ -647,7 +650,7 @@ impl Dispatcher {
         Ok(all)
     }
 
-    /// Passes runs over from now on, for a while, and notes why.
+    /// Passes runs over for a while, and notes the reason in the quarantine.
     async fn pass_over(&self, queue: &Arc<Queue>, found: Vec<(RunId, String)>) {
         let scope = &queue.scope;
         let Some((run_id, problem)) = found.first() else { return };
@@ -661,7 +664,7 @@ impl Dispatcher {
         }
     }
 
-    /// Gives back what was claimed and cannot be read.
+    /// Passes over and gives back claimed runs whose rows cannot be decoded.
     async fn put_aside(&self, queue: &Arc<Queue>, unreadable: Vec<(ClaimToken, String)>) {
         if unreadable.is_empty() {
             return;
@@ -673,29 +676,29 @@ impl Dispatcher {
     }
 }
 
-/// Whoever wrote rows by plain SQL may have left what no schema of ours allows. That it cannot be read must not end the
-/// queue's loop: what was taken is given back, as if the answer had been lost.
+/// Turns a panic while rows are decoded into [`Fault::Unknown`], as if the answer had been lost, so that the claims are
+/// given back. Plain SQL can write rows that break the schema's rules, and they must not end the queue's loop.
 async fn readable<T>(reading: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
     let read = AssertUnwindSafe(reading).catch_unwind().await;
     read.unwrap_or_else(|_| Err(Fault::Unknown("a row could not be read".into())))
 }
 
-/// How long a task is put off that fits into no message of its stream.
+/// Delay of a task that fits into no message of its stream: 15 to 30 s.
 fn put_off() -> Duration {
     Duration::from_secs(15).mul_f64(1.0 + random())
 }
 
-/// How long a resumed task waits whose checkpoints could not be read.
+/// Delay of a resumed task whose checkpoints could not be read.
 const UNREAD_DELAY: Duration = Duration::from_secs(5);
-/// Claim statements of one plan, where runs are refused.
+/// Maximum number of claim statements for one plan in which runs are refused.
 const TRIES_MAX: usize = 64;
-/// Runs of a queue that are passed over at the same time.
+/// Maximum number of runs of a queue that are passed over at the same time.
 const PASSED_OVER_MAX: usize = 1000;
 
-/// Room for one look in a pull that does not wait.
+/// Longest time for the one claim statement of a call that does not wait.
 const LOOK: Duration = Duration::from_secs(10);
 
-/// What an error of a per-run write says about the claim.
+/// The verdict about a claim that follows from the error of a write about its run.
 pub fn verdict(error: &Error) -> Verdict {
     match error {
         Error::ClaimExpired(_) => Verdict::Expired,
@@ -711,7 +714,7 @@ pub fn verdict(error: &Error) -> Verdict {
     }
 }
 
-/// A random number in 0..1.
+/// A random number from 0 to 1; 0.5 if the system gives no randomness.
 pub fn random() -> f64 {
     let mut bytes = [0_u8; 4];
     if getrandom::fill(&mut bytes).is_err() {

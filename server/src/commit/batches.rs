@@ -1,5 +1,5 @@
-//! What is committed together: spawns, outcomes and steps, waits, emissions. Each says what tells its items apart, and which
-//! statement carries a batch of them out.
+//! The kinds of items that are committed in batches: spawns; outcomes and steps; sleeps and waits; emissions. Each kind
+//! defines the identity of an item and the statement of a batch.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use crate::store::suspend::{Awaited, Suspend, SuspendKind};
 use crate::store::task::{NewTask, Slotted, Spawned, Spawning};
 use crate::store::{Fault, Store, Wait, batch};
 
-/// Spawns. Keyed ones go apart, because they may have to wait for others.
+/// Spawns. Those with an idempotency key have batches of their own, because they may wait for another spawn of the key.
 #[derive(Debug, Clone)]
 pub(crate) struct Spawns {
     pub(crate) store: Store,
@@ -23,7 +23,8 @@ pub(crate) struct Spawns {
 }
 
 impl Spawns {
-    /// Spawns tasks, all of them or each on its own. Those that idle workers wait for go straight to them.
+    /// Spawns tasks, each on its own or all or none. Tasks for which an idle worker has credit are handed to it
+    /// directly.
     pub(crate) async fn spawn(
         &self,
         scope: &Scope,
@@ -33,7 +34,8 @@ impl Spawns {
     ) -> Result<Vec<Result<Spawned, Error>>, Fault> {
         let mut hand_over = self.dispatcher.hand_over(scope, tasks);
         let mut spawning = self.try_spawn(scope, &hand_over.slotted(tasks), lock_wait, all).await;
-        // It may be the claim that Postgres refuses; that is for the dispatcher to find out.
+        // Postgres may refuse the claim rather than the task, so the task is spawned unclaimed. The dispatcher handles
+        // its claim.
         if spawning.as_ref().is_err_and(Fault::is_refusal) && hand_over.put_back() {
             spawning = self.try_spawn(scope, &hand_over.slotted(tasks), lock_wait, all).await;
         }
@@ -52,7 +54,7 @@ impl Spawns {
         }
     }
 
-    /// Wakes the dispatcher for what can be claimed now, and sets its timer for what can be claimed later.
+    /// Wakes the dispatcher for tasks that are claimable now, and sets its timer for those that become claimable later.
     fn note_work(&self, scope: &Scope, tasks: &[&NewTask], answers: &[Result<Spawned, Error>]) {
         let now = self.store.now();
         let mut at_once = false;
@@ -121,7 +123,7 @@ impl Batch for Spawns {
     }
 }
 
-/// Completions, failures, extensions, releases and checkpoints.
+/// Completions, failures, expirations, extensions, releases and checkpoints.
 #[derive(Debug)]
 pub(crate) struct Settles {
     pub(crate) store: Store,
@@ -196,7 +198,7 @@ impl Batch for Settles {
     }
 }
 
-/// Sleeps and waits.
+/// Sleeps, and waits for events.
 #[derive(Debug)]
 pub(crate) struct Suspends {
     pub(crate) store: Store,
@@ -209,7 +211,7 @@ impl Batch for Suspends {
     type Id = Uuid;
     const NAME: &'static str = "suspend";
     const SHEDS: bool = false;
-    // A function call each, and the events of all of them are held for as long as that takes.
+    // Each item is a function call, and the batch holds the events of all its items until its end.
     const ITEMS_MAX: usize = 100;
 
     fn identity(item: &Self::Item) -> Uuid {
@@ -239,7 +241,7 @@ impl Batch for Suspends {
     }
 }
 
-/// Emissions.
+/// Emissions of events.
 #[derive(Debug)]
 pub(crate) struct Emits {
     pub(crate) store: Store,

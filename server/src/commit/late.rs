@@ -1,4 +1,4 @@
-//! What a call that runs out of time is told: what kept it from being carried out, where that is known.
+//! The error a timed-out call returns: the cause of its last failed attempt.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -9,26 +9,26 @@ use crate::domain::Error;
 use crate::scope::Scope;
 use crate::store::{Access, Fault, LOCK_WAIT, LOCK_WAIT_PATIENT, Store};
 
-/// What the tries of one call have run into so far. Shared by who waits and who tries.
+/// Faults of the attempts of one call so far. Shared by the waiting call and its attempts.
 #[derive(Debug, Default)]
 pub(crate) struct Late(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
     last: Option<Error>,
-    /// The answer of a try was lost: it may have been carried out, whatever became of those after it.
+    /// An attempt lost its answer: it may have taken effect, whatever the outcome of later attempts.
     unknown: bool,
 }
 
 impl Late {
-    /// A try ended so, and there may be others.
+    /// Notes the fault of an attempt that may be repeated.
     pub(crate) fn note(&self, fault: &Fault, scope: &Scope) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         state.unknown |= matches!(fault, Fault::Unknown(_));
         state.last = Some(fault.clone().into_error(scope));
     }
 
-    /// A try met locks of others: waits until the queue's tables are free, where it is those, else for a moment.
+    /// An attempt met locks: waits until the queue is unlocked if one of these queues is locked, else for `PAUSE`.
     pub(crate) async fn wait_for_locks(&self, store: &Store, scopes: &[&Scope]) {
         match scopes.iter().find(|scope| store.is_locked(scope.queue().as_str())) {
             Some(scope) => {
@@ -39,24 +39,24 @@ impl Late {
         }
     }
 
-    /// Whether a try may have been carried out.
+    /// Whether an attempt may have taken effect.
     pub(crate) fn is_unknown(&self) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).unknown
     }
 
-    /// The answer when no time is left.
+    /// The error of the call when its deadline has passed.
     pub(crate) fn error(&self) -> Error {
         let state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if state.unknown { Error::OutcomeUnknown } else { state.last.clone().unwrap_or(Error::DeadlineExceeded) }
     }
 }
 
-/// Between tries.
+/// Pause between attempts.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Tries until the deadline, as long as faults pass and locks are held by others; each try hears how long it may wait for
-/// locks: a moment at first, so that it costs no connection much, longer when rows are held. Gives back the first success, or the
-/// first fault that does not pass.
+/// Repeats an attempt until the deadline, as long as its fault passes or is a lock. The attempt's argument is its
+/// longest lock wait: short at first, to free the connection soon, longer once rows are held. Returns the first
+/// success, or the first fault that does not pass.
 pub(crate) async fn until<T, F: Future<Output = Result<T, Fault>>>(
     store: &Store,
     deadline: Instant,
@@ -66,8 +66,8 @@ pub(crate) async fn until<T, F: Future<Output = Result<T, Fault>>>(
     retry(store, deadline, &[scope], Fault::is_passing, attempt).await
 }
 
-/// The same for work that may be done once only, on one queue or several: nothing but a lock, which leaves nothing done, is
-/// tried again.
+/// Like [`until`], for work that may be done only once, on one or several queues: repeats only after a lock, because
+/// then nothing was done.
 pub(crate) async fn until_free<T, F: Future<Output = Result<T, Fault>>>(
     store: &Store,
     deadline: Instant,

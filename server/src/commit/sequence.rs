@@ -1,4 +1,4 @@
-//! Several writes about one run, in order and in one transaction of their own; an answer that is lost is read back.
+//! Several writes about one run, in order and in one transaction of their own. A lost answer is read back.
 
 use std::time::Duration;
 
@@ -10,8 +10,8 @@ use crate::scope::Scope;
 use crate::store::batch::{Answer, RunRef, Via, Write};
 use crate::store::{Fault, LOCK_WAIT, LOCK_WAIT_PATIENT, Store, Wait, batch};
 
-/// Carries out several writes about one run, in order and in one transaction. The first that fails stops the later ones;
-/// what came before it stands.
+/// Carries out several writes about one run, in order and in one transaction. The first that fails stops the later
+/// ones; those before it are committed.
 pub(crate) async fn sequence(
     store: &Store,
     scope: &Scope,
@@ -48,7 +48,7 @@ pub(crate) async fn sequence(
                 writes[index] = writes[index].in_ascii().unwrap_or_else(|| writes[index].clone());
             }
             Err((index, fault)) => {
-                // The transaction is void: carry out what came before the refused write again, without it.
+                // The transaction is rolled back, so the writes before the refused one are repeated without it.
                 refused = Some(fault.into_error(scope));
                 writes.truncate(index);
                 if writes.is_empty() {
@@ -66,8 +66,8 @@ pub(crate) async fn sequence(
     outcomes
 }
 
-/// The answer of a commit was lost, and now the run is not the caller's any more: perhaps because that commit ended it. Its
-/// last write tells; all of them were one transaction.
+/// A commit lost its answer, and the claim is over now, perhaps because of that commit. All writes were one
+/// transaction, so a replay of the last one tells whether they took effect.
 async fn read_back(
     store: &Store,
     scope: &Scope,

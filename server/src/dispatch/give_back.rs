@@ -1,5 +1,5 @@
-//! Claims that go back: nobody took them, their answer was lost, or their worker gives no sign of life; and looks at what claims
-//! are worth. All of it runs beside the queue's loop, which waits for none of it.
+//! Gives claims back that no transport took, whose answer was lost, or whose worker gives no sign of life; and checks
+//! whether claims still hold. All of it runs beside the queue's loop, which never waits for it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,19 +16,20 @@ use crate::store::quarantine::Reason;
 use crate::store::run::Slot;
 use crate::store::{Access, Fault};
 
-/// The release after delivery that fails a run.
+/// Number of releases after delivery at which a run fails instead.
 const RELEASES_MAX: i32 = 3;
-/// Until another look at silent claims, after one that failed.
+/// Pause before silent claims are checked again, after a check that failed.
 const LOOK_LATER: Duration = Duration::from_secs(1);
-/// Longest wait for the database in the dispatcher's own writes.
+/// Deadline of the dispatcher's own writes.
 const OWN_DEADLINE: Duration = Duration::from_secs(60);
 
 impl Dispatcher {
-    /// The answer of a claim was lost: what it took, if it took anything, goes back.
+    /// Searches for claims that a statement made although its answer was lost, and releases them. Tries for about a
+    /// minute.
     pub(super) fn find_lost_claims(&self, queue: &Arc<Queue>, slots: Vec<Slot>, since: Option<DbTime>) {
         let dispatcher = self.clone();
         let queue = Arc::clone(queue);
-        // The reckoned clock may be off by as much as a round trip; look a little further back.
+        // The estimated database time may be off by a round trip, so the search begins 10 s earlier.
         let since = since.map_or(DbTime::from_micros(0), |at| DbTime::from_micros(at.micros() - 10_000_000));
         tokio::spawn(async move {
             let _turn = queue.searching.lock().await;
@@ -50,7 +51,7 @@ impl Dispatcher {
         });
     }
 
-    /// Looks at what claims are worth now.
+    /// Checks claims against the database; the state revokes those that no longer hold.
     pub(super) async fn check(&self, queue: &Arc<Queue>, claims: &[(RunId, Digest)]) {
         for claims in claims.chunks(1000) {
             match self.shared.store.run_check(&queue.scope, claims).await {
@@ -65,7 +66,7 @@ impl Dispatcher {
         }
     }
 
-    /// Takes care of what a lost stream leaves behind.
+    /// Gives back the undelivered claims of a closed stream, and cuts the leases of the delivered ones.
     pub(super) fn clear_up(&self, queue: &Arc<Queue>, leftover: Leftover) {
         self.give_back(queue, leftover.returns);
         if leftover.cuts.is_empty() {
@@ -100,7 +101,7 @@ impl Dispatcher {
         });
     }
 
-    /// Gives back claims that have given no sign of life on any replica.
+    /// Gives back the claims that show no sign of life in the database either. A run's third release fails it.
     pub(super) async fn check_silent(&self, queue: &Arc<Queue>, claims: &[(ClaimToken, Option<DbTime>)]) {
         for claims in claims.chunks(1000) {
             let silent = match self.shared.store.run_silent(&queue.scope, claims).await {
@@ -121,7 +122,7 @@ impl Dispatcher {
         }
     }
 
-    /// Gives claims back in the background; their runs are offered again right away.
+    /// Gives claims back in the background; each run is offered again after its delay.
     pub(super) fn give_back(&self, queue: &Arc<Queue>, returns: Vec<Return>) {
         if returns.is_empty() {
             return;

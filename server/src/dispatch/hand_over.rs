@@ -1,5 +1,5 @@
-//! Direct hand-over: a task that is spawned while a worker waits is made already claimed, for credit set aside before, and
-//! pushed as soon as it is committed. Never past older work: the statement that makes it looks (`task_spawn.sql`).
+//! Direct hand-over: a task spawned while a worker has credit is spawned already claimed, and pushed after the commit.
+//! The statement first looks for older work, so that no task overtakes it (`task_spawn.sql`).
 
 use std::sync::Arc;
 
@@ -13,24 +13,26 @@ use crate::store::run::Slot;
 use crate::store::task::{NewTask, Slotted};
 use crate::tally::Counted;
 
-/// Credit set aside for tasks; what was not used is free again when this is dropped. A stopping server waits for that. Whoever
-/// has one must not be dropped half-way: what it has spawned by then would be claimed by nobody.
+/// Credit set aside for tasks that are being spawned. Unused credit is freed when this is dropped; a stopping server
+/// waits for that. A future that owns one must run to its end: otherwise tasks that it has spawned stay claimed for no
+/// worker.
 #[derive(Debug)]
 pub(crate) struct HandOver {
     dispatcher: Dispatcher,
     /// None: the queue has no streams here.
     queue: Option<Arc<Queue>>,
-    /// One per task.
+    /// The stream and the slot of each task; None: the task is spawned unclaimed.
     taken: Vec<Option<(StreamId, Slot)>>,
     since: Option<DbTime>,
     _counted: Counted,
 }
 
 impl Dispatcher {
-    /// Sets credit of idle workers aside for tasks that are about to be spawned.
+    /// Sets credit of idle streams aside for tasks that are about to be spawned.
     pub(crate) fn hand_over(&self, scope: &Scope, tasks: &[&NewTask]) -> HandOver {
         let queue = self.find(scope.queue());
-        // A cancellation policy may be due at once, which a claim finds out; a task with a start is claimed from then on.
+        // A cancellation policy may be due at once, and only a claim checks it. A task with a start time is claimable
+        // from then on.
         let at_once = |task: &NewTask| task.cancellation.is_none() && task.start.is_none();
         let mut names = tasks.iter().map(|task| at_once(task).then(|| task.name.as_str()));
         let taken = queue.as_ref().map_or_else(Vec::new, |queue| queue.lock().set_aside(&mut names));
@@ -40,13 +42,13 @@ impl Dispatcher {
 }
 
 impl HandOver {
-    /// Each task with its slot.
+    /// The tasks, each with its slot.
     pub(crate) fn slotted<'a>(&'a self, tasks: &[&'a NewTask]) -> Vec<Slotted<'a>> {
         let slot = |index| self.taken.get(index).and_then(|taken: &Option<(StreamId, Slot)>| taken.as_ref());
         tasks.iter().enumerate().map(|(index, task)| (*task, slot(index).map(|(_, slot)| slot))).collect()
     }
 
-    /// Pushes what was claimed, by index of its task.
+    /// Pushes the claims to their streams; each comes with the index of its task.
     pub(crate) fn deliver(mut self, claims: Vec<(usize, Claim)>) {
         let Some(queue) = &self.queue else { return };
         let mut returns = Vec::new();
@@ -61,7 +63,7 @@ impl HandOver {
         self.dispatcher.give_back(queue, returns);
     }
 
-    /// The answer was lost: what was claimed, if anything was, goes back.
+    /// The statement's answer was lost: searches for its claims and gives them back.
     pub(crate) fn lost(self) {
         let slots: Vec<Slot> = self.taken.iter().flatten().map(|(_, slot)| slot.clone()).collect();
         if let Some(queue) = self.queue.as_ref().filter(|_| !slots.is_empty()) {
@@ -71,7 +73,7 @@ impl HandOver {
 }
 
 impl HandOver {
-    /// Frees all credit; says whether any was set aside.
+    /// Frees all credit; returns whether any was set aside.
     pub(crate) fn put_back(&mut self) -> bool {
         let Some(queue) = self.queue.as_ref().filter(|_| self.taken.iter().any(Option::is_some)) else { return false };
         let mut state = queue.lock();

@@ -1,4 +1,4 @@
-//! A stream's outbox: what waits to be taken by the transport. Bounded by what the stream's credit reserved.
+//! A stream's outbox: messages that the transport has yet to take. The stream's credit bounds its tasks.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,65 +10,65 @@ use tokio::time::Instant;
 
 use crate::domain::{Claim, Error, RunId, Verdict};
 
-/// What a stream says.
+/// A message of a stream.
 #[derive(Debug)]
 pub enum Message {
     /// A claimed task.
     Task(Box<Claim>),
-    /// A sign of life.
+    /// Sent periodically, as a sign of life.
     Heartbeat {
-        /// Runs in flight.
+        /// Number of runs in flight on the stream.
         in_flight: usize,
-        /// Free credit.
+        /// Runs that the stream may still receive.
         credit: usize,
     },
-    /// A claim does not hold any more.
+    /// A claim of the stream no longer holds.
     Revoked {
-        /// Encoded token.
+        /// Encoded claim token.
         token: String,
-        /// Its run.
+        /// Run of the claim.
         run_id: RunId,
-        /// Why.
+        /// Reason of the revocation.
         verdict: Verdict,
     },
     /// The last message of a planned end.
     Ending {
-        /// Why.
+        /// Reason of the end.
         reason: EndReason,
-        /// Connect again after this long.
+        /// Pause that the client should make before it connects again.
         reconnect_after: Duration,
     },
-    /// The end by an error.
+    /// The last message of a stream that ends by an error.
     Failed(Error),
 }
 
-/// Why a stream ends as planned.
+/// The reason of a planned end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EndReason {
-    /// The replica stops.
+    /// The replica shuts down.
     Shutdown,
-    /// The stream is old.
+    /// The stream has reached its age.
     MaxAge,
     /// The session opened a newer stream.
     Superseded,
-    /// The worker wants no more.
+    /// The worker asked for no more tasks.
     Drained,
 }
 
 #[derive(Debug, Default)]
 struct Inside {
     messages: VecDeque<Message>,
-    /// Bytes of the tasks that wait.
+    /// Bytes of the tasks in `messages`.
     task_bytes: usize,
-    /// Nothing may be added: the end is queued, or the stream is gone.
+    /// No message may be added: the end is queued, or the stream is gone.
     closed: bool,
-    /// The end has been taken.
+    /// The transport has taken the end.
     over: bool,
-    /// Since when messages wait that the transport does not take.
+    /// Start of the time in which messages wait and the transport takes none.
     stuck_since: Option<Instant>,
 }
 
-/// See the module.
+/// Shared by the dispatcher, which adds messages, and the transport, which takes them.
 #[derive(Debug, Default)]
 pub struct Outbox {
     inside: Mutex<Inside>,
@@ -80,7 +80,7 @@ impl Outbox {
         self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a message; gives a task back when the stream takes no more.
+    /// Adds a message; a heartbeat only if none waits. `Err` returns the message, because the outbox is closed.
     pub fn push(&self, message: Message) -> Result<(), Message> {
         let mut inside = self.lock();
         if inside.closed {
@@ -103,7 +103,7 @@ impl Outbox {
         Ok(())
     }
 
-    /// How long messages have waited for a transport that takes none.
+    /// Time for which messages have waited while the transport took none.
     pub fn stuck(&self) -> Duration {
         self.lock().stuck_since.map_or(Duration::ZERO, |since| since.elapsed())
     }
@@ -112,7 +112,7 @@ impl Outbox {
     pub fn poll_next(&self, cx: &Context<'_>) -> Poll<Option<Message>> {
         self.waker.register(cx.waker());
         let mut inside = self.lock();
-        // Whoever asks is not stuck; what is left waits from now on.
+        // The transport asks, so it is not stuck; the time of the messages left begins now.
         inside.stuck_since = (inside.messages.len() > 1).then(Instant::now);
         if inside.over {
             return Poll::Ready(None);
@@ -133,12 +133,12 @@ impl Outbox {
         }
     }
 
-    /// Bytes of the tasks that wait.
+    /// Bytes of the tasks that wait for the transport.
     pub fn task_bytes(&self) -> usize {
         self.lock().task_bytes
     }
 
-    /// Takes the tasks out that nobody took, and lets nothing more in when `close` is set.
+    /// Removes and returns the tasks that wait. `close` also closes the outbox.
     pub fn take_tasks(&self, close: bool) -> Vec<Box<Claim>> {
         let mut inside = self.lock();
         inside.closed |= close;
@@ -164,8 +164,8 @@ mod tests {
 
     use super::*;
 
-    /// A transport that takes one of several messages every twenty seconds is slow, not stuck. The time of its silence begins
-    /// anew with each message that it takes, and ends with the last one.
+    /// A transport that takes one of several messages every twenty seconds is slow, not stuck. The stuck time restarts
+    /// with each message that it takes, and ends with the last one.
     #[tokio::test(start_paused = true)]
     async fn a_slow_reader_is_not_stuck() {
         let outbox = Outbox::default();

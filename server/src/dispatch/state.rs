@@ -1,4 +1,4 @@
-//! What one dispatcher knows of its queue: streams, credit, runs in flight, timers. No I/O and no waiting in here.
+//! State of one queue's dispatcher: streams, credit, runs in flight, timers. Does no I/O and never waits.
 //!
 //! Credit is a set of runs per stream, never a counter: credit = `max_in_flight` - |set|.
 
@@ -17,46 +17,47 @@ use crate::domain::{Claim, ClaimToken, Digest, Error, Instant as DbTime, RunId, 
 use crate::store::run::{Check, Cursor};
 pub use claims::{Plan, Return};
 
-/// Bytes of tasks that wait for a stream's transport to take them, from which on nothing more is claimed for it; one task is
-/// always allowed. It bounds the memory that a worker costs which does not read, and is no window beside `max_in_flight`.
+/// Bytes of tasks in a stream's outbox from which on nothing more is claimed for it; one task is always allowed. It
+/// bounds the memory that a worker which does not read can cost. It is no window beside `max_in_flight`.
 const OUTBOX_BYTES_MAX: usize = 4 * 1024 * 1024;
-/// First look at a full stream's claims, and the longest pause between looks.
+/// Pause before the claims of a full stream are checked: first, and at most. It doubles each time.
 const CHECK_FULL: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
-/// Look at the claims of a stream that is not full.
+/// Pause before the claims of a stream that is not full are checked.
 const CHECK_OPEN: Duration = Duration::from_secs(5);
 
-/// Times at which runs can be claimed that are remembered at most; the tick tells of the later ones.
+/// Maximum number of remembered times at which runs become claimable; the tick finds the later ones.
 const AVAILABLE_MAX: usize = 4096;
 
-/// A run that cannot be claimed is passed over this long at first, and this long at most.
+/// Time for which a run that cannot be claimed is passed over: first, and at most. It doubles each time.
 const PASS_OVER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(600));
 
-/// Until another claim statement after one that failed: first, and at most where the fault does not pass.
+/// Pause between a failed claim statement and the next one: first, and at most. It doubles for faults that do not pass.
 const CLAIM_AGAIN: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
 
 /// Id of a stream or pull on this replica.
 pub type StreamId = u64;
 
-/// What a worker asked for, valid and clamped.
+/// The options of a stream or a `ClaimTask` call, validated and clamped.
 #[derive(Debug, Clone)]
 pub struct StreamOptions {
-    /// Who claims.
+    /// Worker that claims.
     pub worker_id: WorkerId,
-    /// Its process.
+    /// Process of the worker.
     pub session_id: SessionId,
-    /// Credit.
+    /// Maximum number of runs in flight.
     pub max_in_flight: usize,
     /// Lease in seconds.
     pub lease_seconds: u32,
-    /// Give back what shows no sign of life for this long.
+    /// Time after delivery within which a worker must show a sign of life; else its claim is given back. None: no
+    /// deadline.
     pub start_deadline: Option<Duration>,
-    /// Cut leases to this when the stream is lost.
+    /// Remaining lease of delivered runs after their stream is lost. None: leases stay as they are.
     pub reconnect_grace: Option<Duration>,
     /// Task names, sorted; empty: all.
     pub names: Arc<[String]>,
-    /// Largest message.
+    /// Largest message in bytes.
     pub max_message_bytes: usize,
-    /// Whether params may be left out.
+    /// Whether the worker accepts tasks without params, which it then reads by a call.
     pub accepts_omitted_params: bool,
 }
 
@@ -75,7 +76,7 @@ struct Stream {
     options: StreamOptions,
     outbox: Arc<Outbox>,
     runs: HashMap<RunId, Held>,
-    /// Credit that is set aside for tasks that are being spawned.
+    /// Credit set aside for tasks that are being spawned.
     set_aside: usize,
     ending: bool,
     queued: bool,
@@ -92,7 +93,7 @@ impl Stream {
         if self.outbox.task_bytes() >= OUTBOX_BYTES_MAX { 0 } else { free }
     }
 
-    /// Credit as the worker counts it.
+    /// Credit by the worker's count: without what is set aside, and without the bound on the outbox.
     fn told_credit(&self) -> usize {
         if self.ending { 0 } else { self.options.max_in_flight.saturating_sub(self.runs.len()) }
     }
@@ -105,13 +106,13 @@ impl Stream {
 /// One `ClaimTask` call.
 #[derive(Debug)]
 pub struct Pull {
-    /// What it asked for; `max_in_flight` is the quantity.
+    /// Options of the call; `max_in_flight` is its quantity.
     pub options: StreamOptions,
-    /// Until when it waits for a first task.
+    /// End of the wait for a first task.
     pub until: Instant,
-    /// Whether one look is all: then nothing found is answered at once.
+    /// Whether the call does not wait: it is answered after one claim statement.
     pub once: bool,
-    /// Where the answer goes.
+    /// Receives the claims or the error.
     pub answer: oneshot::Sender<Result<Vec<Claim>, Error>>,
 }
 
@@ -124,35 +125,35 @@ enum Timer {
     Pull(StreamId),
 }
 
-/// What the loop has to do.
+/// Decisions of one turn of the queue's loop.
 #[derive(Debug, Default)]
 pub struct Turn {
-    /// Claim statements.
+    /// Claim statements to run.
     pub plans: Vec<Plan>,
     /// Claims to give back.
     pub returns: Vec<Return>,
-    /// Of streams that were given up.
+    /// Remains of streams that were closed because their transport is stuck.
     pub leftovers: Vec<Leftover>,
-    /// Claims to look at.
+    /// Claims to check against the database.
     pub checks: Vec<(RunId, Digest)>,
-    /// Claims without a sign of life in time, with the ends of their leases; the worker may have spoken elsewhere.
+    /// Claims past their start deadline, with the ends of their leases. Their workers may have used other replicas.
     pub silent: Vec<(ClaimToken, Option<DbTime>)>,
-    /// Whether the doorbell should be armed.
+    /// Whether to arm the doorbell.
     pub arm: bool,
 }
 
-/// What the end of a stream leaves behind.
+/// Remains of a closed stream.
 #[derive(Debug, Default)]
 pub struct Leftover {
     /// Claims that no transport took.
     pub returns: Vec<Return>,
-    /// Leases to cut to the grace.
+    /// Claims of delivered runs whose leases are cut to `grace`: run, digest, end of the lease.
     pub cuts: Vec<(RunId, Digest, DbTime)>,
-    /// The grace.
+    /// Remaining lease after the cut.
     pub grace: Duration,
 }
 
-/// See the module.
+/// State of one queue; see the module.
 #[derive(Debug, Default)]
 pub struct State {
     streams: HashMap<StreamId, Stream>,
@@ -165,53 +166,53 @@ pub struct State {
     ready: VecDeque<StreamId>,
     timers: BinaryHeap<Reverse<(Instant, Timer)>>,
     cursors: HashMap<Arc<[String]>, Cursor>,
-    /// Runs that cannot be claimed: until when they are passed over, and for how long then.
+    /// Runs that cannot be claimed: end and length of the time for which each is passed over.
     passed_over: HashMap<RunId, (Instant, Duration)>,
     work: bool,
-    /// Claim statements fail: no stream's before then, and the last pause.
+    /// While claim statements fail: time before which streams get no further one, and the last pause.
     claims_failing: Option<(Instant, Duration)>,
-    /// Claim statements are under way.
+    /// Claim statements are in flight.
     claiming: bool,
-    /// There may be more than credit allowed to take: returned credit is worth a look.
+    /// Work may be left that exceeded the credit, so returned credit causes a look.
     unserved: bool,
-    /// When runs can be claimed, the next ones first.
+    /// Times at which runs become claimable.
     next_available: BTreeSet<Instant>,
     armed: bool,
     closing: bool,
 }
 
-/// Fixed spans of the dispatcher.
+/// Periods of the dispatcher.
 #[derive(Debug, Clone, Copy)]
 pub struct Spans {
-    /// Between heartbeats.
+    /// Pause between heartbeats.
     pub heartbeat: Duration,
-    /// A stream whose transport takes no message for this long is given up.
+    /// A stream whose transport takes no message for this long is closed.
     pub stall: Duration,
 }
 
 impl State {
-    /// Whether nothing needs this dispatcher.
+    /// Whether there is no stream, call or start deadline, so that the loop may end.
     pub fn is_idle(&self) -> bool {
         self.streams.is_empty() && self.pulls.is_empty() && self.strays.is_empty()
     }
 
-    /// Streams that are open.
+    /// Number of open streams.
     pub fn stream_count(&self) -> usize {
         self.streams.len()
     }
 
-    /// There may be something to claim.
+    /// The queue may have claimable work.
     pub fn note_work(&mut self) {
         self.work = true;
     }
 
-    /// The doorbell rang, or may have rung unheard: the armed row is gone.
+    /// The doorbell rang, or may have rung unheard: its armed row is gone.
     pub fn note_rung(&mut self) {
         self.armed = false;
         self.work = true;
     }
 
-    /// A run can be claimed at this time.
+    /// A run becomes claimable at this time.
     pub fn note_available(&mut self, at: Instant) {
         self.next_available.insert(at);
         if self.next_available.len() > AVAILABLE_MAX {
@@ -219,7 +220,7 @@ impl State {
         }
     }
 
-    /// A claim statement failed. A fault that does not pass is met less and less often.
+    /// A claim statement failed: sets the time of the next one. The pause doubles unless the fault passes.
     pub fn claims_fail(&mut self, passes: bool, now: Instant) {
         let pause = match self.claims_failing {
             Some((_, pause)) if !passes => (pause * 2).min(CLAIM_AGAIN.1),
@@ -229,14 +230,14 @@ impl State {
         self.note_available(now + pause);
     }
 
-    /// A claim statement did not fail.
+    /// A claim statement succeeded: the next one needs no pause.
     pub fn claims_work(&mut self) {
         self.claims_failing = None;
     }
 
-    /// Passes runs over: for 5 s, and twice as long each time, at most 10 minutes.
+    /// Passes runs over: for 5 s first, twice as long each time, at most 10 minutes.
     pub fn pass_over(&mut self, runs: impl Iterator<Item = RunId>, now: Instant) {
-        // Long over, and not heard of since.
+        // Forgets runs whose time ended 10 minutes ago.
         self.passed_over.retain(|_, (until, _)| *until + PASS_OVER.1 > now);
         for run_id in runs {
             let span = self.passed_over.get(&run_id).map_or(PASS_OVER.0, |(_, span)| (*span * 2).min(PASS_OVER.1));
@@ -245,12 +246,12 @@ impl State {
         }
     }
 
-    /// Runs that are passed over now.
+    /// The runs that are passed over at `now`.
     pub fn passed_over(&self, now: Instant) -> Vec<RunId> {
         self.passed_over.iter().filter(|(_, (until, _))| *until > now).map(|(run_id, _)| *run_id).collect()
     }
 
-    /// Opens a stream; an older one of the same session ends. Returns how long until it gets old, echoed.
+    /// Opens a stream that holds these claims and gets old after `age`. An older stream of the same session ends.
     pub fn open(
         &mut self,
         id: StreamId,
@@ -291,7 +292,7 @@ impl State {
         self.requeue(id);
     }
 
-    /// Adds a pull.
+    /// Adds a `ClaimTask` call.
     pub fn pull(&mut self, id: StreamId, pull: Pull) {
         self.timers.push(Reverse((pull.until, Timer::Pull(id))));
         self.pulls.push_back((id, pull));
@@ -328,7 +329,7 @@ impl State {
         }
     }
 
-    /// The transport took a task; says whether the loop has something to do for that: a timer, or room in the outbox.
+    /// The transport took a task. Returns whether the loop must wake, for a new timer or for new room in the outbox.
     pub fn taken(&mut self, id: StreamId, run_id: RunId, now: Instant) -> bool {
         let Some(stream) = self.streams.get_mut(&id) else { return false };
         let deadline = stream.options.start_deadline;
@@ -349,7 +350,7 @@ impl State {
         timed || room
     }
 
-    /// Somebody spoke of the run: it has reached its worker.
+    /// A worker showed a sign of life for a run: its start deadline ends.
     pub fn alive(&mut self, run_id: RunId, expires_at: Option<DbTime>) {
         self.strays.remove(&run_id);
         let Some(id) = self.owners.get(&run_id).copied() else { return };
@@ -369,7 +370,7 @@ impl State {
         self.owners.contains_key(&run_id) || self.strays.contains_key(&run_id)
     }
 
-    /// The run left its claim; says whether it was in flight here.
+    /// A run left its claim; returns whether it was in flight here.
     pub fn left(&mut self, run_id: RunId) -> bool {
         if self.strays.remove(&run_id).is_some() {
             return true;
@@ -383,8 +384,8 @@ impl State {
         true
     }
 
-    /// A claim of the run has ended, and the run may be claimed again since: only that claim leaves. Says whether any claim of
-    /// the run was in flight here.
+    /// A claim of a run has ended, and the run may be claimed again since, so only that claim leaves. Returns whether
+    /// any claim of the run was in flight here.
     pub fn left_claim(&mut self, run_id: RunId, digest: uuid::Uuid) -> bool {
         let ended = |held: &Held| held.token.digest().to_uuid() == digest;
         let stray = self.strays.get(&run_id);
@@ -398,7 +399,7 @@ impl State {
         here
     }
 
-    /// The transport dropped a stream.
+    /// Removes a stream, after the transport dropped it or got stuck.
     pub fn close(&mut self, id: StreamId) -> Leftover {
         let mut leftover = Leftover::default();
         let Some(stream) = self.streams.remove(&id) else { return leftover };
@@ -431,7 +432,8 @@ impl State {
         leftover
     }
 
-    /// Ends the stream of a session that wants no more; says whether there was one. What no transport took comes back.
+    /// Ends the stream of a session that wants no more tasks; returns the claims that no transport took. None: no such
+    /// stream.
     pub fn drain(&mut self, session: &SessionId) -> Option<Vec<Return>> {
         let id = self.sessions.get(session).copied()?;
         let stream = self.streams.get_mut(&id)?;
@@ -452,7 +454,7 @@ impl State {
         }
     }
 
-    /// The queue does not exist any more.
+    /// Ends all streams and calls with an error: the queue no longer exists.
     pub fn fail_all(&mut self, error: &Error) {
         for stream in self.streams.values_mut() {
             stream.ending = true;
@@ -464,7 +466,7 @@ impl State {
         }
     }
 
-    /// The replica stops: no new claims; every stream ends politely; what no transport took comes back.
+    /// Stops claiming and ends all streams and calls. Returns the claims that no transport took.
     pub fn shut_down(&mut self, mut reconnect_after: impl FnMut() -> Duration) -> Vec<Return> {
         self.closing = true;
         let mut returns = Vec::new();
@@ -485,7 +487,7 @@ impl State {
         returns
     }
 
-    /// Fires timers and decides what to do next.
+    /// Fires due timers and returns the decisions of this turn.
     pub fn turn(&mut self, now: Instant, spans: Spans) -> Turn {
         let mut turn = Turn::default();
         while self.timers.peek().is_some_and(|Reverse((at, _))| *at <= now) {
@@ -497,7 +499,7 @@ impl State {
             self.next_available.pop_first();
             self.work = true;
         }
-        // A call is answered at once, whatever the answer; streams wait until claims may work again.
+        // A `ClaimTask` call is answered at once, even by an error; streams wait until the pause is over.
         let failing = self.claims_failing.filter(|(until, _)| *until > now && self.pulls.is_empty());
         if let Some((until, _)) = failing.filter(|_| self.work) {
             self.note_available(until);
@@ -512,20 +514,20 @@ impl State {
         turn
     }
 
-    /// Whether somebody waits for a task.
+    /// Whether a stream or a call wants a task.
     fn wants(&self) -> bool {
         !self.pulls.is_empty() || !self.ready.is_empty()
     }
 
-    /// When [`State::turn`] has something to do by itself.
+    /// Time of the next timer that needs [`State::turn`].
     pub fn next_turn(&self) -> Option<Instant> {
         let timer = self.timers.peek().map(|Reverse((at, _))| *at);
         let available = self.next_available.first().copied().filter(|_| self.wants());
         timer.into_iter().chain(available).min()
     }
 
-    /// Tells a stream how it stands, now and again after a while. The first time comes with its opening: a client need not wait
-    /// for its credit.
+    /// Sends a heartbeat and sets the timer of the next one. The first is sent as the stream opens, so that the client
+    /// learns its credit at once.
     fn beat(&mut self, id: StreamId, now: Instant, spans: Spans) {
         if let Some(stream) = self.streams.get(&id) {
             let heartbeat = Message::Heartbeat { in_flight: stream.runs.len(), credit: stream.told_credit() };
@@ -580,18 +582,18 @@ impl State {
         }
     }
 
-    /// A claim that has given no sign of life here.
+    /// A delivered claim with a start deadline and no sign of life here.
     fn unproven(&self, run_id: RunId) -> Option<&Held> {
         let streamed = || self.streams.get(self.owners.get(&run_id)?)?.runs.get(&run_id);
         self.strays.get(&run_id).or_else(streamed).filter(|held| !held.alive && held.start_by.is_some())
     }
 
-    /// Claims that were silent could not be looked at: they are due again at this time.
+    /// Silent claims could not be checked: they are due again at this time.
     pub fn look_later(&mut self, claims: &[(ClaimToken, Option<DbTime>)], at: Instant) {
         self.timers.extend(claims.iter().map(|(token, _)| Reverse((at, Timer::Start(token.run_id)))));
     }
 
-    /// Takes in whether a claim that was silent here has left no trace elsewhere either; what goes back.
+    /// Applies the check of a claim that was silent here. Returns the claim to give back if it was silent `everywhere`.
     pub fn silence(&mut self, token: &ClaimToken, everywhere: bool) -> Option<Return> {
         let held = self.unproven(token.run_id).filter(|held| held.token.digest() == token.digest())?;
         let expires_at = held.expires_at;
@@ -603,7 +605,7 @@ impl State {
         Some(Return { token: token.clone(), delay: Duration::ZERO, delivered: true, too_large: None })
     }
 
-    /// Takes in what a look at claims found; says which to revoke by itself.
+    /// Applies a check of claims: frees the credit of those that no longer hold, and revokes them on their streams.
     pub fn checked(&mut self, looked: &[(RunId, Digest)], found: &[Check]) {
         use crate::domain::State as RunState;
         for ((run_id, digest), check) in looked.iter().zip(found) {
@@ -616,7 +618,7 @@ impl State {
             if check.owned && check.state == Some(RunState::Running) {
                 if held.expires_at != check.claim_expires_at {
                     held.expires_at = check.claim_expires_at;
-                    // Extended elsewhere: the worker lives.
+                    // A lease extended through another replica is a sign of life.
                     held.alive = true;
                     held.start_by = None;
                 }
@@ -645,11 +647,11 @@ mod tests {
     use crate::domain::State as RunState;
     use crate::domain::claim::Secret;
 
-    /// Longer than all other times here.
+    /// Longer than any other time in these tests.
     const HOUR: Duration = Duration::from_secs(3600);
     const SPANS: Spans = Spans { heartbeat: HOUR, stall: HOUR };
 
-    /// Opens a stream for one task, which holds these claims, and lets it look for work.
+    /// Opens a stream for one task, which holds these claims, and takes one turn.
     fn open(state: &mut State, held: Vec<ClaimToken>, now: Instant) -> Arc<Outbox> {
         let options = StreamOptions {
             worker_id: WorkerId::parse("worker_id", "w").unwrap(),
@@ -669,7 +671,7 @@ mod tests {
         outbox
     }
 
-    /// A look at a claim that is answered after its run was claimed anew says nothing about the newer claim.
+    /// A check of a claim that is answered after its run was claimed again says nothing about the newer claim.
     #[test]
     fn a_late_look_revokes_no_newer_claim() {
         let (mut state, now, run_id) = (State::default(), Instant::now(), RunId::new_v4());
@@ -693,8 +695,8 @@ mod tests {
         assert_eq!(revoked(), [newer.encode()]);
     }
 
-    /// Claims that fail are tried again after pauses that double up to a quarter of a minute, whatever becomes claimable
-    /// meanwhile. A fault that passes, and a claim that does not fail, begin anew.
+    /// Failed claims are tried again after pauses that double up to 15 s, even if runs become claimable meanwhile. A
+    /// fault that passes, and a claim that succeeds, reset the pause.
     #[test]
     fn claims_that_fail_are_tried_again_less_and_less_often() {
         let (mut state, mut now) = (State::default(), Instant::now());
@@ -713,7 +715,7 @@ mod tests {
         assert_eq!(state.turn(now, SPANS).plans.len(), 1);
     }
 
-    /// Where runs can be claimed at more times than are remembered, the next times are.
+    /// If runs become claimable at more times than are remembered, the earliest times are kept.
     #[test]
     fn the_next_times_are_remembered() {
         let (mut state, now) = (State::default(), Instant::now());

@@ -1,4 +1,4 @@
-//! How a claim is planned, one slot per unit of free credit, and how what it took is handed to streams and pulls.
+//! Plans claims, one slot per unit of free credit, and hands claimed runs to streams and `ClaimTask` calls.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -13,26 +13,26 @@ use crate::domain::claim::Secret;
 use crate::domain::{Claim, ClaimToken, Error};
 use crate::store::run::{Cursor, Slot};
 
-/// Runs that one claim statement takes at most.
+/// Maximum number of runs that the claim statements of one turn take.
 const CLAIM_MAX: usize = 500;
-/// Streams that are asked at most whether they take a task that is being spawned.
+/// Maximum number of streams considered for a task that is being spawned.
 const ASKED_MAX: usize = 64;
 
-/// Where a claimed run goes.
+/// Destination of a claimed run.
 #[derive(Debug, Clone, Copy)]
 enum Target {
     Stream(StreamId),
     Pull(StreamId),
 }
 
-/// A claim statement to be sent.
+/// A claim statement to run.
 #[derive(Debug)]
 pub struct Plan {
-    /// Filter; empty: none.
+    /// Task names to claim; empty: all.
     pub names: Arc<[String]>,
-    /// Where the filtered walk starts.
+    /// Start of the filtered walk over claimable runs.
     pub cursor: Cursor,
-    /// One per unit of credit.
+    /// Slots, one per unit of credit.
     pub slots: Vec<Slot>,
     targets: Vec<Target>,
 }
@@ -42,23 +42,23 @@ pub struct Plan {
 pub struct Return {
     /// The claim.
     pub token: ClaimToken,
-    /// Offer it again only after this long.
+    /// Time until the run is offered again.
     pub delay: Duration,
-    /// Whether it had reached a transport.
+    /// Whether a transport took the run.
     pub delivered: bool,
-    /// Size in bytes of a task that fits into no message of its stream.
+    /// Size in bytes of a task that fits into no message of its stream; None: it fits.
     pub too_large: Option<usize>,
 }
 
 impl Return {
-    /// What reached nobody, at once.
+    /// A claim that reached no worker; its run is offered again at once.
     pub fn undelivered(token: ClaimToken) -> Self {
         Self { token, delay: Duration::ZERO, delivered: false, too_large: None }
     }
 }
 
 impl State {
-    /// One slot per unit of free credit, pulls first, then streams in turn; one plan per filter.
+    /// Reserves one slot per unit of free credit, for calls first, then for streams in turn. Makes one plan per filter.
     pub(super) fn reserve(&mut self) -> Vec<Plan> {
         let mut room = CLAIM_MAX;
         let mut wishes: Vec<(Target, &StreamOptions, usize)> = Vec::new();
@@ -78,7 +78,7 @@ impl State {
                 chosen.push((id, credit, 0_usize));
             }
         }
-        // Round and round, one unit each, until the room or the credit is used up.
+        // Round robin, one unit each, until the room or the credit is used up.
         while room > 0 {
             let before = room;
             for (_, credit, taken) in &mut chosen {
@@ -103,8 +103,8 @@ impl State {
         plans
     }
 
-    /// Sets credit aside for tasks about to be spawned, in turn: for each the stream that takes it, if one is idle and nothing
-    /// else is known to wait.
+    /// Sets credit of idle streams aside for tasks that are about to be spawned. Returns the stream of each task; None:
+    /// no idle stream takes it, or other work may wait.
     pub fn set_aside(&mut self, names: &mut dyn Iterator<Item = Option<&str>>) -> Vec<Option<(StreamId, Slot)>> {
         let busy = self.work || self.claiming || self.closing || !self.pulls.is_empty();
         let mut taken = Vec::new();
@@ -133,7 +133,7 @@ impl State {
         Some((id, slot))
     }
 
-    /// Credit that was set aside is free again.
+    /// Frees one unit of credit that was set aside.
     pub fn put_back(&mut self, id: StreamId) {
         if let Some(stream) = self.streams.get_mut(&id) {
             stream.set_aside = stream.set_aside.saturating_sub(1);
@@ -141,7 +141,7 @@ impl State {
         }
     }
 
-    /// Hands claimed runs to their streams and pulls. Returns what has to go back, and whether there may be more work.
+    /// Hands claimed runs to their streams and calls. Returns the claims to give back.
     pub fn deliver(
         &mut self,
         plan: Plan,
@@ -176,7 +176,7 @@ impl State {
         returns
     }
 
-    /// Hands a claimed run to a stream.
+    /// Hands a claimed run to a stream, or adds it to `returns`.
     pub fn send(
         &mut self,
         id: StreamId,
@@ -211,7 +211,7 @@ impl State {
         }
     }
 
-    /// A claim failed: pulls that wanted one look hear of it, the others and the streams wait on.
+    /// A claim statement failed: calls that do not wait get the error; other calls and streams wait on.
     pub fn fail_pulls(&mut self, plan: &Plan, error: &Error) {
         for target in &plan.targets {
             let Target::Pull(id) = target else { continue };
@@ -227,7 +227,7 @@ impl State {
         }
     }
 
-    /// Ends a pull that wanted one look, unless a filtered walk goes on.
+    /// Answers a call that does not wait without tasks, unless a filtered walk has more to look at.
     fn answer_empty(&mut self, id: StreamId, more: bool) {
         let once = |(pull, entry): &(StreamId, Pull)| *pull == id && entry.once && !more;
         if let Some(index) = self.pulls.iter().position(once)
@@ -258,7 +258,7 @@ impl State {
                     room -= claim.message_bytes().min(room);
                     kept.push(claim);
                 }
-                // What fits into a message of its own is for the next call; what fits into none is put off.
+                // A task that fits into a message of its own is for the next call; one that fits into none is put off.
                 Err((token, bytes)) if bytes <= whole => returns.push(Return::undelivered(token)),
                 Err((token, bytes)) => {
                     returns.push(Return { token, delay: jitter(), delivered: false, too_large: Some(bytes) });
@@ -293,12 +293,13 @@ impl State {
     }
 }
 
-/// Leaves params out where that is what it takes; or says how large the message would be.
+/// Fits a claim into `room` bytes: leaves out checkpoints, then params. `Err`: the token, and the size that is still
+/// too large.
 fn fit(mut claim: Claim, options: &StreamOptions, room: usize) -> Result<Claim, (ClaimToken, usize)> {
     if claim.message_bytes() <= room {
         return Ok(claim);
     }
-    // Checkpoints can be read by the worker; params too, if it says so.
+    // The worker can read checkpoints by a call; params too, if it accepts tasks without them.
     if !claim.checkpoints.is_empty() {
         claim.checkpoints.clear();
         claim.checkpoints_complete = false;
