@@ -1,4 +1,4 @@
-//! What happens, as it happens: the live lines of `absurd dev`. Costs nothing while nobody watches.
+//! Task activity for the live lines of `absurd dev`. An activity is only built while a receiver exists.
 
 use tokio::sync::broadcast;
 use uuid::Uuid;
@@ -6,35 +6,35 @@ use uuid::Uuid;
 use crate::domain::{Claim, State};
 use crate::scope::Scope;
 
-/// Something happened to a task.
+/// A change of one task's state.
 #[derive(Debug, Clone)]
 pub struct Activity {
-    /// Its queue.
+    /// Queue of the task.
     pub queue: String,
-    /// The task.
+    /// Task that changed.
     pub task_id: Uuid,
-    /// What happened.
+    /// The change itself.
     pub what: What,
 }
 
-/// What happened.
+/// The kinds of change that `absurd dev` shows.
 #[derive(Debug, Clone)]
 pub enum What {
-    /// It was spawned here.
+    /// The task was spawned through this replica.
     Spawned {
-        /// Handler.
+        /// Name of the task's handler.
         name: String,
     },
-    /// It was pushed to a worker.
+    /// A claimed run was handed to a stream or a `ClaimTask` call.
     Pushed {
-        /// Handler.
+        /// Name of the task's handler.
         name: String,
-        /// 1 for the first.
+        /// Number of the attempt, from 1.
         attempt: i32,
     },
     /// An attempt or the task ended.
     Ended {
-        /// State of the task now.
+        /// State of the task after the change.
         state: State,
     },
 }
@@ -53,7 +53,7 @@ impl Activity {
     }
 }
 
-/// Where activities go.
+/// Broadcasts activities. A receiver that falls more than 1,024 behind loses the oldest.
 #[derive(Debug, Clone)]
 pub struct Feed {
     sender: broadcast::Sender<Activity>,
@@ -66,7 +66,7 @@ impl Default for Feed {
 }
 
 impl Feed {
-    /// Watches from now on.
+    /// Receives the activities from this call on.
     pub fn watch(&self) -> broadcast::Receiver<Activity> {
         self.sender.subscribe()
     }

@@ -1,11 +1,12 @@
-//! Addresses to listen on, as people write them: a host's name or number and a port, or only the port.
+//! Parses listen addresses: a host name or IP address with a port, or a port alone.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs as _};
 
 use serde::{Deserialize as _, Deserializer};
 
-/// Reads `127.0.0.1:23001`, `[::1]:23001`, `localhost:23001`, `:23001` or `23001`. Without a host it is this machine alone,
-/// because the port is open to everybody who reaches it. A name is looked up; its first IPv4 address is preferred.
+/// Parses `127.0.0.1:23001`, `[::1]:23001`, `localhost:23001`, `:23001` or `23001`. Without a host the address is
+/// 127.0.0.1, because anyone who reaches the port can use the server. A host name is looked up; its first IPv4 address
+/// is preferred.
 pub fn parse_listen(text: &str) -> Result<SocketAddr, String> {
     let text = text.trim();
     if let Ok(address) = text.parse() {
@@ -38,7 +39,7 @@ fn port(digits: &str) -> Result<u16, String> {
     digits.parse().map_err(|_| format!("{digits:?} is not a port; a port is a number from 0 to 65535"))
 }
 
-/// The same in a configuration file.
+/// [`parse_listen`] for serde, for configuration files.
 pub fn deserialize_listen<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
     let text = Option::<String>::deserialize(deserializer)?;
     text.map(|text| parse_listen(&text).map_err(serde::de::Error::custom)).transpose()

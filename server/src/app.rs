@@ -1,4 +1,4 @@
-//! The running server: puts all parts together, serves, and takes them apart in the right order.
+//! The running server: starts all parts, serves, and shuts the parts down in order.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -39,59 +39,59 @@ use crate::transport::test_clock::TestClock;
 use crate::transport::{Limits, Service, refusal};
 use crate::upkeep;
 
-/// Name of the service in health checks.
+/// Service name in health checks.
 const SERVICE: &str = "absurd.v1.AbsurdService";
-/// Until a part of the server that ended in a bug begins anew.
+/// Pause before a background task that ended is restarted.
 const PART_PAUSE: Duration = Duration::from_secs(1);
-/// The database counts as gone when its clock was last read this long ago.
+/// The replica reports unhealthy when its last reading of the database's clock is this old.
 const DATABASE_SILENCE: Duration = Duration::from_secs(6);
-/// The database's clock is read anew, whatever looks do, once its last reading is so old.
+/// Age of the last clock reading from which on the health watch reads the clock itself.
 const CLOCK_LATE: Duration = Duration::from_secs(2);
-/// Between rounds of upkeep.
+/// Default interval between upkeep rounds of a queue.
 const UPKEEP_EVERY: Duration = Duration::from_secs(3600);
 
-/// Everything that a server needs to know.
+/// Options of a server.
 #[derive(Debug, Clone)]
 pub struct AppOptions {
-    /// The database; its password is never printed.
+    /// Connection settings of the database; the password is never printed.
     pub database: Config,
-    /// Where to LISTEN, when `database` goes through a pooler.
+    /// Direct connection for LISTEN, for a `database` that goes through a pooler. None: `database`.
     pub listen_database: Option<Config>,
     /// Address to serve on; port 0 takes a free one.
     pub listen: SocketAddr,
-    /// A queue that exists before the server is healthy.
+    /// Unpartitioned queue that is created, if missing, before the server reports healthy.
     pub queue: Option<QueueName>,
-    /// Migrate before serving.
+    /// How to migrate before serving. None: no migration.
     pub migrate: Option<migrate::Options>,
-    /// Whether to use the doorbell, where the database has one.
+    /// Whether to use the doorbell, if the database has one.
     pub doorbell: bool,
-    /// Between rounds of upkeep; zero: none. None: hourly in databases of ours, never in adopted ones.
+    /// Interval between upkeep rounds; zero: never. None: hourly in databases of ours, never in adopted ones.
     pub upkeep: Option<Duration>,
-    /// Connections to the database at most.
+    /// Maximum number of connections to the database.
     pub connections_max: usize,
-    /// Longest wait for one.
+    /// Longest wait for a free connection.
     pub connection_wait_max: Duration,
-    /// Connections of clients.
+    /// Bounds on client connections.
     pub gate: GateOptions,
-    /// Calls.
+    /// Bounds on calls.
     pub admission: AdmissionOptions,
-    /// What waits.
+    /// Bounds on waiting writes and tasks, and the pace of looks.
     pub engine: EngineOptions,
-    /// Where metrics are read; none: nowhere.
+    /// Address of the metrics endpoint; None: no endpoint.
     pub metrics_listen: Option<SocketAddr>,
-    /// Streams.
+    /// Bounds and periods of claim streams.
     pub dispatch: DispatchOptions,
-    /// Bounds of requests.
+    /// Bounds on the content of requests.
     pub limits: Limits,
-    /// Certificate and key; none serves in the clear.
+    /// PEM files of the certificate and the key; None: no TLS.
     pub tls: Option<(PathBuf, PathBuf)>,
-    /// Longest graceful shutdown.
+    /// Longest graceful shutdown; then open calls are cut.
     pub shutdown_grace: Duration,
-    /// Whether the time can be set over gRPC, for tests.
+    /// Whether tests may set the time over gRPC.
     pub test_clock: bool,
 }
 
-/// A server that serves.
+/// A running server.
 #[derive(Debug)]
 pub struct App {
     addr: SocketAddr,
@@ -110,7 +110,7 @@ pub struct App {
 impl App {
     /// Reads the certificate, migrates if asked, checks the database, binds, and serves.
     pub async fn start(options: AppOptions) -> anyhow::Result<Self> {
-        // First: a wrong file must not be found after a migration.
+        // Read first, so that a bad file fails the start before the migration.
         let server = server(options.tls.as_ref(), options.limits.header_list_bytes_max)?;
         let migrated = match options.migrate {
             Some(how) => Some(migrate::migrate(&options.database, how).await.context("cannot migrate the database")?),
@@ -126,8 +126,8 @@ impl App {
             test_clock: options.test_clock,
         })?;
         let hints = Arc::new(Hints::new(replica_id(), doorbell));
-        // The first look reads the database's clock, which every minted id needs, and counts the other replicas, which are
-        // rung from the first write on.
+        // The first look reads the database's clock, which minted ids need. It also counts the other replicas, which
+        // are notified from the first write on.
         let first = store.tick(&[], hints.replica_id()).await;
         let first = first.map_err(|fault| anyhow::anyhow!("cannot use the database: {fault}"))?;
         hints.note_others(first.others);
@@ -186,37 +186,38 @@ impl App {
         Ok(Self { addr, metrics_addr, engine, migrated, health, loops, outdated, admission, stop, serving, grace })
     }
 
-    /// The address served on.
+    /// Address that the gRPC server is bound to, with the real port if 0 was asked for.
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// The address where metrics are read, if there is one.
+    /// Address of the metrics endpoint; None: there is none.
     pub fn metrics_addr(&self) -> Option<SocketAddr> {
         self.metrics_addr
     }
 
-    /// The parts, for what shows them (`absurd dev`).
+    /// The engine, for `absurd dev` and for tests.
     pub fn engine(&self) -> &Arc<Engine> {
         &self.engine
     }
 
-    /// Calls in flight, streams among them.
+    /// Calls in flight, including claim streams.
     pub fn calls(&self) -> usize {
         self.admission.calls()
     }
 
-    /// What the migration at the start did, if there was one.
+    /// Report of the migration at the start; None: the start did not migrate.
     pub fn migrated(&self) -> Option<&Report> {
         self.migrated.as_ref()
     }
 
-    /// Resolves when a newer server has migrated the database so that this one must not serve it any more.
+    /// Resolves when a newer server has migrated the database so that this one must no longer serve it.
     pub async fn outdated(&self) {
         self.outdated.notified().await;
     }
 
-    /// Stops: not healthy, no new claims, streams end politely, claims that no transport took come back, calls end.
+    /// Shuts down in order: reports unhealthy, stops claiming, ends streams with a reason, gives back the claims that
+    /// no transport took, waits for calls to end. Calls that outlast the grace are cut.
     pub async fn shut_down(mut self) -> anyhow::Result<()> {
         let until = tokio::time::Instant::now() + self.grace;
         self.health.set(false).await;
@@ -237,8 +238,8 @@ impl App {
     }
 }
 
-/// Refuses a database that is not migrated, whose clock is set by hand, or that cannot be worked with. Says what is known of
-/// it.
+/// Refuses a database that is not migrated, whose clock is set by hand, or that fails [`connect::check`]. Returns the
+/// origin of its schema and whether it has a doorbell.
 async fn inspect(database: &Config) -> anyhow::Result<migrate::Known> {
     let client = connect::connect(database, "absurd serve").await?;
     let facts = connect::check(database, &client).await?;
@@ -255,7 +256,8 @@ async fn inspect(database: &Config) -> anyhow::Result<migrate::Known> {
     known.context("the database is not set up for this server; run `absurd migrate`, or add --migrate")
 }
 
-/// The interval of upkeep: as asked; else hourly in databases of ours, and never in adopted ones, which have a tool for that.
+/// The upkeep interval: as asked; else hourly in databases of ours, never in adopted ones, which have a tool for
+/// upkeep.
 fn upkeep_every(asked: Option<Duration>, origin: Origin) -> Duration {
     asked.unwrap_or(match origin {
         Origin::Ours => UPKEEP_EVERY,
@@ -278,14 +280,15 @@ fn start_loops(loops: &mut JoinSet<()>, engine: &Arc<Engine>, database: Config) 
     loops.spawn(keep_up("awaited tasks", parts(), |parts| async move { awaited::run(&parts).await }));
 }
 
-/// Runs a part of the server for ever: one that ends in a bug begins anew, so that it costs a second and not the replica.
+/// Runs a background task forever. One that ends or panics is restarted after a second, so a panic does not stop the
+/// replica.
 async fn keep_up<T, F>(name: &'static str, parts: T, part: impl Fn(T) -> F)
 where
     T: Clone,
     F: Future<Output = ()> + Send + 'static,
 {
     loop {
-        // Dropped with this task, it ends the part too.
+        // A `JoinSet`, so that aborting this task aborts the work too.
         let mut work = JoinSet::new();
         work.spawn(part(parts.clone()));
         if let Some(Err(error)) = work.join_next().await {
@@ -296,11 +299,11 @@ where
     }
 }
 
-/// Health follows the database: looks at queues read its clock, and where they are late, a statement of its own does. It does not
-/// follow single queues: a queue that cannot be read, or whose look takes long, is no reason to restart a replica.
+/// Health follows the database's clock, which looks at queues read; when those are late, a statement of its own reads
+/// it. Health ignores single queues: an unreadable or slow queue is no reason to restart a replica.
 async fn watch_database(store: &Store, health: &Health, outdated: &Notify) {
     let mut healthy = true;
-    // One at a time: a database that hangs keeps each of them.
+    // One read at a time, because each blocks while the database hangs.
     let mut reading = JoinSet::new();
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -327,7 +330,7 @@ async fn watch_database(store: &Store, health: &Health, outdated: &Notify) {
     }
 }
 
-/// Whether this replica serves, as health checks and `/readyz` tell.
+/// The serving state that health checks and `/readyz` report.
 #[derive(Debug, Clone)]
 struct Health {
     reporter: HealthReporter,
@@ -350,10 +353,12 @@ fn server(tls: Option<&(PathBuf, PathBuf)>, header_list_bytes_max: u32) -> anyho
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .http2_max_header_list_size(header_list_bytes_max)
         .max_concurrent_streams(20_000)
-        // Calls given up before they were looked at. The transport's own bound of 20 ends connections of clients whose calls
-        // run out of time together, with every claim stream on them; a flood still meets this one within milliseconds.
+        // Bound on calls that clients reset before the server accepted them. h2's default of 20 cuts the connection
+        // of a client whose calls time out together, with every claim stream on it. A flood reaches this bound within
+        // milliseconds.
         .http2_max_pending_accept_reset_streams(Some(1000))
-        // Small frames are counted against half of it: a burst of tiny requests shall not end a connection.
+        // h2 budgets the overhead of small DATA frames at half of this window: a burst of tiny requests must not end a
+        // connection.
         .initial_connection_window_size(gate::WINDOW_BYTES)
         .initial_stream_window_size(1024 * 1024);
     let Some((certificate, key)) = tls else { return Ok(server) };
@@ -366,7 +371,8 @@ fn server(tls: Option<&(PathBuf, PathBuf)>, header_list_bytes_max: u32) -> anyho
     })
 }
 
-/// The service. Its own answers are bounded; a claim stream's messages by what its client takes.
+/// The gRPC service. It has no encoding limit: the service bounds its own answers, and a client bounds the messages of
+/// its claim streams.
 fn service(engine: Arc<Engine>, limits: Limits) -> AbsurdServiceServer<Service> {
     AbsurdServiceServer::new(Service::new(engine, limits))
         .accept_compressed(CompressionEncoding::Gzip)
@@ -375,7 +381,7 @@ fn service(engine: Arc<Engine>, limits: Limits) -> AbsurdServiceServer<Service> 
         .max_encoding_message_size(usize::MAX)
 }
 
-/// Lists what is served, and nothing else: a client that finds a service by reflection calls it.
+/// Lists only the services that are served, because clients call any service that reflection lists.
 fn reflection<'a>(test_clock: bool) -> anyhow::Result<tonic_reflection::server::Builder<'a>> {
     let mut served = FileDescriptorSet::decode(absurd_proto::FILE_DESCRIPTOR_SET)?;
     served.file.retain(|file| test_clock || !file.name().ends_with("/test_clock.proto"));
@@ -384,7 +390,7 @@ fn reflection<'a>(test_clock: bool) -> anyhow::Result<tonic_reflection::server::
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET))
 }
 
-/// One per process: where it runs, which process, and something that no other has.
+/// Id of this process: host name, process id and 32 random bits.
 fn replica_id() -> String {
     let host = gethostname::gethostname().to_string_lossy().into_owned();
     format!("{host}:{}:{:x}", std::process::id(), uuid::Uuid::new_v4().as_fields().0)

@@ -1,5 +1,7 @@
-//! Runs that sleep until a task has ended: woken on hints of this replica, and by a look at all of them, soon while there are
-//! any, seldom while there are none. Every replica looks; nobody leads.
+//! Wakes runs that sleep until a task has ended.
+//!
+//! A task that ends on this replica wakes its waiting runs at once. A periodic look at all awaited tasks finds the
+//! others: about every 2 s while runs wait, else about every 15 s. Every replica looks; there is no leader.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,42 +16,43 @@ use crate::domain::{QueueName, TaskId};
 use crate::engine::Engine;
 use crate::store::Fault;
 
-/// Between looks while runs wait.
+/// Pause between looks while runs wait.
 const SOON: Duration = Duration::from_secs(2);
-/// Between looks while this replica knows of none.
+/// Pause between looks while this replica knows of no waiting run.
 const SELDOM: Duration = Duration::from_secs(15);
-/// A look that takes long (0.1 s for 100,000 awaited tasks, on two cores) comes less often: at most one part in so many of the
-/// time is spent looking.
+/// At most one part in this many of the time is spent on looks, so slow looks come less often. A look at 100,000
+/// awaited tasks takes 0.1 s on two cores.
 const LOOK_SHARE: u32 = 50;
-/// Tasks whose end is told of in one statement, for each queue.
+/// Wake-ups per statement and awaited queue.
 const SETTLED_MAX: i32 = 500;
-/// The fewest: where wake-ups take longer than a statement may, fewer of them share one.
+/// Lower bound of the wake-ups per statement: a queue whose wake-ups exceed the statement's time gets fewer per
+/// statement.
 const SETTLED_MIN: i32 = 20;
-/// A look at a queue that takes less than this may take on more wake-ups the next time.
+/// A queue whose look takes less than this gets more wake-ups in its next statement.
 const QUICK: Duration = Duration::from_secs(2);
-/// Hints that are kept; what is beyond them waits for the next look.
+/// Ended tasks that are remembered for the next wake-up; the next look finds any others.
 const HINTS_MAX: usize = 10_000;
 
-/// See the module.
+/// Hints that tasks have ended, and the pace of each queue's wake-ups.
 #[derive(Debug, Default)]
 pub struct AwaitedTasks {
-    /// Whether a run waits for a task, as far as this replica knows.
+    /// Whether a run waits for a task, to this replica's knowledge.
     known: AtomicBool,
     ended: Mutex<Vec<(QueueName, TaskId)>>,
     bell: Notify,
-    /// Queues whose wake-ups took longer than a statement may, and how many share one now.
+    /// Wake-ups per statement, for queues whose wake-ups exceeded the statement's time.
     limits: Mutex<HashMap<String, i32>>,
 }
 
 impl AwaitedTasks {
-    /// A run waits from now on.
+    /// A run has begun to wait for a task.
     pub fn begun(&self) {
         if !self.known.swap(true, Ordering::Relaxed) {
             self.bell.notify_one();
         }
     }
 
-    /// A task has ended here.
+    /// Hint that a task has ended on this replica. Kept only while a run is known to wait.
     pub fn ended(&self, queue: &QueueName, task_id: TaskId) {
         if self.known.load(Ordering::Relaxed) {
             let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
@@ -65,7 +68,7 @@ impl AwaitedTasks {
         self.limits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes how a look at a queue went that had this limit.
+    /// Adapts a queue's limit to the outcome of a look: a fifth after a timeout, five times as many after a quick one.
     fn judge(&self, queue: &str, limit: i32, outcome: &Result<(), Fault>, took: Duration) {
         let next = match outcome {
             Err(fault) if fault.is_too_much() => limit / 5,
@@ -80,11 +83,11 @@ impl AwaitedTasks {
     }
 }
 
-/// Wakes runs for ever.
+/// Runs the wake-ups and the looks forever.
 pub async fn run(engine: &Engine) {
     let awaited = &engine.awaited;
     let mut look_at = Instant::now();
-    // Between looks while there is something to look at.
+    // Pause between looks while runs wait.
     let mut busy = SOON;
     loop {
         tokio::select! {
@@ -110,9 +113,9 @@ pub async fn run(engine: &Engine) {
     }
 }
 
-/// Looks at all that is awaited.
+/// Wakes the runs of all awaited tasks that have ended, unless no task is awaited.
 async fn look(engine: &Engine) -> Result<(), Fault> {
-    // Before the read: who begins to wait while it is under way stays known.
+    // Cleared before the read, so that a run which begins to wait during the read stays known.
     let known = engine.awaited.known.swap(false, Ordering::Relaxed);
     match engine.store.task_list_awaited().await {
         Ok(false) => return Ok(()),
@@ -134,7 +137,7 @@ async fn look(engine: &Engine) -> Result<(), Fault> {
     }
 }
 
-/// Wakes runs until no more are found, for tasks of one queue or of all.
+/// Wakes runs until no more are found, for the tasks of one queue, or of all (None).
 async fn settle_all(engine: &Engine, queue: Option<&str>, limit: i32) -> Result<(), Fault> {
     loop {
         let woken = engine.store.task_settle_awaited(queue, None, limit).await?;
@@ -145,8 +148,8 @@ async fn settle_all(engine: &Engine, queue: Option<&str>, limit: i32) -> Result<
     }
 }
 
-/// Looks at each queue by itself, those that are not well last: a look at all of them failed, or would, because one of them takes
-/// too long. A queue that takes too long has fewer wake-ups in its next statement.
+/// Settles each queue by itself, troubled queues last. Used when one statement for all queues failed or would fail
+/// because one queue takes too long. A queue that takes too long gets fewer wake-ups in its next statement.
 async fn settle_apart(engine: &Engine, usual: i32) -> Result<(), Fault> {
     let mut queues = engine.store.task_list_awaited_queues().await?;
     engine.awaited.limits().retain(|queue, _| queues.contains(queue));
@@ -167,7 +170,7 @@ async fn settle_apart(engine: &Engine, usual: i32) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Looks at tasks that have ended here.
+/// Wakes the runs that wait for these tasks, which ended on this replica.
 async fn settle(engine: &Engine, ended: Vec<(QueueName, TaskId)>) -> Result<(), Fault> {
     let mut by_queue: HashMap<QueueName, Vec<TaskId>> = HashMap::new();
     for (queue, task_id) in ended {
@@ -178,7 +181,7 @@ async fn settle(engine: &Engine, ended: Vec<(QueueName, TaskId)>) -> Result<(), 
         for tasks in tasks.chunks(SETTLED_MAX.unsigned_abs() as usize) {
             match engine.store.task_settle_awaited(Some(queue.as_str()), Some(tasks), SETTLED_MAX).await {
                 Ok(woken) => offer(engine, &woken),
-                // What is left is found by the next look.
+                // The next look finds the rest.
                 Err(fault) => outcome = Err(fault),
             }
         }

@@ -1,7 +1,7 @@
-//! The bound of tasks that wait in a queue, for those who ask for one: spawns beyond it are refused.
+//! The bound on claimable tasks per queue (`backlog_max`): spawns beyond it are refused.
 //!
-//! What waits is counted every other second at most and reckoned in between, so that the bound costs nothing per spawn and
-//! may be missed by what other replicas spawn meanwhile.
+//! A queue is counted at most once every 2 s; in between, this replica adds its own spawns to the count. So the bound
+//! costs no statement per spawn, and spawns of other replicas may exceed it meanwhile.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::per_queue::PerQueue;
 use crate::scope::Scope;
 use crate::store::Store;
 
-/// A count is good for this long.
+/// Age from which a count is repeated.
 const FRESH: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Default)]
@@ -21,7 +21,7 @@ struct Known {
     counted: Option<Instant>,
 }
 
-/// See the module.
+/// The bound and the last count of each queue.
 #[derive(Debug)]
 pub struct Backlog {
     limit: Option<i64>,
@@ -29,16 +29,16 @@ pub struct Backlog {
 }
 
 impl Backlog {
-    /// At most so many tasks may wait in each queue.
+    /// `limit` is the number of claimable tasks per queue; None: no bound.
     pub fn new(limit: Option<i64>) -> Self {
         Self { limit, known: PerQueue::default() }
     }
 
-    /// Lets tasks in, or says that the queue is full.
+    /// Admits tasks, or fails with [`Error::BacklogFull`].
     pub async fn admit(&self, store: &Store, scope: &Scope, tasks: usize) -> Result<(), Error> {
         let Some(limit) = self.limit else { return Ok(()) };
         let known = self.known.of(scope.queue());
-        // One of those who ask counts; the others wait for what it finds.
+        // One caller counts; the others wait for its result.
         let mut known = known.lock().await;
         if known.counted.is_none_or(|at| at.elapsed() > FRESH) {
             known.waiting = store.queue_backlog(scope, limit).await?;

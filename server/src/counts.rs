@@ -1,7 +1,8 @@
-//! Counts of queues: who asks while they are being counted waits for the next count, together with all others who do.
+//! Shared counts of queues: a call that arrives during a count waits for the next one and shares it with all calls that
+//! wait.
 //!
-//! Guarantees: nobody gets what was counted before they asked; at most one count of a queue at a time, so that many who look
-//! at a long queue cost as much as one.
+//! Guarantees: no call receives a count that began before the call. At most one count per queue runs at a time, so many
+//! callers of a long queue cost as much as one.
 
 use std::sync::Arc;
 
@@ -13,21 +14,21 @@ use crate::per_queue::PerQueue;
 use crate::scope::Scope;
 use crate::store::Store;
 
-/// A count, and when it began.
+/// A count with its start time.
 #[derive(Debug)]
 struct Count {
     began: Instant,
     outcome: Result<Arc<Row>, Error>,
 }
 
-/// See the module.
+/// The last count of each queue.
 #[derive(Debug, Default)]
 pub struct Counts {
     last: PerQueue<Option<Count>>,
 }
 
 impl Counts {
-    /// Counts a queue, or shares a count that begins after this.
+    /// Counts a queue, or shares a count that begins after this call.
     pub async fn of(&self, store: &Store, scope: &Scope) -> Result<Arc<Row>, Error> {
         let asked = Instant::now();
         let last = self.last.of(scope.queue());

@@ -1,4 +1,4 @@
-//! Hints between replicas and from direct SQL writers. Any of them may be lost; the tick makes that a delay, not a loss.
+//! Hints between replicas, and from direct SQL writers. Any hint may be lost; the tick makes that a delay, not a loss.
 
 pub mod note;
 
@@ -19,11 +19,12 @@ use crate::metrics;
 use crate::store::listen::{Heard, listen};
 use crate::store::{Fault, Store};
 
-/// How long hints gather before they are sent.
+/// Time that hints gather before they are sent together.
 const GATHER: Duration = Duration::from_millis(15);
-/// Looks after arming: a spawn that saw no armed row may commit after the first look.
+/// Looks after arming, in milliseconds: a spawn that saw no armed row may commit after the first look.
 const PROBES: [u64; 5] = [0, 5, 20, 80, 320];
-/// Ids that wait to be sent at most; what is beyond is found by the reconciling look.
+/// Maximum number of waiting hints of one kind; further hints are dropped. The periodic check of claims makes up for
+/// lost credit.
 const CREDIT_MAX: usize = 20_000;
 
 #[derive(Debug, Default)]
@@ -32,16 +33,16 @@ struct Inside {
     dirty: HashSet<QueueName>,
     credit: Vec<RunId>,
     alive: Vec<RunId>,
-    /// Claims that ended while their runs go on.
+    /// Claims that ended while their runs go on: run, digest of the claim.
     claims: Vec<(RunId, Uuid)>,
     drained: Vec<(QueueName, SessionId)>,
 }
 
-/// Gathers what other replicas should know.
+/// Gathers hints for other replicas until [`send`] sends them.
 #[derive(Debug)]
 pub struct Hints {
     replica_id: String,
-    /// Other replicas that are alive.
+    /// Number of other replicas that are alive; without any, most hints are not kept.
     others: AtomicI32,
     doorbell: bool,
     listening: AtomicBool,
@@ -50,7 +51,7 @@ pub struct Hints {
 }
 
 impl Hints {
-    /// Hints of one replica; `doorbell` says whether triggers hang in this database.
+    /// Hints of one replica; `doorbell` says whether the database has the triggers by which SQL writers notify.
     pub fn new(replica_id: String, doorbell: bool) -> Self {
         Self {
             replica_id,
@@ -62,22 +63,22 @@ impl Hints {
         }
     }
 
-    /// Id of this replica.
+    /// Id of this replica, unique per process.
     pub fn replica_id(&self) -> &str {
         &self.replica_id
     }
 
-    /// Whether direct SQL writers ring.
+    /// Whether direct SQL writers notify.
     pub fn doorbell(&self) -> bool {
         self.doorbell
     }
 
-    /// Whether notifications arrive.
+    /// Whether the LISTEN connection is up.
     pub fn listening(&self) -> bool {
         self.listening.load(Ordering::Relaxed)
     }
 
-    /// How many other replicas there are.
+    /// Sets the number of other replicas that are alive.
     pub fn note_others(&self, others: i32) {
         self.others.store(others, Ordering::Relaxed);
     }
@@ -86,22 +87,23 @@ impl Hints {
         self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A queue's dispatcher is idle: let writers ring.
+    /// Arms the doorbell of a queue whose dispatcher is idle, so that writers notify.
     pub fn arm(&self, queue: &QueueName) {
         self.lock().arm.insert(queue.clone());
         self.bell.notify_one();
     }
 
-    /// This replica wrote new work to a queue.
+    /// Tells other replicas that this one wrote claimable work to a queue.
     pub fn dirty(&self, queue: &QueueName) {
         if self.others.load(Ordering::Relaxed) > 0 && self.lock().dirty.insert(queue.clone()) {
             self.bell.notify_one();
         }
     }
 
-    /// A session wants no more tasks; its stream may be elsewhere.
+    /// Tells other replicas that a session wants no more tasks, because its stream may be on one of them.
     pub fn drain(&self, queue: &QueueName, session: &SessionId) {
-        // Seldom enough to say it always: a replica that has just started may not know of the others yet.
+        // Sent without a look at `others`: drains are rare, and a replica that has just started may not know of the
+        // others yet.
         let mut inside = self.lock();
         if inside.drained.len() < CREDIT_MAX {
             inside.drained.push((queue.clone(), session.clone()));
@@ -110,17 +112,17 @@ impl Hints {
         self.bell.notify_one();
     }
 
-    /// A run left its claim here and was in flight elsewhere.
+    /// Tells other replicas that a run left its claim; it was not in flight here.
     pub fn credit(&self, run_id: RunId) {
         self.tell(run_id, |inside| &mut inside.credit);
     }
 
-    /// A claim ended here that was in flight elsewhere, and its run goes on.
+    /// Tells other replicas that a claim ended while its run goes on; it was not in flight here.
     pub fn credit_of_claim(&self, run_id: RunId, digest: Uuid) {
         self.tell((run_id, digest), |inside| &mut inside.claims);
     }
 
-    /// A worker spoke here of a run that is in flight elsewhere, and left no trace in the database.
+    /// Tells other replicas that a worker used a run's claim here without a write to the database.
     pub fn alive(&self, run_id: RunId) {
         self.tell(run_id, |inside| &mut inside.alive);
     }
@@ -138,7 +140,7 @@ impl Hints {
     }
 }
 
-/// Sends hints: arms at once, rings and returns credit in small statements of their own.
+/// Sends hints forever: arms at once; rings and notes gather first, and go out in statements of their own.
 pub async fn send(hints: &Hints, store: &Store, looks: &Looks) {
     let mut probes: Vec<(Instant, Vec<QueueName>)> = Vec::new();
     let mut send_at: Option<Instant> = None;
@@ -222,7 +224,8 @@ async fn flush(hints: &Hints, store: &Store) {
     }
 }
 
-/// Listens for ever: LISTEN first, then look; after a loss listen again, look everywhere, arm everything anew.
+/// Listens forever. After each LISTEN it disarms this replica's doorbells, then looks at all queues and arms them
+/// again, because notifications may have been lost.
 pub async fn hear(hints: &Hints, store: &Store, database: &tokio_postgres::Config, dispatcher: &Dispatcher) {
     let mut pause = Duration::from_millis(100);
     loop {
@@ -256,7 +259,7 @@ pub async fn hear(hints: &Hints, store: &Store, database: &tokio_postgres::Confi
     }
 }
 
-/// Carries out a notification; what is not understood is somebody else's.
+/// Carries out a notification; one that does not parse is ignored.
 fn act(payload: &str, dispatcher: &Dispatcher) {
     match Note::parse(payload) {
         Some(Note::Rung(queue)) => dispatcher.note_rung(&queue),

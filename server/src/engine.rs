@@ -1,4 +1,5 @@
-//! What a request does besides its write: it returns credit, wakes dispatchers, tells waiters and replicas.
+//! The operations of the server. Each carries out a write and its consequences: returned credit, woken dispatchers, and
+//! hints to waiting calls and other replicas.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,38 +31,38 @@ use crate::store::{Fault, LOCK_WAIT_PATIENT, Store};
 use crate::sweeps::Sweeps;
 use crate::wait::Waits;
 
-/// Everything that a request can reach.
+/// The parts of a server that requests use.
 #[derive(Debug)]
 pub struct Engine {
-    /// SQL.
+    /// Access to the database.
     pub store: Store,
-    /// Streams.
+    /// Claim streams and `ClaimTask` calls.
     pub dispatcher: Dispatcher,
-    /// Waiters for results.
+    /// Calls that wait for the end of a task.
     pub waits: Arc<Waits>,
     /// Runs that wait for tasks.
     pub awaited: AwaitedTasks,
-    /// Other replicas.
+    /// Hints to other replicas.
     pub hints: Arc<Hints>,
-    /// Looks at queues.
+    /// Looks at queues, with troubled queues apart.
     pub looks: Arc<Looks>,
-    /// Sweeps of queues.
+    /// Sweeps of expired leases and cancellation policies.
     pub sweeps: Sweeps,
-    /// Queues that are looked at though they have no stream here.
+    /// Queues without a stream here that are looked at as often as those with one.
     pub in_use: InUse,
-    /// Emissions that are gone on with.
+    /// Unfinished emissions that this replica continues.
     pub emissions: Emissions,
-    /// Pause between looks at the queues in use.
+    /// Mean pause between looks at the queues in use.
     pub(crate) tick: Duration,
-    /// Held by the round that hangs missing doorbells.
+    /// Held while a round installs missing doorbells.
     pub(crate) hanging: tokio::sync::Mutex<()>,
-    /// Counts of queues.
+    /// Shared counts of queues.
     pub counts: Counts,
-    /// The live lines of `dev`.
+    /// Activities for the live lines of `absurd dev`.
     pub feed: Feed,
     spawns: Spawns,
     spawner: Committer<Spawns>,
-    /// Batches that callers bring themselves leave half of the connections to everything else.
+    /// Lets callers' own batches use at most half of the work connections.
     bulk: Turns,
     settles: Committer<Settles>,
     suspends: Committer<Suspends>,
@@ -70,15 +71,15 @@ pub struct Engine {
     hot_retries: HotRetries,
 }
 
-/// Bounds of what waits, and the pace of looks.
+/// Bounds on waiting writes and tasks, and the pace of looks.
 #[derive(Debug, Clone, Copy)]
 pub struct EngineOptions {
-    /// Writes of each kind that wait for their batch.
+    /// Maximum number of writes of each kind that wait for their batch.
     pub waiting_max: usize,
-    /// Tasks that wait in one queue; None: no bound.
+    /// Maximum number of claimable tasks in one queue; None: no bound.
     pub backlog_max: Option<i64>,
-    /// Pause between looks at the queues in use, give or take a third; all queues are looked at a tenth as often. No setting
-    /// changes it. Tests of hints make it so long that no look stands in for a hint.
+    /// Mean pause between looks at the queues in use, jittered by a third; all queues are looked at a tenth as often.
+    /// No setting changes it. Tests of hints make it so long that no look stands in for a hint.
     pub tick: Duration,
 }
 
@@ -89,7 +90,7 @@ impl Default for EngineOptions {
 }
 
 impl Engine {
-    /// Puts the parts together.
+    /// Builds all parts on one store; starts no background task.
     pub fn new(store: Store, hints: Arc<Hints>, options: DispatchOptions, bounds: EngineOptions) -> Self {
         let most = bounds.waiting_max;
         let settles = Committer::new(Settles { store: store.clone() }, most);
@@ -122,13 +123,13 @@ impl Engine {
         }
     }
 
-    /// Writes that wait for their batch.
+    /// Writes of all kinds that wait for their batch.
     pub fn waiting(&self) -> usize {
         self.spawner.waiting() + self.settles.waiting() + self.suspends.waiting() + self.emits.waiting()
     }
 
-    /// Counts of the work under way, by kind, without the zeros. It is empty soon after the last caller has gone, however the
-    /// callers went.
+    /// Work in flight: non-zero counts by kind. Empty soon after the last caller has gone, also when callers abandoned
+    /// their calls.
     pub fn under_way(&self) -> Vec<(&'static str, usize)> {
         let lanes = self.spawner.lanes() + self.settles.lanes() + self.suspends.lanes() + self.emits.lanes();
         let queues =
@@ -148,7 +149,7 @@ impl Engine {
         all
     }
 
-    /// Hangs the doorbell on those of these queues that have none. A failure is tried again by the wide tick.
+    /// Installs the doorbell on those of these queues that lack it. The wide tick retries failures.
     pub async fn hang_doorbells(&self, queues: &[&str]) {
         if !self.hints.doorbell() {
             return;
@@ -165,7 +166,7 @@ impl Engine {
         }
     }
 
-    /// Spawns one task, together with what else is being spawned.
+    /// Spawns one task, in a batch with other callers' spawns.
     pub async fn spawn(&self, scope: &Scope, task: NewTask, deadline: Deadline) -> Result<Spawned, Error> {
         let name = task.name.as_str().to_owned();
         let keyed = task.idempotency_key.is_some();
@@ -175,7 +176,7 @@ impl Engine {
         Ok(spawned)
     }
 
-    /// Spawns tasks, all or none.
+    /// Spawns all tasks or none, in one transaction.
     pub async fn spawn_all(
         &self,
         scope: &Scope,
@@ -183,7 +184,7 @@ impl Engine {
         deadline: Deadline,
     ) -> Result<Vec<Spawned>, Error> {
         let tasks: Arc<[NewTask]> = tasks.into();
-        // A task for later is no backlog yet.
+        // A task with a start time does not count as backlog.
         let at_once = tasks.iter().filter(|task| task.start.is_none()).count();
         self.admit(scope, at_once, deadline).await?;
         let left = deadline.saturating_duration_since(Deadline::now());
@@ -208,7 +209,8 @@ impl Engine {
         Ok(spawned)
     }
 
-    /// Lets tasks in, or says that the queue is full. The count that this needs waits for a locked queue.
+    /// Admits tasks, or fails with [`Error::BacklogFull`]. While the queue is locked, the count waits until the
+    /// deadline.
     async fn admit(&self, scope: &Scope, tasks: usize, deadline: Deadline) -> Result<(), Error> {
         let queue = scope.queue().as_str();
         let late = |_| match self.store.is_locked(queue) {
@@ -218,7 +220,7 @@ impl Engine {
         tokio::time::timeout_at(deadline, self.backlog.admit(&self.store, scope, tasks)).await.map_err(late)?
     }
 
-    /// On a task of its own: a caller that goes away must not leave tasks claimed for workers that never hear of them.
+    /// Runs as a tokio task: a caller that goes away must not leave tasks claimed for workers that never receive them.
     async fn spawn_once(
         &self,
         scope: &Scope,
@@ -233,7 +235,8 @@ impl Engine {
         work.await.unwrap_or_else(|error| Err(Fault::Bug(error.to_string())))
     }
 
-    /// Postgres refused a value that our own check had passed: finds by halving which task holds it.
+    /// Finds the task whose value Postgres refused although the server's own check accepted it. Halves the list, with
+    /// one rolled back spawn per step.
     async fn find_bad_task(&self, scope: &Scope, tasks: &[NewTask]) -> Error {
         let (mut from, mut to) = (0, tasks.len());
         while to - from > 1 {
@@ -258,7 +261,7 @@ impl Engine {
         }
     }
 
-    /// Carries out one write about a run, together with what else is being written.
+    /// Carries out one write about a run, in a batch with other callers' writes.
     pub async fn settle(&self, scope: &Scope, run: RunRef, write: Write, deadline: Deadline) -> Result<Settled, Error> {
         let run_id = run.run_id;
         let kind = write.kind();
@@ -272,7 +275,7 @@ impl Engine {
         outcome
     }
 
-    /// The planted bug of an answer before the commit.
+    /// The planted bug [`Bug::EarlyAck`]: acknowledges a completion before its commit.
     fn forget(&self, scope: &Scope, run: RunRef, write: Write) -> Settled {
         let (settles, key) = (self.settles.clone(), (scope.clone(), write.kind()));
         self.dispatcher.left(scope.queue(), run.run_id);
@@ -283,7 +286,7 @@ impl Engine {
         Settled { task_id: Uuid::nil(), replayed: false, claim_expires_at: None, applied: true, failed: None }
     }
 
-    /// Carries out writes about one run, in order and in one transaction.
+    /// Carries out writes about one run, in order and in one transaction. The first that fails stops the later ones.
     pub async fn settle_in_order(
         &self,
         scope: &Scope,
@@ -295,7 +298,7 @@ impl Engine {
         let kinds: Vec<Kind> = writes.iter().map(Write::kind).collect();
         let (run_id, digest) = (run.run_id, run.digest.clone());
         let (store, scope_) = (self.store.clone(), scope.clone());
-        // On a task of its own: a caller that goes away must not leave half of it undone.
+        // A tokio task, so that a caller that goes away does not stop the sequence half-way.
         let work = tokio::spawn(async move { commit::sequence(&store, &scope_, &run, &writes, deadline).await });
         let outcomes =
             work.await.unwrap_or_else(|error| kinds.iter().map(|_| Err(Error::Internal(error.to_string()))).collect());
@@ -352,8 +355,8 @@ impl Engine {
                     | Error::RunNotRunning { .. },
                 ),
             ) => {
-                // Whoever held it through us does not any more; a stale token must not touch a newer claim's credit,
-                // so the reconciling look decides. Completed and cancelled runs free it now.
+                // The claim is over. A stale token must not free a newer claim's credit, so the periodic check of
+                // claims decides. Only cancelled tasks and expired claims free it now.
                 if matches!(outcome, Err(Error::TaskCancelled(_) | Error::ClaimExpired(_))) {
                     self.dispatcher.left(queue, run_id);
                 }
@@ -370,7 +373,7 @@ impl Engine {
         self.feed.tell(|| Activity::ended(scope, task_id, state));
     }
 
-    /// Lets a run wait, together with others; a run that sleeps is in flight no more.
+    /// Suspends a run for a sleep or a wait, in a batch with others. A run that sleeps is no longer in flight.
     pub async fn suspend(
         &self,
         scope: &Scope,
@@ -385,7 +388,7 @@ impl Engine {
         self.waited(scope, (run_id, digest.as_ref()), outcome)
     }
 
-    /// Waits for the end of a task as a step of a run.
+    /// Waits for the end of a task, as a step of a run.
     pub async fn await_task(
         &self,
         scope: &Scope,
@@ -394,8 +397,8 @@ impl Engine {
         deadline: Deadline,
     ) -> Result<Awaited, Error> {
         self.dispatcher.alive(scope.queue(), wait.run.run_id, None);
-        // Told of too where the caller goes away or the answer is lost: the run may sleep by then. The task may have ended
-        // between the look at it and now.
+        // Runs also when the caller goes away or the answer is lost, because the run may sleep by then. The task may
+        // have ended between the statement's look at it and now.
         let waits = guard((), |()| {
             self.awaited.begun();
             self.awaited.ended(awaited.0, awaited.1);
@@ -410,7 +413,7 @@ impl Engine {
         self.waited(scope, (wait.run.run_id, wait.run.digest.as_ref()), outcome)
     }
 
-    /// Takes in how a wait stands.
+    /// Updates the dispatcher after a wait or a sleep, and returns the outcome unchanged.
     fn waited(
         &self,
         scope: &Scope,
@@ -434,8 +437,8 @@ impl Engine {
         }
     }
 
-    /// Emits an event. Who waits is woken batch by batch, and offered at once; what is not done by the deadline is done by the
-    /// next look of a replica.
+    /// Emits an event; returns whether this call set the payload, and how many runs it woke. Runs are woken batch by
+    /// batch and offered at once. Those that still wait at the deadline are woken by a replica's next chores.
     pub async fn emit_event(
         &self,
         scope: &Scope,
@@ -454,7 +457,7 @@ impl Engine {
         Ok((first.applied, woken))
     }
 
-    /// Goes on waking those who wait for an emitted event; says how many it woke.
+    /// Continues to wake the runs that wait for an emitted event, until `until`; returns how many it woke.
     pub async fn emit_more(&self, scope: &Scope, event: &EventName, until: Deadline) -> i64 {
         let mut woken = 0;
         while let Some(left) = until.checked_duration_since(Deadline::now()).filter(|left| !left.is_zero()) {
@@ -469,7 +472,7 @@ impl Engine {
                     }
                 }
                 Err(fault) => {
-                    // The event stands: this is not the caller's trouble.
+                    // The event is stored, so the caller gets no error.
                     tracing::debug!(queue.name = %scope.queue(), ?fault, "could not wake all that wait for an event yet");
                     break;
                 }
@@ -478,7 +481,7 @@ impl Engine {
         woken
     }
 
-    /// Cancels a task; says whether this call did it, and the state now.
+    /// Cancels a task. Returns whether this call cancelled it, and its state now.
     pub async fn cancel_task(
         &self,
         scope: &Scope,
@@ -494,7 +497,8 @@ impl Engine {
         Ok((done, state))
     }
 
-    /// Cancels the task of a run that is pending or sleeping.
+    /// Cancels the task of a pending or sleeping run. Returns whether this call cancelled it, its state now, and its
+    /// id.
     pub async fn cancel_run(
         &self,
         scope: &Scope,

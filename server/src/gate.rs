@@ -1,5 +1,5 @@
-//! The gate: takes connections up to a bound, survives the lack of file descriptors, knows what each connection does, and
-//! cuts those that only cost: that say nothing, that read nothing, or that flood it with frames which ask for nothing.
+//! The gate admits connections up to a bound and survives a lack of file descriptors. It tracks each connection and
+//! cuts those that send nothing, read nothing, or flood the server with frames that ask for nothing.
 
 use std::collections::HashMap;
 use std::io;
@@ -18,31 +18,31 @@ use tonic::transport::server::Connected;
 
 use crate::metrics;
 
-/// A client says at least this much, its preface, or it is no client.
+/// Bytes of the HTTP/2 client preface. A connection that sends less is not a client.
 const PREFACE_BYTES: u64 = 24;
-/// Within this long.
+/// Longest time from the connect to the end of the preface.
 const PREFACE_MAX: Duration = Duration::from_secs(10);
-/// Bytes per second that may ask for nothing (pings, settings, window updates), and as much at once.
+/// Bytes per second of frames that ask for nothing (pings, settings, window updates), and the largest burst of them.
 const IDLE_BYTES_RATE: u64 = 1024 * 1024;
-/// Bytes of requests on one connection that the transport takes before anybody reads them (HTTP/2's window).
+/// Request bytes per connection that the transport buffers before a service reads them (HTTP/2's connection window).
 pub const WINDOW_BYTES: u32 = 8 * 1024 * 1024;
-/// What was heard and is not known as a request yet: a whole window may wait to be read.
+/// Bound on received bytes that belong to no request yet: the burst, and a whole window that waits to be read.
 const IDLE_BYTES_MAX: u64 = IDLE_BYTES_RATE + WINDOW_BYTES as u64;
-/// What the headers of one request may take.
+/// Bytes credited to each request for its headers.
 const HEADER_BYTES: u64 = 16 * 1024;
-/// Descriptors that are not for clients: sessions of Postgres, files.
+/// File descriptors kept for Postgres connections and files.
 const SPARE_FILES: u64 = 100;
-/// Between looks at all connections.
+/// Pause between checks of all connections.
 const LOOK: Duration = Duration::from_secs(1);
-/// Connections that wait to be served.
+/// Accepted connections that may wait for the transport.
 const WAITING_MAX: usize = 128;
-/// Longest pause when there are no file descriptors.
+/// Longest pause of the accept loop after an error, such as a lack of file descriptors.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
-/// Bounds of connections.
+/// Bounds on client connections.
 #[derive(Debug, Clone, Copy)]
 pub struct GateOptions {
-    /// Connections at most; None: as many as there are file descriptors, less some.
+    /// Maximum number of connections; None: the limit of file descriptors less 100, at least 16.
     pub connections_max: Option<usize>,
     /// A connection whose peer takes no answer for this long is cut.
     pub stall_max: Duration,
@@ -54,7 +54,7 @@ impl Default for GateOptions {
     }
 }
 
-/// File descriptors that this process may have; it asks for as many as the system allows.
+/// Raises this process's limit of file descriptors to the hard limit; returns the limit in force.
 fn files() -> u64 {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
@@ -65,24 +65,24 @@ fn files() -> u64 {
     limit.current.unwrap_or(u64::MAX)
 }
 
-/// Whether an answer's peer takes it.
+/// Progress of one response; shows whether the peer takes it.
 #[derive(Debug)]
 pub struct Answer {
     /// When the transport last asked for more, in ms since the gate opened.
     asked: AtomicU64,
-    /// The transport would take more; there is nothing to take.
+    /// The transport would take more, but the response has nothing for it.
     waits: AtomicBool,
 }
 
 impl Answer {
-    /// The transport asks for more; `waits` says whether it got nothing yet.
+    /// The transport asked for more at `at`; `waits`: the response had nothing for it.
     pub fn asked(&self, at: u64, waits: bool) {
         self.asked.store(at, Ordering::Relaxed);
         self.waits.store(waits, Ordering::Relaxed);
     }
 }
 
-/// What the gate knows of one connection.
+/// State of one open connection.
 #[derive(Debug)]
 pub struct Connection {
     id: u64,
@@ -90,7 +90,8 @@ pub struct Connection {
     gate: Arc<Gate>,
     since: Instant,
     heard: AtomicU64,
-    /// Bytes heard that asked for nothing, less what leaks away.
+    /// Received bytes that asked for nothing, less those leaked away at `IDLE_BYTES_RATE`; and the time of this
+    /// reckoning.
     idle: Mutex<(f64, Instant)>,
     dead: AtomicBool,
     waker: AtomicWaker,
@@ -104,22 +105,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Connection {
-    /// Where the client is.
+    /// IP address of the client.
     pub fn caller(&self) -> IpAddr {
         self.peer.ip()
     }
 
-    /// The gate that let it in.
+    /// The gate that admitted the connection.
     pub fn gate(&self) -> &Arc<Gate> {
         &self.gate
     }
 
-    /// Claim streams on it.
+    /// Number of claim streams on the connection.
     pub fn streams(&self) -> &AtomicUsize {
         &self.streams
     }
 
-    /// An answer begins.
+    /// Registers a response; the id is for [`Self::answered`].
     pub fn answer(&self) -> (u64, Arc<Answer>) {
         let answer = Arc::new(Answer { asked: AtomicU64::new(self.gate.now()), waits: AtomicBool::new(false) });
         let id = self.next.fetch_add(1, Ordering::Relaxed);
@@ -127,17 +128,17 @@ impl Connection {
         (id, answer)
     }
 
-    /// An answer is over.
+    /// Forgets a response that is over.
     pub fn answered(&self, id: u64) {
         lock(&self.answers).remove(&id);
     }
 
-    /// Bytes were of use: they asked for something.
+    /// Credits bytes that belonged to a request.
     pub fn asked_with(&self, bytes: u64) {
         lock(&self.idle).0 -= bytes as f64;
     }
 
-    /// A request began.
+    /// Credits the headers of a new request.
     pub fn asked(&self) {
         self.asked_with(HEADER_BYTES);
     }
@@ -162,7 +163,7 @@ impl Connection {
         }
     }
 
-    /// Says whether all its answers wait for a peer that takes none.
+    /// Whether the connection has responses, and the peer has taken none of them for longer than `stall_max`.
     fn is_stalled(&self, now: u64, stall_max: Duration) -> bool {
         let answers = lock(&self.answers);
         let limit = u64::try_from(stall_max.as_millis()).unwrap_or(u64::MAX);
@@ -179,7 +180,7 @@ impl Drop for Connection {
     }
 }
 
-/// See the module.
+/// All connections of this server, with their bounds.
 #[derive(Debug)]
 pub struct Gate {
     connections_max: usize,
@@ -190,7 +191,7 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// A gate that nobody has passed.
+    /// A gate without connections. Without a bound in `options` it raises the limit of file descriptors.
     pub fn new(options: GateOptions) -> Arc<Self> {
         let room = || usize::try_from(files().saturating_sub(SPARE_FILES)).unwrap_or(usize::MAX).max(16);
         Arc::new(Self {
@@ -202,17 +203,17 @@ impl Gate {
         })
     }
 
-    /// Milliseconds since it opened.
+    /// Milliseconds since the gate opened.
     pub fn now(&self) -> u64 {
         u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Connections that are open.
+    /// Number of open connections.
     pub fn connections(&self) -> usize {
         lock(&self.connections).len()
     }
 
-    /// Claim streams of one caller.
+    /// Number of claim streams on all connections from one IP address.
     pub fn streams_of(&self, caller: IpAddr) -> usize {
         let connections: Vec<Arc<Connection>> = lock(&self.connections).values().filter_map(Weak::upgrade).collect();
         let of = connections.iter().filter(|connection| connection.caller() == caller);
@@ -244,7 +245,7 @@ impl Gate {
         Some(Io { socket, connection })
     }
 
-    /// Accepts for ever. Without file descriptors it waits, with longer and longer pauses.
+    /// Accepts connections forever. After an error it pauses, twice as long each time, at most a second.
     pub async fn accept(self: Arc<Self>, listener: TcpListener, tell: mpsc::Sender<io::Result<Io>>) {
         let mut pause = Duration::from_millis(5);
         loop {
@@ -270,7 +271,7 @@ impl Gate {
         }
     }
 
-    /// Looks for connections that only cost, for ever.
+    /// Checks all connections once per second, forever; cuts the silent and the stalled ones.
     pub async fn watch(self: Arc<Self>) {
         loop {
             tokio::time::sleep(LOOK).await;
@@ -289,12 +290,12 @@ impl Gate {
     }
 }
 
-/// A channel for accepted connections.
+/// The channel from [`Gate::accept`] to the transport.
 pub fn channel() -> (mpsc::Sender<io::Result<Io>>, mpsc::Receiver<io::Result<Io>>) {
     mpsc::channel(WAITING_MAX)
 }
 
-/// A connection's bytes.
+/// The socket of an admitted connection; counts the bytes read, and fails once the connection is cut.
 #[derive(Debug)]
 pub struct Io {
     socket: TcpStream,

@@ -1,5 +1,7 @@
-//! Tasks that fail hot: attempt after attempt, without a pause in between. Each costs the database a claim, a failure and a
-//! new run, as fast as the workers go, so that a metric and a line in the log name them.
+//! Finds hot retries: tasks that fail attempt after attempt without a pause.
+//!
+//! Each attempt costs the database a claim, a failure and a new run, as fast as workers can go. So a metric counts them
+//! and the log names one task per queue and minute.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -13,22 +15,22 @@ use crate::scope::Scope;
 use crate::store::Store;
 use crate::store::text::Part;
 
-/// A task fails hot when a failed attempt beyond this one is tried again without a pause.
+/// A retry without a pause is hot after more than this many failed attempts.
 const HOT: i32 = 5;
-/// Between lines in the log about one queue.
+/// Pause between log lines about one queue.
 const QUIET: Duration = Duration::from_secs(60);
-/// Queues that are remembered; beyond it all of them are forgotten, which costs a line in the log.
+/// Maximum number of remembered queues. Beyond it all are forgotten, at the cost of an early log line per queue.
 const QUEUES_MAX: usize = 10_000;
 
-/// See the module.
+/// When the log last named a task of each queue.
 #[derive(Debug, Default)]
 pub(crate) struct HotRetries {
-    /// When the log named a task of a queue last.
+    /// Time of the last log line per queue.
     named: Mutex<HashMap<QueueName, Instant>>,
 }
 
 impl HotRetries {
-    /// An attempt failed, and the task can be claimed again at once as attempt `next`.
+    /// Notes that an attempt failed and that the task is claimable at once as attempt `next`.
     pub(crate) fn note(&self, store: &Store, scope: &Scope, task_id: TaskId, next: i32) {
         let failed = next - 1;
         if failed <= HOT {
@@ -56,7 +58,7 @@ impl HotRetries {
 
 async fn warn(store: &Store, scope: &Scope, task_id: TaskId, failed: i32) {
     let little = Some(Part { offset: 0, limit: 1 });
-    // The name helps; a queue that is gone, or a database that is away, has other lines in the log.
+    // Read only for the task's name. A missing queue and an unreachable database have log lines of their own.
     let Ok(row) = store.task_get(scope, task_id, little, little).await else { return };
     tracing::warn!(
         queue.name = %scope.queue(), task.name = row.get::<_, &str>("task_name"), task.id = %task_id, attempt = failed,

@@ -1,7 +1,8 @@
-//! Looks at queues: one statement for all that are well, one each for those whose look fails or takes long.
+//! Looks at queues: a look is one statement that reads the state of queues. Healthy queues share a statement; a
+//! troubled queue, whose look fails or takes long, gets its own.
 //!
-//! Guarantee: a queue that cannot be looked at (no rights, a renamed column, a damaged page, a missing index) delays nobody
-//! else's look, and no fault of a queue keeps the database's clock from being read.
+//! Guarantee: a queue that cannot be looked at (no rights, a renamed column, a damaged page, a missing index) delays no
+//! look at another queue. No fault of a queue keeps the database's clock from being read.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,30 +19,30 @@ use crate::planted::{self, Bug};
 use crate::store::tick::{QueueTick, Tick};
 use crate::store::{Fault, Store};
 
-/// A look that takes this long, and many times as long as those at other queues, is slow.
+/// A look at a queue that takes longer than this, and `SLOW_TIMES` as long as the median, is slow.
 const SLOW: Duration = Duration::from_millis(100);
-/// How many times as long.
+/// Factor over the median look from which a look is slow.
 const SLOW_TIMES: u32 = 5;
-/// Until the next look at a troubled queue, first and at most.
+/// Pause before the next look at a troubled queue: first, and at most. It doubles each time.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(30));
-/// Looks at troubled queues at the same time: each takes a connection.
+/// Looks at troubled queues in flight; each holds a connection.
 const APART_MAX: usize = 1;
-/// The same after a look at many queues has failed.
+/// Looks at single queues in flight, after one look at many queues has failed.
 const ALONE_MAX: usize = 2;
-/// Queues in one statement.
+/// Queues per statement.
 const QUEUES_MAX: usize = 500;
 
-/// Why a queue is looked at apart from the others.
+/// The trouble of a queue that is looked at apart from the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// The look fails.
+    /// The look at the queue fails.
     Unreadable,
-    /// The look takes long.
+    /// The look at the queue takes long.
     Slow,
 }
 
 impl Kind {
-    /// The trouble of a queue whose look ends in this fault; None: the fault says nothing of the queue.
+    /// The trouble that a fault of a look shows. None: the fault is not the queue's.
     fn of(fault: &Fault) -> Option<Self> {
         match fault {
             fault if fault.is_too_much() => Some(Self::Slow),
@@ -50,7 +51,7 @@ impl Kind {
         }
     }
 
-    /// As the label of a metric.
+    /// Label value in metrics.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Unreadable => "unreadable",
@@ -66,7 +67,7 @@ struct Trouble {
     next_look: Instant,
 }
 
-/// Looks, and what is remembered of queues that are not well.
+/// Looks at queues, and the troubled queues.
 #[derive(Debug)]
 pub struct Looks {
     store: Store,
@@ -78,7 +79,7 @@ pub struct Looks {
 }
 
 impl Looks {
-    /// Looks of one replica.
+    /// `hints` learns the number of other replicas from each look, `dispatcher` the state of each queue.
     pub(crate) fn new(store: Store, hints: Arc<Hints>, dispatcher: Dispatcher) -> Self {
         Self {
             store,
@@ -94,33 +95,33 @@ impl Looks {
         self.troubles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The queues that are not well, and why.
+    /// The troubled queues, with the kind of trouble.
     pub fn troubles(&self) -> Vec<(String, Kind)> {
         self.lock().iter().map(|(queue, trouble)| (queue.clone(), trouble.kind)).collect()
     }
 
-    /// Queues that are looked at by themselves now.
+    /// Number of troubled queues whose look is in flight or waits for a place.
     pub(crate) fn under_way(&self) -> usize {
         self.looking.count()
     }
 
-    /// Whether a queue is looked at apart from the others.
+    /// Whether the queue is looked at apart from the others.
     pub fn is_troubled(&self, queue: &str) -> bool {
         self.lock().contains_key(queue)
     }
 
-    /// Looks at queues; the dispatcher receives what was found. Troubled queues are left out.
+    /// Looks at those of these queues that are not troubled, and passes the results to the dispatcher.
     pub(crate) async fn at(&self, queues: &[&str]) -> Result<Vec<QueueTick>, Fault> {
         let well: Vec<&str> = {
             let troubles = self.lock();
             queues.iter().copied().filter(|queue| !troubles.contains_key(*queue)).collect()
         };
         let mut ticks = Vec::with_capacity(well.len());
-        // An empty look too reads the clock.
+        // A look at no queues reads the clock, too.
         for part in well.chunks(QUEUES_MAX).chain(well.is_empty().then_some(&[][..])) {
             match self.at_well(part).await {
                 Ok(found) => ticks.extend(found),
-                // The ticks of the parts before are not given up for this one.
+                // Keeps the results of the parts before.
                 Err(fault) if !ticks.is_empty() => {
                     tracing::debug!(?fault, "could not look at a part of the queues");
                     break;
@@ -142,7 +143,7 @@ impl Looks {
                 self.judge(&found);
                 Ok(found)
             }
-            // Postgres is away, or was for a moment: that says nothing of the queues.
+            // A passing fault, such as a lost connection, says nothing about the queues.
             Err(fault) if Kind::of(&fault).is_none() => Err(fault),
             Err(fault) if queues.len() < 2 => {
                 for queue in queues {
@@ -189,11 +190,11 @@ impl Looks {
         Ok(found)
     }
 
-    /// Sets queues apart whose look failed, or took far longer than those at the others.
+    /// Marks queues as troubled whose look failed, or took far longer than the median.
     fn judge(&self, ticks: &[QueueTick]) {
         let mut times: Vec<Duration> = ticks.iter().map(|tick| tick.took).collect();
         times.sort_unstable();
-        // The lower one of two in the middle: the quicker one of two queues sets the measure.
+        // The lower median: of two queues, the faster one is the measure.
         let usual = times.get(times.len().saturating_sub(1) / 2).copied().unwrap_or_default();
         for tick in ticks {
             if let Some(problem) = &tick.problem {
@@ -204,7 +205,7 @@ impl Looks {
         }
     }
 
-    /// Sets a queue apart whose look failed by a fault that may be the queue's.
+    /// Marks a queue as troubled after a fault of its look, unless the fault is not the queue's.
     fn mark_fault(&self, queue: &str, fault: &Fault) {
         if let Some(kind) = Kind::of(fault) {
             self.mark(queue, kind, &fault.problem());
@@ -226,8 +227,7 @@ impl Looks {
         troubles.insert(queue.to_owned(), Trouble { kind, pause, next_look: Instant::now() + pause });
     }
 
-    /// The troubled queues among these whose turn has come; each is looked at in the background, and `then` receives what was
-    /// found.
+    /// Looks in the background at those of these queues that are troubled and due; `then` receives the results.
     pub(crate) fn apart<F: Future<Output = ()> + Send>(
         self: &Arc<Self>,
         queues: &[&str],
@@ -254,7 +254,7 @@ impl Looks {
         }
     }
 
-    /// Lets a queue that is well again join the others.
+    /// Judges a look at a troubled queue; a queue that is well again joins the others.
     fn judge_alone(&self, queue: &str, found: &Result<Vec<QueueTick>, Fault>) {
         match found.as_ref().map(|ticks| ticks.first()) {
             Ok(Some(tick)) if tick.problem.is_some() => {

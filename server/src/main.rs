@@ -1,4 +1,4 @@
-//! The `absurd` command.
+//! The `absurd` command: calls [`absurd_server::cli::main`].
 
 fn main() -> std::process::ExitCode {
     absurd_server::cli::main()

@@ -1,6 +1,6 @@
-//! The ticks: what every replica does by itself, jittered, bounded, without a leader.
+//! The ticks: periodic work of every replica, with jitter and bounds and without a leader.
 //!
-//! Three loops that wait for none of the others: the queues in use, all queues, and the chores.
+//! Three independent loops: looks at the queues in use, looks at all queues, and chores.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,29 +18,31 @@ use crate::scope::Caller;
 use crate::store::tick::QueueTick;
 use crate::sweeps;
 
-/// Between looks at the queues that are in use here, less or more by a third, unless the engine's options say otherwise.
+/// Mean pause between looks at the queues in use here, jittered by a third. [`crate::engine::EngineOptions`] may set
+/// another.
 pub(crate) const TICK: Duration = Duration::from_millis(1500);
-/// Ticks between looks at all queues, and between the chores.
+/// Ticks between looks at all queues, and between rounds of chores.
 const WIDE_TICKS: u32 = 10;
-/// A queue stays in use for so long after its last `ClaimTask`, or after the end of a lease that a look has seen coming.
+/// A queue stays in use for this long after its last `ClaimTask` call.
 const IN_USE: Duration = Duration::from_secs(60);
-/// Ends of leases that are looked for in time.
+/// A lease that ends within this time keeps its queue in use until then. Longer than any pause between wide looks (20
+/// s).
 const EXPIRY_SEEN: Duration = Duration::from_secs(25);
-/// Queues that are remembered as in use.
+/// Maximum number of queues remembered as in use.
 const IN_USE_MAX: usize = 10_000;
-/// Time that one look spends on an unfinished emission.
+/// Longest time that one round spends on one unfinished emission.
 const EMISSION_MAX: Duration = Duration::from_secs(5);
-/// Emissions that are gone on with at the same time.
+/// Queues whose unfinished emissions are continued at the same time.
 const EMISSIONS_MAX: usize = 4;
-/// Queues looked at in one wide statement.
+/// Queues per page of a wide look.
 const QUEUES_MAX: i64 = 500;
 
-/// Queues that have no stream here and are looked at all the same, so that their leases end in time.
+/// Queues without a stream here that are looked at nevertheless, so that sweeps find their expired leases in time.
 #[derive(Debug, Default)]
 pub struct InUse(Mutex<HashMap<QueueName, Instant>>);
 
 impl InUse {
-    /// A queue is in use until then.
+    /// Keeps a queue in use until `until`, or longer if it already was.
     fn note(&self, queue: &QueueName, until: Instant) {
         let mut queues = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if queues.len() < IN_USE_MAX || queues.contains_key(queue) {
@@ -49,12 +51,12 @@ impl InUse {
         }
     }
 
-    /// A worker has asked for tasks of a queue.
+    /// A worker has asked for tasks of a queue by `ClaimTask`.
     pub fn polled(&self, queue: &QueueName) {
         self.note(queue, Instant::now() + IN_USE);
     }
 
-    /// The queues that are in use now.
+    /// The queues in use now; forgets the others.
     fn now(&self) -> Vec<QueueName> {
         let mut queues = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
@@ -63,12 +65,12 @@ impl InUse {
     }
 }
 
-/// Between looks at all queues, and between the chores.
+/// Mean pause between looks at all queues, and between rounds of chores.
 fn wide_tick_of(engine: &Engine) -> Duration {
     engine.tick * WIDE_TICKS
 }
 
-/// Looks for ever at the queues that are in use here.
+/// Looks forever at the queues with a dispatcher here and at those in use.
 pub async fn tick(engine: &Arc<Engine>) {
     loop {
         tokio::time::sleep(engine.tick.mul_f64(0.67 + 0.66 * random())).await;
@@ -81,7 +83,7 @@ pub async fn tick(engine: &Arc<Engine>) {
     }
 }
 
-/// Looks for ever at every queue of the database, so that leases also end where no stream is open.
+/// Looks forever at every queue of the database, so that leases also end where no stream is open.
 pub async fn wide_tick(engine: &Arc<Engine>) {
     tokio::time::sleep(wide_tick_of(engine).mul_f64(random())).await;
     loop {
@@ -90,7 +92,8 @@ pub async fn wide_tick(engine: &Arc<Engine>) {
     }
 }
 
-/// Does the chores for ever.
+/// Does the chores forever: forgets old release counts, continues emissions, counts quarantined tasks, measures the
+/// oldest transaction.
 pub async fn chores(engine: &Arc<Engine>) {
     loop {
         tokio::time::sleep(wide_tick_of(engine).mul_f64(0.67 + 0.66 * random())).await;
@@ -106,13 +109,13 @@ pub async fn chores(engine: &Arc<Engine>) {
     }
 }
 
-/// Does at once what is due in all queues, and waits until it is done: the time has been moved.
+/// Does everything that is due in all queues and waits until it is done; used after the test clock has moved.
 pub async fn catch_up(engine: &Arc<Engine>) {
     finish_emissions(engine).await.join_all().await;
     wide(engine).await.join_all().await;
 }
 
-/// Looks at queues and begins the sweeps that are due.
+/// Looks at queues and begins the sweeps that are due; troubled queues are looked at in the background.
 async fn look(engine: &Arc<Engine>, queues: &[&str]) -> tokio::task::JoinSet<()> {
     let for_troubled = {
         let engine = Arc::clone(engine);
@@ -134,7 +137,7 @@ async fn look(engine: &Arc<Engine>, queues: &[&str]) -> tokio::task::JoinSet<()>
     }
 }
 
-/// A lease that ends before the next wide look is looked for in time.
+/// Keeps queues in use whose next lease ends before the next wide look, until three ticks after that end.
 fn note_expiries(engine: &Arc<Engine>, ticks: &[QueueTick]) {
     for tick in ticks {
         let next = tick.next_expiry_ms.and_then(|ms| u64::try_from(ms).ok()).map(Duration::from_millis);
@@ -163,17 +166,17 @@ async fn wide(engine: &Arc<Engine>) -> tokio::task::JoinSet<()> {
         let refs: Vec<&str> = names.iter().map(String::as_str).collect();
         let mut sweeps = look(engine, &refs).await;
         begun.spawn(async move { while sweeps.join_next().await.is_some() {} });
-        // Queues made by plain SQL get their doorbell here.
+        // Queues created by plain SQL get their doorbell here.
         let engine = Arc::clone(engine);
         begun.spawn(async move {
-            // One round at a time: where many queues are locked, a round may outlast the tick.
+            // One round at a time: with many locked queues a round may outlast the tick.
             let Ok(_round) = engine.hanging.try_lock() else { return };
             engine.hang_doorbells(&names.iter().map(String::as_str).collect::<Vec<_>>()).await;
         });
     }
 }
 
-/// Emissions that are gone on with; each queue by itself, so that a locked one delays no other.
+/// Unfinished emissions that this replica continues. Each queue has its own work, so a locked queue delays no other.
 #[derive(Debug)]
 pub struct Emissions {
     under_way: OneEach,
@@ -187,13 +190,13 @@ impl Default for Emissions {
 }
 
 impl Emissions {
-    /// Queues whose emissions are gone on with now.
+    /// Number of queues whose emissions are being continued.
     pub(crate) fn under_way(&self) -> usize {
         self.under_way.count()
     }
 }
 
-/// Goes on with emissions that whoever began them did not finish.
+/// Continues emissions whose call ended before all waiting runs were woken.
 async fn finish_emissions(engine: &Arc<Engine>) -> tokio::task::JoinSet<()> {
     let mut begun = tokio::task::JoinSet::new();
     let unfinished = engine.store.event_list_unfinished().await.unwrap_or_else(|fault| {
@@ -221,7 +224,7 @@ async fn finish_emissions(engine: &Arc<Engine>) -> tokio::task::JoinSet<()> {
     begun
 }
 
-/// Forgets what has moved on, and counts the rest.
+/// Forgets quarantined tasks that have moved on, and counts the others for the metric.
 async fn look_at_quarantine(engine: &Arc<Engine>) {
     if let Err(fault) = engine.store.quarantine_forget().await {
         tracing::debug!(?fault, "could not forget what was set aside");
@@ -240,7 +243,7 @@ mod tests {
     use crate::engine::EngineOptions;
     use crate::store::tests::nowhere;
 
-    /// No tick comes at the very moment at which a lease ends, so that its queue is looked at until after that.
+    /// No tick falls on the moment at which a lease ends, so the queue is looked at until some time after it.
     #[tokio::test(start_paused = true)]
     async fn a_queue_is_looked_at_until_after_the_end_of_its_lease() {
         let hints = Arc::new(Hints::new("replica".into(), false));
@@ -259,7 +262,7 @@ mod tests {
             took: Duration::ZERO,
         };
         note_expiries(&engine, &[tick]);
-        // The longest pause between two looks, and some.
+        // Longer than the longest pause between two looks.
         tokio::time::advance(Duration::from_secs(20) + engine.tick.mul_f64(1.5)).await;
         assert_eq!(engine.in_use.now(), [QueueName::parse("queue", "q").unwrap()]);
         tokio::time::advance(IN_USE).await;

@@ -1,20 +1,21 @@
-//! What is remembered of each queue, each under a guard of its own: who asks for one waits for no other. Bounded: beyond
-//! `QUEUES_MAX` all of it is forgotten, which costs those who ask next a look at the database.
+//! State per queue, each behind an async mutex of its own, so queues never block each other.
+//!
+//! Bounded: when `QUEUES_MAX` is reached, all state is forgotten, and each queue's next call reads the database again.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::domain::QueueName;
 
-/// Queues that are remembered.
+/// Maximum number of queues with state.
 const QUEUES_MAX: usize = 10_000;
 
-/// See the module.
+/// One `T` per queue.
 #[derive(Debug, Default)]
 pub struct PerQueue<T>(Mutex<HashMap<QueueName, Arc<tokio::sync::Mutex<T>>>>);
 
 impl<T: Default> PerQueue<T> {
-    /// What is remembered of a queue.
+    /// The state of a queue, created if missing.
     pub fn of(&self, queue: &QueueName) -> Arc<tokio::sync::Mutex<T>> {
         let mut queues = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if queues.len() >= QUEUES_MAX && !queues.contains_key(queue) {
@@ -24,11 +25,11 @@ impl<T: Default> PerQueue<T> {
     }
 }
 
-/// Work of which each queue has at most one piece under way. Bounded by the number of queues that have any.
+/// Allows one piece of work in flight per queue. Holds an entry only for queues with work in flight.
 #[derive(Debug, Default)]
 pub struct OneEach(Arc<Mutex<HashSet<QueueName>>>);
 
-/// A piece of work that is under way; dropped, it is over.
+/// Guard of work in flight; dropping it ends the work.
 #[derive(Debug)]
 pub struct Begun {
     all: Arc<Mutex<HashSet<QueueName>>>,
@@ -36,7 +37,7 @@ pub struct Begun {
 }
 
 impl OneEach {
-    /// Begins work for a queue, unless some is under way.
+    /// Begins work for a queue; None: work for it is in flight already.
     pub fn begin(&self, queue: &QueueName) -> Option<Begun> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         all.insert(queue.clone()).then(|| Begun { all: Arc::clone(&self.0), queue: queue.clone() })

@@ -1,24 +1,24 @@
-//! Bugs on purpose, for the test of the chaos checker: each is a mistake that a server like this is prone to.
+//! Deliberate bugs that test the chaos checker: each is a mistake that a server like this is prone to.
 //!
-//! They exist in builds with the feature `planted-bugs` only, where the variable `ABSURD_PLANTED_BUG` chooses one; in any
-//! other build none can be switched on, and the question costs nothing.
+//! They exist only in builds with the feature `planted-bugs`, where the environment variable `ABSURD_PLANTED_BUG`
+//! selects one. In any other build [`is`] is constantly false.
 
-/// See the module.
+/// The bugs; `ABSURD_PLANTED_BUG` holds the name of a variant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Bug {
-    /// Whoever shows any token writes about the run.
+    /// A write about a run is accepted with any token.
     NoTokenCheck,
     /// Completions are acknowledged before they are committed.
     EarlyAck,
-    /// A lost stream's delivered claims are given back as if nobody worked on them.
+    /// Claims that a lost stream had delivered are released as if no worker ran them.
     ReleaseAfterDelivery,
     /// A sweep of expired leases stops at its first error.
     FaintSweep,
-    /// A look at many queues fails as a whole where one of them cannot be looked at.
+    /// A look at many queues fails as a whole if one of them cannot be looked at.
     OneForAll,
 }
 
-/// Whether a bug is on.
+/// Whether `ABSURD_PLANTED_BUG` names this bug.
 #[cfg(feature = "planted-bugs")]
 pub(crate) fn is(bug: Bug) -> bool {
     static CHOSEN: std::sync::LazyLock<Option<Bug>> = std::sync::LazyLock::new(|| {
@@ -29,7 +29,7 @@ pub(crate) fn is(bug: Bug) -> bool {
     *CHOSEN == Some(bug)
 }
 
-/// Whether a bug is on: never.
+/// Always false: this build has no planted bugs.
 #[cfg(not(feature = "planted-bugs"))]
 pub(crate) const fn is(_: Bug) -> bool {
     false

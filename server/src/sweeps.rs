@@ -1,5 +1,5 @@
-//! Sweeps: runs whose lease has ended fail, tasks past their policy are cancelled. Each queue is swept by itself, so that one
-//! whose sweep takes long delays no other.
+//! Sweeps: fail runs whose lease has expired, and cancel tasks by their cancellation policies. Each queue is swept by
+//! itself, so a slow sweep delays no other queue.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,26 +22,26 @@ use crate::store::quarantine::Reason;
 use crate::store::task::Cancellable;
 use crate::store::tick::QueueTick;
 
-/// Expired leases handled in one sweep of a queue.
+/// Expired leases per sweep of a queue.
 const EXPIRED_MAX: i64 = 500;
-/// Tasks cancelled by policy in one sweep of a queue.
+/// Tasks cancelled by policy per sweep of a queue.
 const CANCELLED_MAX: usize = 200;
-/// Longest wait for a task that a sweep cancels.
+/// Deadline of each cancellation.
 const CANCEL_WAIT: Duration = Duration::from_millis(100);
-/// Longest time for what a sweep writes: a locked row must not hold it up, and is left to its holder.
+/// Deadline of the writes that fail runs. A locked row must not hold up the sweep; the next sweep tries it again.
 const WRITE_MAX: Duration = Duration::from_secs(2);
-/// Queues swept at the same time.
+/// Sweeps of healthy queues at the same time.
 const QUEUES_MAX: usize = 16;
-/// Queues that are looked at apart from the others, and swept at the same time.
+/// Sweeps of troubled queues at the same time.
 const TROUBLED_MAX: usize = 1;
 
-/// What a replica remembers of its sweeps.
+/// State of the sweeps of one replica.
 #[derive(Debug)]
 pub struct Sweeps {
     under_way: OneEach,
     places: Semaphore,
     troubled_places: Semaphore,
-    /// Where the next sweep of a queue's policies begins.
+    /// The task id after which the next sweep of a queue's policies begins.
     cursors: Mutex<HashMap<QueueName, Uuid>>,
 }
 
@@ -57,14 +57,14 @@ impl Default for Sweeps {
 }
 
 impl Sweeps {
-    /// Queues that are swept now.
+    /// Number of queues with a sweep in flight or waiting for a place.
     pub(crate) fn under_way(&self) -> usize {
         self.under_way.count()
     }
 }
 
-/// Begins the sweeps that a look has found to be due. They go on in the background, also when the answer is dropped after
-/// [`JoinSet::detach_all`].
+/// Begins the sweeps that a look has found due. They run in the background; after [`JoinSet::detach_all`] they outlive
+/// the returned set.
 pub fn begin(engine: &Arc<Engine>, ticks: &[QueueTick]) -> JoinSet<()> {
     let mut begun = JoinSet::new();
     for tick in ticks.iter().filter(|tick| tick.expired || tick.cancellable) {
@@ -93,13 +93,13 @@ async fn sweep(engine: &Arc<Engine>, scope: &Scope, expired: bool, cancellable: 
 
 fn tell(scope: &Scope, of: &str, outcome: Result<(), Fault>) {
     match outcome {
-        // The lock is told of where it is found.
+        // The store logs a locked queue where it finds the lock.
         Ok(()) | Err(Fault::Locked | Fault::Missing) => {}
         Err(fault) => tracing::warn!(queue.name = %scope.queue(), problem = fault.problem(), "could not sweep {of}"),
     }
 }
 
-/// Fails runs whose lease has run out. Each is decided by itself; one that is locked is passed over.
+/// Fails runs whose lease has expired. Each run has its own outcome; a run whose row is locked is passed over.
 async fn expire(engine: &Arc<Engine>, scope: &Scope) -> Result<(), Fault> {
     let runs = engine.store.run_list_expired(scope, EXPIRED_MAX).await?;
     let deadline = Instant::now() + WRITE_MAX;
@@ -122,7 +122,7 @@ async fn expire(engine: &Arc<Engine>, scope: &Scope) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Sets those aside that Postgres refuses to move on: tried again with the next sweep, they would only hold it up.
+/// Quarantines runs whose write Postgres refuses, because each further sweep would only fail on them again.
 async fn set_aside<'a>(
     engine: &Arc<Engine>,
     scope: &Scope,
@@ -150,13 +150,13 @@ async fn set_aside<'a>(
     }
 }
 
-/// Cancels tasks by their policies, walking on by a cursor from sweep to sweep.
+/// Cancels tasks by their policies. A cursor moves on from sweep to sweep.
 async fn cancel(engine: &Arc<Engine>, scope: &Scope) -> Result<(), Fault> {
     let cursors = || engine.sweeps.cursors.lock().unwrap_or_else(PoisonError::into_inner);
     let after = cursors().get(scope.queue()).copied().unwrap_or(Uuid::nil());
     let page = engine.store.task_list_cancellable(scope, after).await?;
     let due: Vec<Cancellable> = page.iter().filter(|task| task.due).copied().collect();
-    // So many at once; the next sweep goes on after them, whatever became of them.
+    // At most `CANCELLED_MAX` per sweep. The next sweep continues after them, whatever their outcome.
     let next = match due.get(CANCELLED_MAX - 1).filter(|_| due.len() > CANCELLED_MAX) {
         Some(last) => Some(last.task_id),
         None if page.len() < 1000 => None,

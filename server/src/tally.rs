@@ -1,33 +1,33 @@
-//! A tally of things under way. Each of them counts from its beginning until its guard is dropped, also half-way: a
-//! caller that goes away at an await leaves nothing behind.
+//! A counter of work in flight. Each piece of work counts until its guard is dropped, so a future that is dropped at an
+//! await stays in no count.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// See the module.
+/// Number of guards alive.
 #[derive(Debug, Default)]
 pub struct Tally(Arc<AtomicUsize>);
 
-/// One thing that counts.
+/// Guard of one unit in a [`Tally`].
 #[derive(Debug)]
 #[must_use = "it counts until it is dropped"]
 pub struct Counted(Arc<AtomicUsize>);
 
 impl Tally {
-    /// Counts one more.
+    /// Adds one.
     pub fn begin(&self) -> Counted {
         self.0.fetch_add(1, Ordering::SeqCst);
         Counted(Arc::clone(&self.0))
     }
 
-    /// Counts one more, unless there are so many already.
+    /// Adds one, unless the count has reached `most`.
     pub fn begin_within(&self, most: usize) -> Option<Counted> {
         let more = |now: usize| (now < most).then_some(now + 1);
         let counted = self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more);
         counted.ok().map(|_| Counted(Arc::clone(&self.0)))
     }
 
-    /// How many there are.
+    /// The current count.
     pub fn now(&self) -> usize {
         self.0.load(Ordering::SeqCst)
     }

@@ -1,7 +1,8 @@
-//! Upkeep: the queues' policies (cleanup, partitions ahead, detaching), carried out by whichever replica comes first.
+//! Upkeep: carries out the queues' policies (cleanup, partitions ahead, detaching). The first replica to take a queue
+//! in an interval works on it.
 //!
-//! Every batch is a transaction of its own and bounded by the queue's `cleanup_limit`; no queue is worked on twice at once,
-//! and none is starved by another one's backlog.
+//! Every batch is a transaction of its own, bounded by the queue's `cleanup_limit`. A round of one queue is bounded in
+//! time, so its backlog does not starve other queues.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,15 +15,15 @@ use crate::engine::Engine;
 use crate::scope::{Caller, Scope};
 use crate::store::upkeep::Round;
 
-/// Queues taken at once.
+/// Queues taken per statement.
 const QUEUES_MAX: i64 = 20;
-/// Longest time for one queue in a round, where the interval is longer; what is left is for the next round.
+/// Longest round of one queue, also bounded by the interval; the next round does the rest.
 const QUEUE_MAX: Duration = Duration::from_secs(30);
 
-/// Works for ever; each queue gets a round this often.
+/// Runs forever; each queue gets a round once per interval `every`.
 pub async fn run(engine: &Arc<Engine>, every: Duration) {
     loop {
-        // Often enough that a round is late by a small part of its interval only.
+        // Checks 10 to 20 times per interval, so a round is late by at most a tenth of it.
         tokio::time::sleep(every.mul_f64(0.05 + 0.05 * random())).await;
         loop {
             match engine.store.upkeep_take(every.as_secs_f64(), QUEUES_MAX).await {
@@ -44,10 +45,10 @@ pub async fn run(engine: &Arc<Engine>, every: Duration) {
 async fn round(engine: &Arc<Engine>, queue: &str, every: Duration) {
     let Ok(name) = QueueName::parse("queue", queue) else { return };
     let scope = Caller::anonymous().scope(name);
-    // Longer than the interval, it would keep every other queue from its rounds.
+    // Bounded by the interval too, so that one queue does not keep all others from their rounds.
     let until = Instant::now() + QUEUE_MAX.min(every);
     let mut round = Round::default();
-    // A locked queue would take a connection for as long as each of its parts waits.
+    // On a locked queue, each statement of the round would hold a connection until its lock wait ends.
     if engine.store.suspect(queue).await {
         round.problem = Some("another session has locked the queue's tables".to_owned());
     } else {
@@ -70,7 +71,7 @@ async fn round(engine: &Arc<Engine>, queue: &str, every: Duration) {
     }
 }
 
-/// Carries out batches until nothing is left to do, or until the time is over.
+/// Runs batches until nothing is left to do or `until` has passed.
 async fn carry_out(engine: &Arc<Engine>, scope: &Scope, round: &mut Round, until: Instant) {
     loop {
         match engine.store.upkeep_run(scope, round).await {

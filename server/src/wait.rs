@@ -1,4 +1,5 @@
-//! Waiting for tasks to end: on hints, and on one batched read per second for all waiters of this replica.
+//! Calls that wait for tasks to end. One batched read per second serves all waiting calls of this replica; hints bring
+//! a read forward.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,13 +15,13 @@ use crate::store::Store;
 use crate::store::task::TaskEnd;
 use crate::tally::Tally;
 
-/// Between reads.
+/// Pause between reads of all awaited tasks.
 const PERIOD: Duration = Duration::from_secs(1);
-/// Waiters of one replica at most.
+/// Maximum number of waiting calls on one replica.
 const WAITERS_MAX: usize = 50_000;
-/// Queues that are read apart from the others, at the same time.
+/// Queues that are read apart from the others at the same time.
 const APART_MAX: usize = 1;
-/// Tasks asked about in one statement.
+/// Tasks per statement.
 const READ_MAX: usize = 5_000;
 
 type Key = (QueueName, TaskId);
@@ -28,17 +29,17 @@ type Key = (QueueName, TaskId);
 #[derive(Debug, Default)]
 struct Inside {
     waiters: HashMap<Key, Vec<oneshot::Sender<TaskEnd>>>,
-    /// Tasks said to have ended.
+    /// Tasks that have ended, according to hints.
     ended: Vec<Key>,
 }
 
-/// See the module.
+/// The waiting calls, by task.
 #[derive(Debug)]
 pub struct Waits {
     inside: Mutex<Inside>,
     count: Tally,
     bell: Notify,
-    /// Queues that are read apart from the others.
+    /// Queues with a read apart from the others in flight.
     reading: OneEach,
     apart: Semaphore,
 }
@@ -55,7 +56,7 @@ impl Default for Waits {
     }
 }
 
-/// A caller that waits. Dropped, also half-way, it is in no list any more.
+/// A waiting call. Its drop removes it from the list, also when the caller abandons the call.
 struct Waiter<'a> {
     waits: &'a Waits,
     key: Key,
@@ -76,7 +77,7 @@ impl Drop for Waiter<'_> {
 }
 
 impl Waits {
-    /// Waits until the task has ended; `None` when the time is up first.
+    /// Waits until the task has ended; `None`: `until` came first.
     pub async fn wait(&self, queue: &QueueName, task_id: TaskId, until: Instant) -> Result<Option<TaskEnd>, Error> {
         let busy = || Error::TooManyRequests { after: Duration::from_secs(1) };
         let _counted = self.count.begin_within(WAITERS_MAX).ok_or_else(busy)?;
@@ -95,22 +96,22 @@ impl Waits {
         self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Callers that wait.
+    /// Number of waiting calls.
     pub fn count(&self) -> usize {
         self.count.now()
     }
 
-    /// Tasks that somebody waits for.
+    /// Number of tasks with a waiting call.
     pub(crate) fn tasks(&self) -> usize {
         self.lock().waiters.len()
     }
 
-    /// Queues that are read by themselves now.
+    /// Number of queues that are being read apart from the others.
     pub(crate) fn under_way(&self) -> usize {
         self.reading.count()
     }
 
-    /// A task has ended here.
+    /// Hint that a task has ended on this replica.
     pub fn ended(&self, queue: &QueueName, task_id: TaskId) {
         let mut inside = self.lock();
         let key = (queue.clone(), task_id);
@@ -121,12 +122,12 @@ impl Waits {
         }
     }
 
-    /// Ends all waits, because the server stops.
+    /// Ends all waits with [`Error::ShuttingDown`].
     pub fn close(&self) {
         self.lock().waiters.clear();
     }
 
-    /// Reads for ever. Queues that are not well are read apart from the others.
+    /// Reads forever. Troubled queues are read apart from the others.
     pub async fn run(self: &Arc<Self>, store: &Store, looks: &Looks) {
         let mut read_at = Instant::now();
         loop {
@@ -157,7 +158,7 @@ impl Waits {
                     Err(fault) if fault.is_passing() && !fault.is_too_much() => {
                         tracing::debug!(?fault, "could not read the ends of awaited tasks");
                     }
-                    // Some queue takes too long: each by itself.
+                    // Some queue takes too long, so each is read by itself.
                     Err(fault) => {
                         tracing::warn!(problem = fault.problem(), "could not read the ends of tasks of many queues");
                         self.read_apart(store, keys);
@@ -168,7 +169,7 @@ impl Waits {
         }
     }
 
-    /// Reads the ends of tasks in the background, each queue by itself.
+    /// Reads the ends of tasks in the background, each queue in a statement of its own.
     fn read_apart(self: &Arc<Self>, store: &Store, keys: &[Key]) {
         let mut by_queue: HashMap<&QueueName, Vec<Key>> = HashMap::new();
         for key in keys {

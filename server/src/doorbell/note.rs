@@ -1,4 +1,5 @@
-//! What replicas and direct SQL writers say to each other over NOTIFY. Anybody may notify: what is not understood is nobody's.
+//! The messages that replicas and direct SQL writers send over NOTIFY. Anyone may notify, so a payload that does not
+//! parse is ignored.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -6,41 +7,41 @@ use uuid::Uuid;
 
 use crate::domain::{QueueName, RunId, SessionId};
 
-/// Run ids in one note; a payload of Postgres must stay below 8,000 bytes.
+/// Ids per note: 6,400 bytes in base64. Postgres limits a payload to less than 8,000 bytes.
 const IDS_MAX: usize = 300;
 
-/// A notification's payload.
+/// The payload of a notification.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Note {
-    /// A queue has new work.
+    /// A queue may have new work.
     Rung(QueueName),
     /// A session wants no more tasks.
     Drain(QueueName, SessionId),
-    /// Runs left their claims.
+    /// Runs that left their claims.
     Left(Vec<RunId>),
-    /// Workers spoke of runs.
+    /// Runs for which a worker showed a sign of life.
     Alive(Vec<RunId>),
     /// Claims ended while their runs go on: run, and digest of the claim.
     ClaimsLeft(Vec<(RunId, Uuid)>),
 }
 
 impl Note {
-    /// Notes of any number of runs that left.
+    /// Splits runs that left their claims into notes of at most `IDS_MAX` ids.
     pub fn left(runs: &[RunId]) -> impl Iterator<Item = Self> {
         runs.chunks(IDS_MAX).map(|runs| Self::Left(runs.to_vec()))
     }
 
-    /// Notes of any number of runs that live.
+    /// Splits runs that showed a sign of life into notes of at most `IDS_MAX` ids.
     pub fn alive(runs: &[RunId]) -> impl Iterator<Item = Self> {
         runs.chunks(IDS_MAX).map(|runs| Self::Alive(runs.to_vec()))
     }
 
-    /// Notes of any number of claims that ended.
+    /// Splits ended claims into notes of at most `IDS_MAX` ids; a claim takes two.
     pub fn claims_left(claims: &[(RunId, Uuid)]) -> impl Iterator<Item = Self> {
         claims.chunks(IDS_MAX / 2).map(|claims| Self::ClaimsLeft(claims.to_vec()))
     }
 
-    /// Reads a payload; None: somebody else's.
+    /// Parses a payload; None: it is no note of this server.
     pub fn parse(payload: &str) -> Option<Self> {
         let (kind, rest) = payload.split_at_checked(1)?;
         match kind {
@@ -60,7 +61,7 @@ impl Note {
         }
     }
 
-    /// The payload.
+    /// The payload; [`Self::parse`] reads it back.
     pub fn encode(&self) -> String {
         match self {
             Self::Rung(queue) => format!("q{}", queue.as_str()),
