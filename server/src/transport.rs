@@ -1,4 +1,4 @@
-//! The gRPC side: parse at the edge, call the engine, render. The only layer that knows wire types.
+//! The gRPC layer: parses requests, calls the engine and renders answers. It alone knows wire types.
 
 pub mod admission;
 mod checkpoints;

@@ -46,7 +46,7 @@ pub struct StreamOptions {
     pub session_id: SessionId,
     /// Maximum number of runs in flight.
     pub max_in_flight: usize,
-    /// Lease in seconds.
+    /// Lease in seconds; 0: it never ends.
     pub lease_seconds: u32,
     /// Time after delivery within which a worker must show a sign of life; else its claim is given back. None: no
     /// deadline.

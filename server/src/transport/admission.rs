@@ -1,5 +1,5 @@
-//! What stands before every call: bounds on calls in flight and on streams, refused at once with a reason and a delay; and
-//! what is counted of every call.
+//! Admission of calls: a call beyond a bound on calls or streams is refused at once, with a reason and a retry delay.
+//! Also records a metric of every call but claim streams, and answers a call that panics.
 
 use std::collections::HashSet;
 use std::panic::AssertUnwindSafe;
@@ -25,14 +25,14 @@ use crate::gate::{Answer, Connection, Io};
 use crate::metrics;
 use crate::tally::{Counted, Tally};
 
-/// Bounds of calls.
+/// Bounds on calls.
 #[derive(Debug, Clone, Copy)]
 pub struct AdmissionOptions {
-    /// Calls in flight on this replica, streams left out.
+    /// Maximum number of calls in flight on this replica, without claim streams.
     pub requests_max: usize,
-    /// Claim streams on one connection.
+    /// Maximum number of claim streams on one connection.
     pub connection_streams_max: usize,
-    /// Claim streams from one address.
+    /// Maximum number of claim streams from one IP address.
     pub caller_streams_max: usize,
 }
 
@@ -44,7 +44,7 @@ impl Default for AdmissionOptions {
 
 const CLAIM_STREAM: &str = "ClaimStream";
 
-/// Names of all RPCs, for metrics; anything else is `other`.
+/// The method name of a path, as a metric label; `other` for a path that is no RPC of ours.
 fn method(path: &str) -> &'static str {
     static KNOWN: OnceLock<HashSet<&'static str>> = OnceLock::new();
     let known = KNOWN.get_or_init(|| {
@@ -63,19 +63,19 @@ struct Shared {
     streams: Tally,
 }
 
-/// Wraps services; see the module.
+/// Adds admission to a service; all services of a layer share its counts.
 #[derive(Debug, Clone)]
 pub struct AdmissionLayer {
     shared: Arc<Shared>,
 }
 
 impl AdmissionLayer {
-    /// A layer with its own counts.
+    /// A layer with counts of its own, from zero.
     pub fn new(options: AdmissionOptions) -> Self {
         Self { shared: Arc::new(Shared { options, requests: Tally::default(), streams: Tally::default() }) }
     }
 
-    /// Calls in flight, streams among them.
+    /// Number of calls in flight, including claim streams.
     pub fn calls(&self) -> usize {
         self.shared.requests.now() + self.shared.streams.now()
     }
@@ -89,7 +89,7 @@ impl<S> Layer<S> for AdmissionLayer {
     }
 }
 
-/// A service behind the bounds.
+/// A service with admission.
 #[derive(Debug, Clone)]
 pub struct Admission<S> {
     inner: S,
@@ -126,7 +126,7 @@ where
             Some(connection) => request.map(|body| Body::new(Heard { body, connection })),
             None => request,
         };
-        // A bug ends its own call only, in words that a caller understands.
+        // A panic ends only its own call, which gets an internal error.
         let answer = AssertUnwindSafe(self.inner.call(request)).catch_unwind();
         Box::pin(async move {
             let response = match answer.await {
@@ -144,10 +144,10 @@ fn connection(request: &Request<Body>) -> Option<Arc<Connection>> {
     plain.cloned().or_else(|| tls().map(|info| Arc::clone(info.get_ref())))
 }
 
-/// A call in flight. Dropping it gives its place back.
+/// A call in flight. Its drop frees its place and records its metric.
 #[derive(Debug)]
 struct Call {
-    /// None until it has been let in.
+    /// None until the call has been admitted.
     _counted: Option<Counted>,
     connection: Option<Arc<Connection>>,
     method: &'static str,
@@ -173,7 +173,7 @@ impl Call {
     }
 
     fn watch(mut self, response: Response<Body>) -> Response<Body> {
-        // Else it comes in the trailers, unless the caller goes away before.
+        // Otherwise the code comes in the trailers, unless the caller goes away before.
         if let Some(status) = Status::from_header_map(response.headers()) {
             self.code = status.code();
         }
@@ -182,7 +182,7 @@ impl Call {
     }
 }
 
-/// Counts a stream of a connection, within the bounds; the call's end takes it off again.
+/// Counts a claim stream, if its connection and its address may have one more. The drop of the call takes it off again.
 fn count_stream(options: &AdmissionOptions, connection: &Connection) -> Result<(), Error> {
     let streams = connection.streams().fetch_add(1, Ordering::Relaxed);
     if streams >= options.connection_streams_max {
@@ -230,7 +230,7 @@ fn name(code: Code) -> &'static str {
     }
 }
 
-/// A request's body, whose bytes are of use.
+/// A request's body; credits its bytes to the connection, as bytes that ask for something.
 struct Heard {
     body: Body,
     connection: Arc<Connection>,
@@ -259,7 +259,7 @@ impl http_body::Body for Heard {
     }
 }
 
-/// An answer's body, which knows whether its peer takes it.
+/// A response's body; records for the gate whether the peer takes it.
 struct Watched {
     body: Body,
     answer: Option<(u64, Arc<Answer>)>,

@@ -1,4 +1,4 @@
-//! The RPCs about checkpoints: writes go the way of all writes about a run, reads come in pages.
+//! The RPCs about checkpoints. A write takes the path of all writes about a run; reads are paged.
 
 use absurd_proto::v1 as pb;
 use tokio::time::Instant as Deadline;
@@ -35,7 +35,8 @@ impl Service {
         })
     }
 
-    /// Upstream's function takes any task's id, and leaves a row behind that no cleanup finds (contract 12, B10).
+    /// Refuses a task that is not the run's. Upstream's function accepts any task id, and leaves a row that no cleanup
+    /// finds (contract 12, B10).
     pub(super) async fn same_task(&self, scope: &Scope, run_id: RunId, task_id: &str) -> Result<(), Error> {
         if task_id.is_empty() {
             return Ok(());

@@ -1,4 +1,4 @@
-//! The one streaming RPC: renders a dispatcher's messages. No task of its own: the transport polls it.
+//! The streaming RPC: renders a dispatcher's messages. It has no tokio task; the transport polls it.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -14,7 +14,7 @@ use crate::dispatch::state::StreamOptions;
 use crate::dispatch::{Opened, Stream};
 use crate::scope::Scope;
 
-/// A stream of responses.
+/// The responses of a claim stream.
 #[derive(Debug)]
 pub struct Responses {
     first: Option<pb::StreamOpened>,
@@ -23,7 +23,7 @@ pub struct Responses {
 }
 
 impl Responses {
-    /// Starts with `opened`.
+    /// The responses of `stream`, after `opened`.
     pub fn new(scope: Scope, stream: Stream, opened: pb::StreamOpened) -> Self {
         Self { first: Some(opened), stream, scope }
     }
@@ -70,12 +70,12 @@ fn render(scope: &Scope, message: Message) -> PbMessage {
                 reconnect_after: Some(pb_duration(reconnect_after)),
             })
         }
-        // Rendered as a status by the caller.
+        // The caller turns it into a status.
         Message::Failed(_) => PbMessage::Ending(pb::StreamEnding::default()),
     }
 }
 
-/// The first message.
+/// The first message of a stream; asks the client to extend its leases every third of their length.
 pub fn opened(
     opened: Opened,
     options: &StreamOptions,

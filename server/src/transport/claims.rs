@@ -1,4 +1,4 @@
-//! The RPCs that hand tasks to workers: what they ask for, parsed and bounded.
+//! The RPCs that hand tasks to workers: parses and bounds their options.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,19 +11,19 @@ use super::service::{AWAIT_MAX, Service};
 use crate::dispatch::state::StreamOptions;
 use crate::domain::{Error, SessionId, WorkerId};
 
-/// Tokens that a reconnecting stream may hold.
+/// Maximum number of claim tokens that a reconnecting stream may name.
 const HELD_MAX: usize = 10_000;
-/// Task names of a filter.
+/// Maximum number of task names in a filter.
 const NAMES_MAX: usize = 100;
-/// Longest wait for a claim.
+/// Longest wait of a `ClaimTask` call.
 const CLAIM_WAIT_MAX: Duration = Duration::from_secs(60);
-/// What gRPC clients decode unless told otherwise.
+/// Largest message that gRPC clients decode by default.
 const MESSAGE_DEFAULT: usize = 4 * 1024 * 1024;
 
 impl Service {
     pub(super) async fn open_stream(&self, request: pb::ClaimStreamRequest) -> Result<Responses, Error> {
         let options = stream_options(&request)?;
-        // When ten thousand streams come at once, one look at the queue is enough.
+        // A queue with a dispatcher here exists, so of ten thousand streams at once only the first reads the database.
         let scope = match scope(&request.queue)? {
             known if self.engine.dispatcher.knows(known.queue()) => known,
             _ => self.existing(&request.queue).await?,

@@ -1,6 +1,5 @@
-//! Compression of answers. A client that compresses its request gets its answer compressed; every other one gets it plain,
-//! though most clients list gzip among what they could read: compression costs far more processor time than it saves on a
-//! network in one place.
+//! Compression of answers: only a client that compresses its request gets a compressed answer. Most clients accept
+//! gzip, but within one network compression costs far more processor time than it saves.
 
 use std::task::{Context, Poll};
 
@@ -8,12 +7,12 @@ use tonic::body::Body;
 use tonic::codegen::http::{HeaderMap, Request, Response};
 use tower::{Layer, Service};
 
-/// Encoding of a request.
+/// Header with the encoding of a request.
 const ENCODING: &str = "grpc-encoding";
-/// Encodings that the caller can read.
+/// Header with the encodings that the caller accepts.
 const ACCEPTED: &str = "grpc-accept-encoding";
 
-/// Wraps services; see the module.
+/// Adds [`Compression`] to a service.
 #[derive(Debug, Clone, Copy)]
 pub struct CompressionLayer;
 
@@ -25,7 +24,7 @@ impl<S> Layer<S> for CompressionLayer {
     }
 }
 
-/// A service that compresses only for callers who do so themselves.
+/// A service that sees accepted encodings only of callers that compress their requests.
 #[derive(Debug, Clone)]
 pub struct Compression<S> {
     inner: S,

@@ -1,4 +1,4 @@
-//! Wire messages to valid values and back. Past this file nothing is checked again.
+//! Converts wire messages to valid values, and values to wire messages. No later layer checks a value again.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -25,21 +25,21 @@ use crate::transport::service::Limits;
 use crate::transport::status;
 use crate::transport::time::SPAN_MAX;
 
-/// Longest lease and extension.
+/// Longest lease, and longest extension of one.
 pub const LEASE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// Longest delay of a release.
 const DELAY_MAX: Duration = Duration::from_secs(60 * 60);
-/// Years 1 to 9999, as the wire format promises, in seconds since 1970.
+/// Years 1 to 9999, the range of the wire format, in seconds since 1970.
 const SECONDS: std::ops::RangeInclusive<i64> = -62_135_596_800..=253_402_300_799;
-/// How far a chosen id's time may be from the database's.
+/// Largest difference between the time in a chosen id and the database's time, in microseconds.
 const ID_SKEW_MAX: i64 = 24 * 60 * 60 * 1_000_000;
 
-/// The scope of a request.
+/// The scope of a request's queue, for the anonymous caller.
 pub fn scope(queue: &str) -> Result<Scope, Error> {
     Ok(Caller::anonymous().scope(QueueName::parse("queue", queue)?))
 }
 
-/// A duration that is not negative and not above `max`.
+/// Parses a duration from 0 to `max`.
 pub fn duration(field: &str, value: PbDuration, max: Duration) -> Result<Duration, Error> {
     let wrong = |problem: String| Error::invalid(field, problem);
     if value.seconds < 0 || value.nanos < 0 {
@@ -55,7 +55,7 @@ pub fn duration(field: &str, value: PbDuration, max: Duration) -> Result<Duratio
     Ok(duration)
 }
 
-/// A duration within bounds, or nothing.
+/// Parses a duration from `min` to `max`; absent stays `None`.
 pub fn duration_between(
     field: &str,
     value: Option<PbDuration>,
@@ -70,7 +70,7 @@ pub fn duration_between(
     Ok(Some(duration))
 }
 
-/// Whole seconds, more than none, at most a day.
+/// Parses an extension of a lease: whole seconds, from 1 s to a day.
 fn extension(field: &str, value: Option<PbDuration>) -> Result<i32, Error> {
     let Some(value) = value else { return Err(Error::invalid(field, "must be set")) };
     let duration = duration(field, value, LEASE_MAX)?;
@@ -83,12 +83,12 @@ fn extension(field: &str, value: Option<PbDuration>) -> Result<i32, Error> {
     Ok(i32::try_from(duration.as_secs()).unwrap_or(i32::MAX))
 }
 
-/// Whole seconds to extend a lease by; 0 when nothing was said.
+/// Parses an optional extension of a lease in seconds; absent is 0.
 pub fn extension_or_none(field: &str, value: Option<PbDuration>) -> Result<i32, Error> {
     value.map_or(Ok(0), |value| extension(field, Some(value)))
 }
 
-/// A lease in whole seconds; 0 only where it is allowed.
+/// Parses a lease in whole seconds, at most a day; absent is 30 s. 0 (no end) is refused unless `zero`.
 pub fn lease(field: &str, value: Option<PbDuration>, zero: bool) -> Result<u32, Error> {
     let Some(value) = value else { return Ok(30) };
     let duration = duration(field, value, LEASE_MAX)?;
@@ -101,7 +101,7 @@ pub fn lease(field: &str, value: Option<PbDuration>, zero: bool) -> Result<u32, 
     Ok(u32::try_from(duration.as_secs()).unwrap_or(u32::MAX))
 }
 
-/// A time within what Postgres holds.
+/// Parses a time between the years 1 and 9999; truncates it to microseconds.
 pub fn instant(field: &str, value: &Timestamp) -> Result<Instant, Error> {
     if !SECONDS.contains(&value.seconds) || !(0..1_000_000_000).contains(&value.nanos) {
         return Err(Error::invalid(field, "must be a time between the years 1 and 9999"));
@@ -109,12 +109,12 @@ pub fn instant(field: &str, value: &Timestamp) -> Result<Instant, Error> {
     Ok(Instant::from_micros(value.seconds * 1_000_000 + i64::from(value.nanos / 1000)))
 }
 
-/// Checked JSON.
+/// Parses JSON within a bound; absent stays `None`.
 pub fn json(field: &str, value: Option<pb::Json>, bound: JsonBound) -> Result<Option<JsonText>, Error> {
     value.map(|json| JsonText::parse(field, json.text, bound)).transpose()
 }
 
-/// Part of a long text.
+/// Parses a range of a long text: up to 1,000,000 code points from an offset.
 pub fn part(field: &str, range: Option<pb::TextRange>) -> Result<Option<Part>, Error> {
     match range {
         Some(range) if range.offset < 0 || !(1..=1_000_000).contains(&range.limit) => {
@@ -124,7 +124,7 @@ pub fn part(field: &str, range: Option<pb::TextRange>) -> Result<Option<Part>, E
     }
 }
 
-/// Names a run by token or id.
+/// The run of a request, named by token or by id. Without a token it fails if the server requires one.
 pub fn run_ref(run_id: &str, token: Option<&str>, limits: &Limits) -> Result<(RunRef, Option<ClaimToken>), Error> {
     let Some(token) = token.filter(|token| !token.is_empty()) else {
         if limits.require_claim_token {
@@ -139,12 +139,12 @@ pub fn run_ref(run_id: &str, token: Option<&str>, limits: &Limits) -> Result<(Ru
     Ok((RunRef { run_id: token.run_id, digest: Some(token.digest()) }, Some(token)))
 }
 
-/// Completes.
+/// The write that completes a run.
 pub fn complete(result: Option<pb::Json>, limits: &Limits) -> Result<Write, Error> {
     Ok(Write::Complete { result: json("result", result, limits.payload())? })
 }
 
-/// Fails. The reason is cleaned, never refused.
+/// The write that fails a run. An invalid reason is repaired, never refused.
 pub fn fail(reason: Option<pb::Json>, retry_at: Option<&Timestamp>, no_retry: bool) -> Result<Write, Error> {
     if no_retry && retry_at.is_some() {
         return Err(Error::invalid("retry_at", "must be absent beside no_retry"));
@@ -156,12 +156,13 @@ pub fn fail(reason: Option<pb::Json>, retry_at: Option<&Timestamp>, no_retry: bo
     })
 }
 
-/// Extends.
+/// The write that extends a lease.
 pub fn extend(extend_by: Option<PbDuration>) -> Result<Write, Error> {
     Ok(Write::Extend { seconds: extension("extend_by", extend_by)? })
 }
 
-/// Releases.
+/// The write that releases a claim. A token tells where the run stood in its queue, and whether the claim was the
+/// task's first.
 pub fn release(delay: Option<PbDuration>, token: Option<&ClaimToken>) -> Result<Write, Error> {
     let delay = delay.map(|delay| duration("delay", delay, DELAY_MAX)).transpose()?.unwrap_or_default();
     Ok(Write::Release {
@@ -179,7 +180,7 @@ fn checkpoint(action: pb::CheckpointAction, limits: &Limits) -> Result<Write, Er
     })
 }
 
-/// One item of `SettleTasks`.
+/// The run and the write of one item of `SettleTasks`.
 pub fn settle_item(item: pb::SettleItem, limits: &Limits) -> Result<(RunRef, Write), Error> {
     use pb::settle_item::Action;
     let (run, token) = run_ref(&item.run_id, item.claim_token.as_deref(), limits)?;
@@ -220,7 +221,8 @@ fn cancellation(value: pb::CancellationPolicy) -> Result<CancellationPolicy, Err
     .checked()
 }
 
-/// An id that a caller chose: version 7, within a day of the database's time, unless a test has moved that.
+/// Parses an id chosen by the caller: a version 7 UUID whose time is within a day of the database's. A server whose
+/// test clock is set accepts any time.
 pub fn chosen_id(field: &str, text: &str, store: &Store) -> Result<Uuid, Error> {
     let id = parse_uuid(field, text)?;
     let Some((seconds, nanos)) = id.get_timestamp().filter(|_| id.get_version_num() == 7).map(|stamp| stamp.to_unix())
@@ -235,13 +237,14 @@ pub fn chosen_id(field: &str, text: &str, store: &Store) -> Result<Uuid, Error> 
     Ok(id)
 }
 
-/// The pauses of a task whose spawn asks for none and bounds no attempts, as stored.
+/// The retry strategy, as stored, of a task whose spawn sets neither a strategy nor `max_attempts`.
 static DEFAULT_PAUSES: LazyLock<JsonText> = LazyLock::new(|| {
     let (base, max) = (Some(Duration::from_secs(1)), Some(Duration::from_secs(5 * 60)));
     RetryStrategy::Exponential { base, factor: Some(2.0), max }.to_json()
 });
 
-/// How often a new task is tried, and with which pauses. A spawn that says neither must not fail hot for ever.
+/// Attempts and retry strategy of a new task. A spawn that sets no `max_attempts` gets pauses by default, so that it
+/// cannot fail forever without a pause.
 fn retries(task: &pb::NewTask, limits: &Limits) -> Result<(Option<i32>, Option<JsonText>), Error> {
     let asked = task.retry_strategy.map(strategy).transpose()?.map(RetryStrategy::to_json);
     match task.max_attempts {
@@ -257,7 +260,7 @@ fn retries(task: &pb::NewTask, limits: &Limits) -> Result<(Option<i32>, Option<J
     }
 }
 
-/// When a task that is spawned can first be claimed; None: at once.
+/// The time from which a new task is claimable; None: at once.
 fn start(value: Option<pb::new_task::Start>, now: Option<Instant>) -> Result<Option<When>, Error> {
     use pb::new_task::Start;
     Ok(match value {
@@ -273,7 +276,7 @@ fn start(value: Option<pb::new_task::Start>, now: Option<Instant>) -> Result<Opt
     })
 }
 
-/// A policy that would cancel a task before its start is a mistake.
+/// Refuses a cancellation policy that would cancel a task before its start.
 fn outlasts(policy: CancellationPolicy, start: When, now: Instant) -> Result<(), Error> {
     let delay = start.delay_from(now);
     match policy.max_delay {
@@ -288,7 +291,7 @@ fn outlasts(policy: CancellationPolicy, start: When, now: Instant) -> Result<(),
     }
 }
 
-/// A task to be spawned.
+/// Parses a task to be spawned, and gives it a task id and a run id.
 pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<NewTask, Error> {
     let (max_attempts, retry_strategy) = retries(&task, limits)?;
     let headers =
@@ -321,10 +324,10 @@ pub fn new_task(task: pb::NewTask, limits: &Limits, store: &Store) -> Result<New
     })
 }
 
-// From here on: values to wire messages.
+// Below: values to wire messages.
 
-/// A time; never becomes absent. What SQL has written beyond the years 1 to 9999 becomes the nearest time within them, because
-/// clients refuse other timestamps.
+/// A timestamp; `None` for a time that never comes. SQL may write times outside the years 1 to 9999. They become the
+/// nearest time within these years, because clients refuse other timestamps.
 pub fn timestamp(at: Instant) -> Option<Timestamp> {
     if at.is_never() {
         return None;
@@ -334,7 +337,7 @@ pub fn timestamp(at: Instant) -> Option<Timestamp> {
     Some(Timestamp { seconds: micros.div_euclid(1_000_000), nanos })
 }
 
-/// A duration.
+/// A wire duration, with the seconds capped at `i64::MAX`.
 pub fn pb_duration(duration: Duration) -> PbDuration {
     PbDuration {
         seconds: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
@@ -346,12 +349,12 @@ fn pb_json(json: JsonText) -> pb::Json {
     pb::Json { text: json.into_string() }
 }
 
-/// JSON null as headers means none.
+/// Headers of JSON null count as absent.
 fn pb_object(json: Option<JsonText>) -> Option<pb::Json> {
     json.filter(|json| json.as_str() != "null").map(pb_json)
 }
 
-/// A state.
+/// The wire value of a state.
 pub fn pb_state(state: State) -> i32 {
     let state = match state {
         State::Pending => pb::State::Pending,
@@ -364,7 +367,7 @@ pub fn pb_state(state: State) -> i32 {
     state.into()
 }
 
-/// A state to filter by; unspecified is none.
+/// Parses the state of a filter; unspecified is `None`.
 pub fn state_filter(state: i32) -> Result<Option<State>, Error> {
     Ok(match pb::State::try_from(state) {
         Ok(pb::State::Unspecified) => None,
@@ -378,7 +381,7 @@ pub fn state_filter(state: i32) -> Result<Option<State>, Error> {
     })
 }
 
-/// A verdict.
+/// The wire value of a verdict.
 pub fn pb_verdict(verdict: Verdict) -> i32 {
     let verdict = match verdict {
         Verdict::Held => pb::Verdict::Held,
@@ -393,7 +396,7 @@ pub fn pb_verdict(verdict: Verdict) -> i32 {
     verdict.into()
 }
 
-/// A claimed task.
+/// A claimed task, with its encoded claim token.
 pub fn pb_claim(scope: &Scope, claim: Claim) -> pb::ClaimedTask {
     pb::ClaimedTask {
         claim_token: claim.token.encode(),
@@ -425,7 +428,7 @@ fn pb_checkpoint(checkpoint: Checkpoint) -> pb::Checkpoint {
     }
 }
 
-/// Ids of a spawned task.
+/// The ids of a spawned task. Without a workflow run, its workflow run id is its run id.
 pub fn pb_spawned(spawned: &Spawned, workflow_run_id: Option<&str>) -> pb::SpawnedTask {
     pb::SpawnedTask {
         task_id: spawned.task_id.to_string(),
@@ -436,7 +439,7 @@ pub fn pb_spawned(spawned: &Spawned, workflow_run_id: Option<&str>) -> pb::Spawn
     }
 }
 
-/// What follows a failure.
+/// The consequence of a failure: the task's state, and the next run if there is one.
 pub fn pb_fail_outcome(settled: &Settled) -> Option<pb::FailOutcome> {
     settled.failed.map(|failed| pb::FailOutcome {
         replayed: settled.replayed,
@@ -469,7 +472,7 @@ pub fn pb_settle_result(outcome: &Result<Settled, Error>) -> pb::SettleResult {
     }
 }
 
-/// State and result.
+/// State and result of a task; a failed task has a failure reason instead of a result.
 pub fn pb_task_end(end: TaskEnd) -> pb::TaskResult {
     let omitted = end.text.is_none() && end.length > 0;
     let json = end.text.map(|text| pb::Json { text });
@@ -484,32 +487,32 @@ pub fn pb_task_end(end: TaskEnd) -> pb::TaskResult {
     }
 }
 
-/// A stored state.
+/// The wire value of a row's `state`; 0 if it is unknown.
 pub fn stored_state(row: &Row) -> i32 {
     State::from_stored(row.get("state")).map_or(0, pb_state)
 }
 
-/// A stored time.
+/// The time in a column; `None` if it is null or never comes.
 pub fn at(row: &Row, column: &str) -> Option<Timestamp> {
     row.get::<_, Option<Instant>>(column).and_then(timestamp)
 }
 
-/// Stored JSON.
+/// The JSON in a column.
 pub fn stored_json(row: &Row, column: &str) -> Option<pb::Json> {
     row.get::<_, Option<JsonText>>(column).map(pb_json)
 }
 
-/// JSON, read as text.
+/// JSON that the statement has read as text, cut to `FIELD_BYTES_MAX`.
 fn text_json(row: &Row, column: &str) -> Option<pb::Json> {
     row.get::<_, Option<String>>(column).map(|text| pb::Json { text: cut(text, FIELD_BYTES_MAX) })
 }
 
-/// Whether a text is longer than the answer may hold.
+/// Whether the statement left a text out because of its size: it is null, but its length is not 0.
 fn omitted(row: &Row, column: &str, length: &str) -> bool {
     row.get::<_, Option<&str>>(column).is_none() && row.get::<_, i64>(length) > 0
 }
 
-/// A task.
+/// A task, from a row of `task_get.sql`.
 pub fn pb_task(row: &Row) -> pb::Task {
     pb::Task {
         task_id: row.get::<_, Uuid>("task_id").to_string(),
@@ -534,7 +537,7 @@ pub fn pb_task(row: &Row) -> pb::Task {
     }
 }
 
-/// A task in a list.
+/// A task in a list, from its row.
 pub fn pb_task_summary(row: &Row) -> pb::TaskSummary {
     pb::TaskSummary {
         task_id: row.get::<_, Uuid>("task_id").to_string(),
@@ -547,7 +550,7 @@ pub fn pb_task_summary(row: &Row) -> pb::TaskSummary {
     }
 }
 
-/// A run.
+/// A run, from its row.
 pub fn pb_run(row: &Row) -> pb::Run {
     let available_at: Instant = row.get("available_at");
     pb::Run {
@@ -573,7 +576,7 @@ pub fn pb_run(row: &Row) -> pb::Run {
     }
 }
 
-/// A queue.
+/// A queue, from its row.
 pub fn pb_queue(row: &Row) -> pb::Queue {
     let mode: String = row.get("storage_mode");
     let mode = if mode == "partitioned" { pb::StorageMode::Partitioned } else { pb::StorageMode::Unpartitioned };

@@ -1,4 +1,4 @@
-//! By when a call must be answered, from its `grpc-timeout`. Whatever the header says, the time is one that exists.
+//! The deadline of a call, from its `grpc-timeout` header. Any header yields a time that can be represented.
 
 use std::time::Duration;
 
@@ -7,19 +7,20 @@ use tonic::Request;
 
 use crate::domain::Error;
 
-/// Time of a call that names no deadline.
+/// Time for a call without a deadline.
 pub(super) const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Longest time that an answer needs to reach a caller before its deadline, on a busy machine and network.
+/// Longest time kept for an answer to reach its caller, on a busy machine and network.
 const MARGIN_MAX: Duration = Duration::from_millis(250);
 
-/// When a call must be answered: a little before the transport would cut it off, which it does with another code.
+/// The time by which a call must be answered. It lies before the transport's own deadline, which ends a call with
+/// another code.
 pub(super) fn deadline<T>(request: &Request<T>) -> Instant {
     let asked = request.metadata().get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(timeout);
     Instant::now() + asked.map_or(DEADLINE, |asked| asked.saturating_sub((asked / 10).min(MARGIN_MAX)))
 }
 
-/// The same for a call that waits for as long as `longest` by itself, and may do so without naming a deadline.
+/// The deadline of a call that itself waits up to `longest`; without a header, `longest` is added to [`DEADLINE`].
 pub(super) fn deadline_of_wait<T>(request: &Request<T>, longest: Duration) -> Instant {
     match request.metadata().contains_key("grpc-timeout") {
         true => deadline(request),
@@ -27,16 +28,16 @@ pub(super) fn deadline_of_wait<T>(request: &Request<T>, longest: Duration) -> In
     }
 }
 
-/// What is left until then; never more than [`DEADLINE`].
+/// The time left until the deadline, at most [`DEADLINE`].
 pub(super) fn left(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).min(DEADLINE)
 }
 
-/// Between tries of a call that met a lock or a busy database, at first and at most.
+/// Pause before a repeated attempt that met a lock or a busy database: first, and at most. It doubles each time.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
 
-/// Repeats work that a lock or a busy database kept from being done, until the deadline; such an attempt has left nothing
-/// behind. Each attempt waits for its lock for a few seconds only, so that calls behind it in Postgres' queue get their turn.
+/// Repeats work until the deadline while a lock or a busy database prevents it; such an attempt has no effect. Each
+/// attempt waits for its lock for a few seconds only, so that calls behind it in Postgres' queue get their turn.
 pub(super) async fn patient<T, F>(deadline: Instant, work: impl Fn() -> F) -> Result<T, Error>
 where
     F: Future<Output = Result<T, Error>>,
@@ -57,7 +58,7 @@ where
     done.unwrap_or(Err(last))
 }
 
-/// Reads a `grpc-timeout`: one to eight digits and a unit, so at most 11,416 years (gRPC over HTTP/2, Requests).
+/// Parses a `grpc-timeout`: one to eight digits and a unit, so at most 11,416 years (gRPC over HTTP/2, Requests).
 pub fn timeout(text: &str) -> Option<Duration> {
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     if digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -87,7 +88,7 @@ mod tests {
         request
     }
 
-    /// A timeout has one to eight digits and a unit; any other text is none.
+    /// A timeout is one to eight digits and a unit; any other text is refused.
     #[test]
     fn a_timeout_has_one_to_eight_digits_and_a_unit() {
         for (text, read) in [
@@ -106,8 +107,8 @@ mod tests {
         }
     }
 
-    /// A call is answered a tenth of its time before its deadline, a quarter of a second at most, or within half a minute
-    /// where it names none. A call that waits by itself has the time of its longest wait besides.
+    /// A call is answered before its deadline by a tenth of its time, at most 250 ms. A call without a deadline has 30
+    /// s. If it waits by itself, its longest wait is added.
     #[tokio::test(start_paused = true)]
     async fn a_call_is_answered_before_its_deadline() {
         let longest = Duration::from_secs(600);

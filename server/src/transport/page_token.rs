@@ -1,4 +1,4 @@
-//! Page tokens: where the next page of a list begins, opaque to callers. A token that is not ours is refused.
+//! Page tokens: the place at which the next page of a list begins, opaque to callers. Other tokens are refused.
 
 use std::str::FromStr;
 
@@ -10,15 +10,15 @@ use tokio_postgres::Row;
 use crate::domain::{Error, Instant};
 use crate::store::text::ANSWER_BYTES_MAX;
 
-/// Room for the ids, times and numbers of a row.
+/// Bytes allowed for the ids, times and numbers of a row.
 const ROW_BYTES: usize = 128;
 
-/// The token of a place in a list ordered by time, and at equal times by something else.
+/// Encodes a place in a list that is ordered by time and then by `then`.
 pub(super) fn encode(at: Instant, then: &str) -> String {
     URL_SAFE_NO_PAD.encode(format!("{}:{then}", at.micros()))
 }
 
-/// Reads a token; the text has no NUL, as Postgres would not take it.
+/// Parses a token of `encode`. Text with NUL is refused, because Postgres cannot take it.
 pub fn parse(token: &str) -> Result<(Instant, String), Error> {
     let read = || {
         let text = String::from_utf8(URL_SAFE_NO_PAD.decode(token).ok()?).ok()?;
@@ -28,12 +28,12 @@ pub fn parse(token: &str) -> Result<(Instant, String), Error> {
     read().ok_or_else(wrong)
 }
 
-/// The token of a place in a list ordered by something, and then by something else.
+/// Encodes a place in a list that is ordered by `first` and then by `then`; `first` contains no colon.
 pub(super) fn encode_pair(first: &str, then: &str) -> String {
     URL_SAFE_NO_PAD.encode(format!("{first}:{then}"))
 }
 
-/// Reads a token of two texts.
+/// Parses a token of [`encode_pair`].
 pub(super) fn parse_pair<T: FromStr, U: FromStr>(token: &str) -> Result<(T, U), Error> {
     let read = || {
         let text = String::from_utf8(URL_SAFE_NO_PAD.decode(token).ok()?).ok()?;
@@ -43,8 +43,8 @@ pub(super) fn parse_pair<T: FromStr, U: FromStr>(token: &str) -> Result<(T, U), 
     read().ok_or_else(wrong)
 }
 
-/// The rows of a page whose statement may have read the first row of the next one (`beyond`), and the row after which that
-/// page begins, if there is one. A row that alone is more than a page holds is a page of its own, and others may follow it.
+/// Splits off the first row of the next page, which the statement may have read (`beyond`). Returns the page, and its
+/// last row if another page follows. A row that alone exceeds a page is a page of its own.
 pub(super) fn cut(rows: &[Row], limit: i64) -> (&[Row], Option<&Row>) {
     let beyond = rows.last().is_some_and(|row| row.get("beyond"));
     let page = &rows[..rows.len() - usize::from(beyond && rows.len() > 1)];
@@ -52,7 +52,7 @@ pub(super) fn cut(rows: &[Row], limit: i64) -> (&[Row], Option<&Row>) {
     (page, page.last().filter(|_| full))
 }
 
-/// As many of the rows as fit into an answer by the bytes of their names; at least one.
+/// The first rows that fit into an answer, each counted as `bytes` and `ROW_BYTES`; at least one.
 pub(super) fn fit(rows: &[Row], bytes: impl Fn(&Row) -> usize) -> &[Row] {
     let mut room = ANSWER_BYTES_MAX.unsigned_abs() as usize;
     let fits = |row: &&Row| {
@@ -64,7 +64,7 @@ pub(super) fn fit(rows: &[Row], bytes: impl Fn(&Row) -> usize) -> &[Row] {
     &rows[..count.max(1).min(rows.len())]
 }
 
-/// What is said of a token that is not ours.
+/// The error for a token of another service.
 pub(super) fn wrong() -> Error {
     Error::invalid("page_token", "is not a token of this service")
 }

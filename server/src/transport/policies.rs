@@ -1,4 +1,4 @@
-//! The RPCs about how queues are kept.
+//! The RPCs about the policies of queues.
 
 use std::time::Duration;
 
@@ -12,9 +12,9 @@ use super::service::Service;
 use crate::domain::Error;
 use crate::store::policy::Old;
 
-/// Longest span of a policy.
+/// Longest span in a policy: 100 years.
 const SPAN_MAX: Duration = Duration::from_secs(100 * 366 * 24 * 3600);
-/// Longest time to live of a cleanup: what the contract's function takes.
+/// Longest time to live of a cleanup; the contract's function takes an `i32` of seconds.
 const TTL_MAX: Duration = Duration::from_secs(i32::MAX as u64);
 
 impl Service {
@@ -56,7 +56,7 @@ fn seconds(field: &str, value: PbDuration, max: Duration) -> Result<u64, Error> 
     Ok(span.as_secs())
 }
 
-/// The changes as the contract's function takes them: only what was said.
+/// The changes in the form that the contract's function takes, with only the fields that the request sets.
 fn changes(request: &pb::SetQueuePolicyRequest) -> Result<Map<String, Value>, Error> {
     let mut policy = Map::new();
     for (field, value) in [
@@ -90,7 +90,7 @@ fn changes(request: &pb::SetQueuePolicyRequest) -> Result<Map<String, Value>, Er
     Ok(policy)
 }
 
-/// The policy that a queue is created with.
+/// The policy of a new queue, in the form that the contract's function takes.
 pub(super) fn policy_of(policy: pb::QueuePolicy) -> Result<String, Error> {
     if policy.storage_mode != 0 {
         return Err(Error::invalid("policy.storage_mode", "must not be set; the request has it"));

@@ -12,7 +12,7 @@ use crate::domain::Error;
 use crate::store::Fault;
 use crate::store::queue::COUNT_MAX;
 
-/// Longest name of a queue that a token may hold; only SQL makes names this long.
+/// Longest page token. The token is a queue's name; only SQL can create names near this length.
 const TOKEN_BYTES_MAX: usize = 16 * 1024;
 
 impl Service {

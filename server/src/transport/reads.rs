@@ -1,4 +1,4 @@
-//! The RPCs that look: the runs of a task, waits, and tasks by a part of their ids.
+//! The RPCs that only read: the runs of a task, waits, and tasks by a part of their ids.
 
 use std::time::Duration;
 
@@ -21,13 +21,13 @@ use crate::store::{Fault, LOCK_WAIT_PATIENT};
 
 /// Longest search through all queues.
 const FIND_MAX: Duration = Duration::from_secs(5);
-/// What is left of a caller's time for the answer.
+/// Part of the caller's time kept for the answer.
 const ANSWERING: Duration = Duration::from_millis(100);
-/// Longest wait for a queue that somebody has locked, while others are to be looked at.
+/// Longest wait for a locked queue in a search through all queues.
 const LOCK_WAIT: Duration = Duration::from_millis(200);
-/// Queues that are looked at together.
+/// Queues searched at the same time.
 const FIND_WIDTH: usize = 4;
-/// Names of queues that are read together.
+/// Queue names read per statement.
 const QUEUES_PAGE: i64 = 1000;
 
 impl Service {
@@ -115,12 +115,13 @@ impl Service {
         limit: usize,
         lock_wait: Duration,
     ) -> Result<TaskSearch, Fault> {
-        // One more than is wanted shows whether there are more.
+        // One row beyond the limit shows that there are more.
         let limit = i64::try_from(limit + 1).unwrap_or(i64::MAX);
         self.engine.store.task_search(scope, part, limit, lock_wait).await
     }
 
-    /// Looks at one queue after the other, a few together. One that cannot be read keeps nobody from the others.
+    /// Searches all queues, `FIND_WIDTH` at a time. A queue that cannot be read makes the answer incomplete, and stops
+    /// no other search.
     async fn find_everywhere(&self, part: &IdPart, until: Deadline, found: &mut Found) -> Result<(), Error> {
         let (mut after, limit) = (String::new(), found.limit);
         loop {
@@ -165,7 +166,7 @@ impl Found {
     fn add(&mut self, scope: &Scope, search: &TaskSearch) {
         self.complete &= !search.partial;
         self.tasks.extend(search.rows.iter().map(|row| pb_match(scope, row)));
-        // Ids of tasks begin with their time.
+        // Task ids begin with their time, so the newest tasks come first.
         self.tasks.sort_by(|a, b| b.task_id.cmp(&a.task_id).then_with(|| a.queue.cmp(&b.queue)));
         if self.tasks.len() > self.limit {
             self.tasks.truncate(self.limit);

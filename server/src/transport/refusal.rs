@@ -1,4 +1,5 @@
-//! What the transport refuses before a request is read, put into our own words: an error with a reason, as all others.
+//! Refusals that the transport makes before the service sees a request get an error with a reason, like all other
+//! errors.
 
 use std::task::{Context, Poll};
 
@@ -10,13 +11,13 @@ use tower::{Layer, Service};
 use super::status::status;
 use crate::domain::Error;
 
-/// Characters of a method's path that are repeated.
+/// Characters of the method's path that the error repeats.
 const PATH_MAX: usize = 200;
 
-/// Wraps services; see the module.
+/// Adds [`Refusal`] to a service.
 #[derive(Debug, Clone, Copy)]
 pub struct RefusalLayer {
-    /// Bytes of a request at most.
+    /// Maximum size of a request in bytes.
     pub request_bytes_max: usize,
 }
 
@@ -56,11 +57,12 @@ where
     }
 }
 
-/// The answer in place of one that the transport gave by itself; None: let it be.
+/// The replacement for an answer that the transport made by itself; `None` keeps the answer.
 fn reasoned(response: &Response<Body>, path: &str, most: usize) -> Option<Response<Body>> {
     let given = Status::from_header_map(response.headers()).filter(|given| given.details().is_empty())?;
     let error = match given.code() {
-        // tonic's words for a message over the limit, before and after it was unpacked, and for one that is not protobuf.
+        // The statuses of tonic for a message over the limit (before and after unpacking), and for one that is not
+        // protobuf.
         Code::ResourceExhausted => Error::TooLarge { field: "request".into(), size: most + 1, limit: most },
         Code::OutOfRange => Error::TooLarge {
             field: "request".into(),

@@ -1,5 +1,5 @@
-//! `AbsurdService`: which RPC is carried out where, by when it must be answered, and how an error becomes a status.
-//! What an RPC does stands beside this file, by topic.
+//! `AbsurdService`: gives each RPC its deadline, calls its implementation, and turns errors into statuses. The
+//! implementations are in the files beside this one, by topic.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,44 +22,44 @@ use crate::scope::Scope;
 use crate::store::batch::{RunRef, Write};
 use crate::store::policy::Old;
 
-/// Longest wait for a result, and longest grace of a lost worker.
+/// Longest wait for a result, and longest reconnect grace of a stream.
 pub(super) const AWAIT_MAX: Duration = Duration::from_secs(600);
 
-/// Bounds of what comes in.
+/// Bounds on requests.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Bytes of params, a result, a checkpoint.
+    /// Maximum size of a JSON payload (params, a result, a checkpoint) in bytes.
     pub payload_bytes_max: usize,
-    /// Bytes of headers.
+    /// Maximum size of a task's headers in bytes.
     pub headers_bytes_max: usize,
-    /// Nesting of JSON.
+    /// Maximum nesting depth of JSON.
     pub json_depth_max: usize,
-    /// Items of one batch.
+    /// Maximum number of items in one batch.
     pub batch_max: usize,
-    /// Items of one page.
+    /// Maximum number of items on one page.
     pub page_max: i64,
-    /// Bytes of a request.
+    /// Maximum size of a request in bytes.
     pub request_bytes_max: usize,
-    /// Bytes of the header block of a request.
+    /// Maximum size of a request's HTTP/2 header block in bytes.
     pub header_list_bytes_max: u32,
-    /// Refuse per-run calls without a token.
+    /// Whether calls about a run are refused without a claim token.
     pub require_claim_token: bool,
-    /// Attempts of a task whose spawn says nothing about them.
+    /// `max_attempts` of a task whose spawn sets none.
     pub default_max_attempts: i32,
 }
 
 impl Limits {
-    /// Bound of params, a result, a checkpoint.
+    /// Bound of a JSON payload.
     pub fn payload(&self) -> JsonBound {
         JsonBound { bytes: self.payload_bytes_max, depth: self.json_depth_max }
     }
 
-    /// Bound of headers.
+    /// Bound of a task's headers.
     pub fn headers(&self) -> JsonBound {
         JsonBound { bytes: self.headers_bytes_max, depth: self.json_depth_max }
     }
 
-    /// Checks the size of a batch.
+    /// Refuses a batch that is empty or too large.
     pub(super) fn batch(&self, field: &str, size: usize) -> Result<(), Error> {
         if size == 0 || size > self.batch_max {
             return Err(Error::invalid(field, format!("must hold 1 to {} items, not {size}", self.batch_max)));
@@ -67,7 +67,7 @@ impl Limits {
         Ok(())
     }
 
-    /// The size of a page.
+    /// The size of a page; by default 100, or `page_max` if that is less.
     pub(super) fn page(&self, asked: i32) -> Result<i64, Error> {
         match i64::from(asked) {
             0 => Ok(self.page_max.min(100)),
@@ -77,7 +77,7 @@ impl Limits {
     }
 }
 
-/// With a comma at the thousands.
+/// The number with a comma before the last three digits; for numbers below a million.
 fn grouped(number: i64) -> String {
     if number < 1000 { number.to_string() } else { format!("{},{:03}", number / 1000, number % 1000) }
 }
@@ -98,7 +98,7 @@ impl Default for Limits {
     }
 }
 
-/// See the module.
+/// The implementation of the service.
 #[derive(Debug, Clone)]
 pub struct Service {
     pub(super) engine: Arc<Engine>,
@@ -116,7 +116,7 @@ pub(super) async fn in_time<T>(deadline: Instant, work: impl Future<Output = Res
 }
 
 impl Service {
-    /// The service over an engine.
+    /// Answers calls with this engine.
     pub fn new(engine: Arc<Engine>, limits: Limits) -> Self {
         Self { engine, limits }
     }
@@ -206,7 +206,7 @@ impl AbsurdService for Service {
             let scope = self.existing(&request.queue).await?;
             let (options, wait) = pull_options(request)?;
             self.engine.in_use.polled(scope.queue());
-            // A claim must be answered before the caller gives up, or it is lost on the way.
+            // The claims must be answered before the caller gives up; otherwise they are lost on the way.
             let wait = wait.min(left(deadline).saturating_sub(Duration::from_millis(50)).max(Duration::from_millis(1)));
             let wait = if options.max_in_flight == 0 { Duration::ZERO } else { wait };
             let claims = self.engine.dispatcher.pull(&scope, options, wait).await?;
@@ -244,7 +244,7 @@ impl AbsurdService for Service {
                 settle_item(item, &self.limits).map_err(|error| error.within(&format!("items[{index}]")))
             });
             let outcomes = self.settle_many(&scope, items.collect(), deadline).await;
-            // A missing queue is one error, not a thousand.
+            // A missing queue fails the whole call, not each item.
             if let Some(Err(error @ Error::QueueNotFound(_))) = outcomes.first() {
                 return Err(error.clone());
             }

@@ -1,4 +1,4 @@
-//! The RPCs about runs that a worker holds: each item is answered by itself, in the order of the request.
+//! The RPCs about claimed runs. Each item has its own outcome, in the order of the request.
 
 use std::collections::HashMap;
 
@@ -25,8 +25,9 @@ impl Service {
         self.engine.settle(&scope, run?, write?, deadline).await
     }
 
-    /// Items of different runs go into shared batches; several items of one run go in order, those of one claim in one
-    /// transaction. Each shows its own token: beside the run's holder there may be one who held it before.
+    /// Items of different runs join shared batches. Several items of one run are written in order, those of one claim
+    /// in one transaction. Each item is checked against its own token, because a former holder of the run may send
+    /// items as well.
     pub(super) async fn settle_many(
         &self,
         scope: &Scope,
@@ -48,7 +49,7 @@ impl Service {
         outcomes.into_iter().map(|outcome| outcome.unwrap_or(Err(Error::ItemSkipped))).collect()
     }
 
-    /// Items of one run, claim by claim.
+    /// Writes the items of one run, claim by claim.
     async fn settle_run(
         &self,
         scope: &Scope,
@@ -69,7 +70,7 @@ impl Service {
         answered
     }
 
-    /// One verdict per claim.
+    /// Writes about each claim, and returns the verdicts; `done` is the verdict of a successful write.
     pub(super) async fn verdicts(
         &self,
         scope: &Scope,

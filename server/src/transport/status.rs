@@ -1,4 +1,4 @@
-//! The one place where an error becomes a gRPC status.
+//! The only place where an error becomes a gRPC status.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -11,13 +11,13 @@ use uuid::Uuid;
 use crate::domain::Error;
 use crate::metrics;
 
-/// A full queue may have room again after this long.
+/// Retry delay after a refusal by a full queue.
 const BACKLOG_DELAY: Duration = Duration::from_secs(2);
-/// A statement that Postgres did not get done may be done after this long.
+/// Retry delay after a statement that Postgres did not finish in time.
 const BUSY_DELAY: Duration = Duration::from_millis(200);
-/// A lock that outlived the wait for it is held for longer than most.
+/// Retry delay after a lock outlived the call's wait; such a lock is held for longer than most.
 const LOCKED_DELAY: Duration = Duration::from_secs(1);
-/// Domain of every `ErrorInfo`.
+/// Domain of every `ErrorInfo` of this service.
 pub const DOMAIN: &str = "absurd.v1";
 
 fn pushback_ms(delay: Duration) -> u32 {
@@ -60,7 +60,7 @@ pub fn code(error: &Error) -> Code {
     }
 }
 
-/// The text for the caller. What Postgres said stays in the log.
+/// The error's text for the caller, cut to at most 1,000 bytes.
 pub fn message(error: &Error) -> String {
     let mut text = error.to_string();
     if text.len() > 1000 {
@@ -73,7 +73,7 @@ pub fn message(error: &Error) -> String {
     text
 }
 
-/// After how long the same call may go better.
+/// Delay after which a retry may succeed; `None`: the status suggests no retry.
 fn retry_after(error: &Error) -> Option<Duration> {
     match error {
         Error::StreamLimit { .. } => Some(Duration::from_secs(1)),
@@ -87,7 +87,8 @@ fn retry_after(error: &Error) -> Option<Duration> {
     }
 }
 
-/// The status of an error.
+/// The status of an error, with its details; also counts the error's reason. The texts of an unreachable database and
+/// of an internal error stay in the log.
 pub fn status(error: &Error) -> Status {
     let mut details = ErrorDetails::new();
     let mut metadata = HashMap::new();
@@ -161,7 +162,7 @@ pub fn status(error: &Error) -> Status {
     details.set_error_info(error.reason(), DOMAIN, metadata);
     let mut status = Status::with_error_details(code(error), message, details);
     if let Some(delay) = pushback.filter(|_| code(error) == Code::ResourceExhausted) {
-        // What gRPC's own retry policies go by.
+        // gRPC's own retry policies read this header.
         status.metadata_mut().insert("grpc-retry-pushback-ms", MetadataValue::from(pushback_ms(delay)));
     }
     status

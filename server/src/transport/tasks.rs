@@ -63,7 +63,8 @@ impl Service {
         let scope = scope(&request.queue)?;
         let task_id = parse_uuid("task_id", &request.task_id)?;
         let timeout = duration_between("timeout", request.timeout, Duration::ZERO, AWAIT_MAX)?.unwrap_or(DEADLINE);
-        // A locked queue is read as soon as it is free, but no call waits for that beyond its own time.
+        // The read waits for a locked queue: at most for the timeout or `DEADLINE`, whichever is longer, and not past
+        // the deadline.
         let bound = deadline.min(Instant::now() + timeout.max(DEADLINE));
         let now = in_time(bound, self.engine.store.task_result(&scope, task_id, None)).await?;
         if now.state.is_some_and(crate::domain::State::is_terminal) || timeout.is_zero() {

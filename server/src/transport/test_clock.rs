@@ -1,4 +1,4 @@
-//! `TestClockService`: the time of a server with `--test-clock`, in the hands of a test.
+//! `TestClockService`: lets a test set the time of a server with `--test-clock`.
 
 use std::sync::Arc;
 
@@ -13,17 +13,18 @@ use crate::engine::Engine;
 use crate::maintenance;
 use crate::store::Fault;
 
-/// 2000-01-01 and 3000-01-01: what `UUIDv7`s and the storage's times can hold with room to spare.
+/// 2000-01-01 to 3000-01-01 in seconds since 1970; version 7 UUIDs and the storage's times hold this range with room to
+/// spare.
 const YEARS: std::ops::Range<i64> = 946_684_800..32_503_680_000;
 
-/// See the module.
+/// The implementation of the service.
 #[derive(Debug)]
 pub struct TestClock {
     engine: Arc<Engine>,
 }
 
 impl TestClock {
-    /// The clock of a server.
+    /// Sets the test clock of this engine's store.
     pub fn new(engine: Arc<Engine>) -> Self {
         Self { engine }
     }

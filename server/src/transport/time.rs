@@ -1,4 +1,4 @@
-//! The RPCs about events and time: a run waits, sleeps, or is moved.
+//! The RPCs about events and time: waits, sleeps, schedules and emissions.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::store::event::StepWait;
 use crate::store::suspend::{Awaited, Suspend, When};
 use crate::store::text::ANSWER_BYTES_MAX;
 
-/// Longest wait, sleep and delay.
+/// Longest wait, sleep and delay: ten years.
 pub(super) const SPAN_MAX: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
 
 fn wake_at(slept: &Awaited) -> Option<Instant> {
@@ -23,7 +23,7 @@ fn wake_at(slept: &Awaited) -> Option<Instant> {
     }
 }
 
-/// What stands in for a payload that is too large for an answer.
+/// Replaces a payload that is too large for an answer by its length in characters.
 fn omitted(json: &JsonText) -> Option<pb::PayloadOmitted> {
     let large = json.len() > ANSWER_BYTES_MAX.unsigned_abs() as usize;
     let length = || i64::try_from(json.as_str().chars().count()).unwrap_or(i64::MAX);
@@ -73,7 +73,7 @@ impl Service {
         let (wait, awaited) = (StepWait { run: &run, step: &step, timeout }, (&awaited_queue, awaited_id));
         let awaited = self.engine.await_task(&scope, &wait, awaited, deadline).await;
         if matches!(awaited, Err(Error::TaskNotFound(_))) {
-            // Not looked for before: a step whose result is stored needs neither the task nor its queue.
+            // Checked only now, because a step with a stored result needs neither the task nor its queue.
             self.existing(awaited_queue.as_str()).await?;
         }
         let outcome = match awaited? {

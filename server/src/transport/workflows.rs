@@ -1,4 +1,4 @@
-//! The RPCs about workflow runs: tracking records beside the engine.
+//! The RPCs about workflow runs, which are tracking records beside the engine.
 
 use absurd_proto::v1 as pb;
 use tokio_postgres::Row;
@@ -44,7 +44,7 @@ impl Service {
         Ok(pb::CreateWorkflowRunResponse { workflow_run_id: id.to_string() })
     }
 
-    /// An object; an empty one is none.
+    /// Parses a JSON object; an empty one counts as absent.
     fn object(&self, field: &str, value: Option<pb::Json>) -> Result<Option<JsonText>, Error> {
         let limit = self.limits.payload();
         let object = value.map(|json| JsonText::parse_object(field, json.text, limit)).transpose()?;
@@ -89,7 +89,7 @@ impl Service {
         };
         let Some(part) = part(&format!("{payload}_range"), Some(range))? else { return self.whole_workflow(id).await };
         let (store, caller) = (&self.engine.store, Caller::anonymous());
-        // No payload fits into no bytes: the record has none but for the part.
+        // With 0 bytes for payloads the record has none; the requested part is added below.
         let mut record = store.workflow_get(&caller, id, 0).await?.as_ref().map(pb_workflow);
         let (text, length) = store.workflow_get_part(&caller, id, payload, part).await?;
         let json = text.map(|text| pb::Json { text });
@@ -137,7 +137,7 @@ impl Service {
     }
 }
 
-/// A state as stored; None: none was named.
+/// The stored name of a status; `None`: unspecified.
 fn status(value: i32) -> Result<Option<&'static str>, Error> {
     Ok(match pb::WorkflowStatus::try_from(value) {
         Ok(pb::WorkflowStatus::Unspecified) => None,
