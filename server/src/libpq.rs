@@ -1,12 +1,13 @@
-//! Where the database is, as libpq reads it: a URL or `key=value` text, a service file, the environment, a passfile. A part
-//! that an earlier source names wins. No error repeats a value, as any of them may hold a password.
+//! Resolves the address of the database like libpq: from a URL or `key=value` text, a service file, the environment and
+//! a passfile. An earlier source wins over a later one. Errors repeat no value, because any value may hold a password;
+//! they may repeat a service's name, a file's path, and keywords such as `require`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use tokio_postgres::Config;
 
-/// Options of libpq that a connection takes, and the environment variable of each.
+/// The options of libpq that are used, each with its environment variable.
 const OPTIONS: &[(&str, &str)] = &[
     ("host", "PGHOST"),
     ("hostaddr", "PGHOSTADDR"),
@@ -29,7 +30,8 @@ const OPTIONS: &[(&str, &str)] = &[
     ("keepalives_interval", ""),
     ("keepalives_retries", ""),
 ];
-/// Options of libpq without a meaning here: the server names itself, talks UTF-8, and makes connections without TLS.
+/// Options of libpq that are ignored, mostly because the server sets its own name and encoding, and connects without
+/// TLS.
 const IGNORED: &[&str] = &[
     "application_name",
     "fallback_application_name",
@@ -53,13 +55,13 @@ const IGNORED: &[&str] = &[
     "requirepeer",
     "require_auth",
 ];
-/// Where Unix sockets of Postgres are looked for.
+/// Directories that are searched for Postgres' Unix sockets.
 const SOCKET_DIRS: [&str; 2] = ["/var/run/postgresql", "/tmp"];
 const NO_TLS: &str = "connections to Postgres are made without TLS for now";
 
 type Parts = BTreeMap<String, String>;
 
-/// A part of a database's address that is wrong.
+/// A fault in a database's address. Its text holds no password.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Problem(String);
@@ -68,9 +70,9 @@ fn problem<T>(text: impl Into<String>) -> Result<T, Problem> {
     Err(Problem(text.into()))
 }
 
-/// The environment of a process, or a test's.
+/// The environment variables of a process or of a test.
 pub struct Environment<'a> {
-    /// A variable.
+    /// Reads a variable; `None`: it is not set.
     pub variable: &'a dyn Fn(&str) -> Option<String>,
 }
 
@@ -89,22 +91,22 @@ impl Environment<'_> {
         self.get("HOME").map(|home| Path::new(&home).join(file))
     }
 
-    /// Whether it names a database.
+    /// Whether it sets `PGHOST`, `PGHOSTADDR`, `PGDATABASE` or `PGSERVICE`.
     pub fn names_a_database(&self) -> bool {
         ["PGHOST", "PGHOSTADDR", "PGDATABASE", "PGSERVICE"].iter().any(|name| self.get(name).is_some())
     }
 }
 
-/// What a database's address comes to, and what its owner should know of it.
+/// A resolved address, with warnings for its owner.
 #[derive(Debug)]
 pub struct Resolved {
     /// How to connect; its password is never printed.
     pub config: Config,
-    /// Parts that were left out, such as a passfile that others can read.
+    /// Sources that were skipped, such as a passfile that others can read.
     pub warnings: Vec<String>,
 }
 
-/// Puts a database's address together; without a text the environment alone names it.
+/// Resolves a database's address; `None`: from the environment alone.
 pub fn resolve(text: Option<&str>, environment: &Environment<'_>) -> Result<Resolved, Problem> {
     let mut parts = text.map_or_else(|| Ok(Parts::new()), |text| parse(text.trim()))?;
     let service = parts.remove("service").or_else(|| environment.get("PGSERVICE"));
@@ -123,7 +125,7 @@ pub fn resolve(text: Option<&str>, environment: &Environment<'_>) -> Result<Reso
     for name in IGNORED {
         parts.remove(*name);
     }
-    // The address of another host, from the environment, says nothing about a socket.
+    // A socket has no address: `hostaddr`, such as one from the environment, belongs to another host.
     if parts.get("host").is_some_and(|host| host.starts_with('/')) {
         parts.remove("hostaddr");
     }
@@ -175,7 +177,7 @@ fn refuse_tls(parts: &mut Parts) -> Result<(), Problem> {
     }
 }
 
-/// The same parts as the driver reads them. It checks each value; its texts name the option.
+/// The driver's configuration. Each value is checked by itself, so that an error can name the option without the value.
 fn config(parts: &Parts) -> Result<Config, Problem> {
     let mut all = String::new();
     for (name, value) in parts {
@@ -201,7 +203,7 @@ fn config(parts: &Parts) -> Result<Config, Problem> {
     Ok(config)
 }
 
-/// Hosts and ports as a passfile names them.
+/// The hosts and ports by which a passfile names the address.
 fn places(parts: &Parts) -> Vec<(String, String)> {
     let list = |name: &str| parts.get(name).map(|value| value.split(',').map(str::to_owned).collect::<Vec<_>>());
     let hosts = list("host").or_else(|| list("hostaddr")).unwrap_or_default();
@@ -214,7 +216,7 @@ fn places(parts: &Parts) -> Vec<(String, String)> {
     hosts.into_iter().enumerate().map(place).collect()
 }
 
-/// Reads `postgresql://...` or `key=value ...`.
+/// Parses `postgresql://...` or `key=value ...`.
 fn parse(text: &str) -> Result<Parts, Problem> {
     if let Some(rest) = text.strip_prefix("postgresql://").or_else(|| text.strip_prefix("postgres://")) {
         parse_url(rest)
@@ -274,7 +276,7 @@ fn parse_url(rest: &str) -> Result<Parts, Problem> {
     }
     for pair in query.into_iter().flat_map(|query| query.split('&')).filter(|pair| !pair.is_empty()) {
         let Some((name, value)) = pair.split_once('=') else { return problem("an option in it has no value") };
-        // JDBC's spelling, which libpq takes too.
+        // The spelling of JDBC, which libpq accepts too.
         if name == "ssl" && value == "true" {
             parts.insert("sslmode".into(), "require".into());
             continue;
@@ -284,7 +286,7 @@ fn parse_url(rest: &str) -> Result<Parts, Problem> {
     Ok(parts)
 }
 
-/// Resolves `%41`.
+/// Decodes percent escapes, such as `%41`. Refuses `%00`.
 fn decoded(text: &str) -> Result<String, Problem> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
@@ -334,7 +336,7 @@ fn pair_value(text: &str) -> Result<(String, &str), Problem> {
     if quoted { problem("a quoted value in it does not end") } else { Ok((value, "")) }
 }
 
-/// The section of a service: from the user's file, else from the system's.
+/// The section of a service, from the user's service file, else from the system's.
 fn service_parts(service: &str, environment: &Environment<'_>) -> Result<Parts, Problem> {
     let own = environment.get("PGSERVICEFILE").map(PathBuf::from).or_else(|| environment.home(".pg_service.conf"));
     let shared = environment.get("PGSYSCONFDIR").map(|dir| Path::new(&dir).join("pg_service.conf"));
@@ -375,7 +377,7 @@ fn section(text: &str, service: &str, path: &Path) -> Result<Option<Parts>, Prob
     Ok(found)
 }
 
-/// The text of a passfile; libpq reads none that others can read.
+/// The text of a passfile. Like libpq, skips a file that others can read; adds a warning.
 fn passfile_text(path: &Path, warnings: &mut Vec<String>) -> Option<String> {
     use std::os::unix::fs::PermissionsExt as _;
     let facts = std::fs::metadata(path).ok()?;
@@ -390,7 +392,7 @@ fn passfile_text(path: &Path, warnings: &mut Vec<String>) -> Option<String> {
     std::fs::read_to_string(path).ok()
 }
 
-/// The password of the first line that fits host, port, database and user.
+/// The password in the first line that matches host, port, database and user.
 fn lookup(text: &str, wanted: &[&str; 4]) -> Option<String> {
     text.lines().filter(|line| !line.starts_with('#')).find_map(|line| {
         let fields = fields(line);
@@ -400,7 +402,7 @@ fn lookup(text: &str, wanted: &[&str; 4]) -> Option<String> {
     })
 }
 
-/// Fields of a line of a passfile, and whether each stands for anything. The password is the rest up to the next colon.
+/// The fields of a passfile's line, and whether each is a wildcard. The password ends at the next colon.
 fn fields(line: &str) -> Vec<(String, bool)> {
     let mut fields = vec![String::new()];
     let mut escaped = vec![false];
@@ -436,7 +438,7 @@ mod tests {
         resolve(text, &Environment { variable: &variable })
     }
 
-    /// Host, port, database, user, password of what comes out.
+    /// Host, port, database, user and password of a configuration.
     fn told(config: &Config) -> String {
         let host = match config.get_hosts().first() {
             Some(Host::Tcp(name)) => name.clone(),

@@ -1,7 +1,8 @@
-//! A private Postgres: finds the programs, makes a cluster in a directory, runs it on a socket of its own, stops it.
+//! A private Postgres: finds the programs, creates a cluster in a directory, runs it on a socket of its own, and stops
+//! it.
 //!
-//! Guarantees: nobody else's cluster is touched (a lock on the directory, a socket nobody else uses, no TCP port); it
-//! works as root (the programs run as another user); it stops with this process, however this process ends.
+//! Guarantees: it touches no other cluster (a lock on the directory, a private socket, no TCP port). It works as root
+//! (the programs run as another user). It stops with this process, however this process ends.
 
 mod programs;
 
@@ -20,52 +21,52 @@ use programs::{Programs, User};
 
 /// Name of the database and of the role that owns it.
 pub const DATABASE: &str = "absurd";
-/// A socket's path must stay below this many bytes.
+/// Longest path of a socket in bytes.
 const SOCKET_PATH_MAX: usize = 100;
-/// Longest wait until a cluster takes connections; recovery after a crash is part of it.
+/// Longest wait until a cluster accepts connections, including recovery after a crash.
 const START_MAX: Duration = Duration::from_secs(60);
 
-/// What can go wrong, with what to do about it.
+/// An error of a cluster; its text says how to mend it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No programs.
+    /// No suitable programs were found.
     #[error("{0}")]
     NoPrograms(String),
-    /// Another process runs this cluster.
+    /// Another process runs the cluster in this directory.
     #[error("{0} is in use by another absurd; stop that one, or choose another directory with --data-dir")]
     InUse(PathBuf),
     /// The directory cannot be used.
     #[error("cannot use {path}: {problem}; choose another directory with --data-dir")]
     Directory {
-        /// Which.
+        /// Path of the directory or file.
         path: PathBuf,
-        /// Why.
+        /// Text of the system's error.
         problem: String,
     },
-    /// A program failed.
+    /// A program of Postgres failed.
     #[error("{program} failed: {output}")]
     Program {
-        /// Which.
+        /// Name of the program.
         program: &'static str,
-        /// The end of what it printed.
+        /// The end of its output.
         output: String,
     },
 }
 
-/// How to run a cluster.
+/// Options of a cluster.
 #[derive(Debug, Clone)]
 pub struct ClusterOptions {
-    /// Directory of the cluster; made when missing.
+    /// Directory of the cluster; created if missing.
     pub home: PathBuf,
-    /// Directory of `initdb` and `postgres`; found when absent.
+    /// Directory of `initdb` and `postgres`; searched for if absent.
     pub bin: Option<PathBuf>,
     /// Whether acknowledged commits survive a crash of the machine. Off for tests only.
     pub durable: bool,
-    /// More settings, as `name=value`.
+    /// Further settings of Postgres, as `name=value`.
     pub settings: Vec<String>,
 }
 
-/// A running cluster. Dropping it stops it.
+/// A running cluster. Its drop stops it.
 #[derive(Debug)]
 pub struct Cluster {
     home: PathBuf,
@@ -74,11 +75,11 @@ pub struct Cluster {
     pid: Pid,
     exited: mpsc::Receiver<io::Result<ExitStatus>>,
     gone: bool,
-    /// Held while the cluster runs.
+    /// Lock on the directory, held while the cluster runs.
     _lock: File,
 }
 
-/// Where `absurd dev` keeps its cluster unless told otherwise.
+/// The default directory of `absurd dev`.
 pub fn default_home() -> PathBuf {
     if rustix::process::geteuid().is_root() {
         return "/var/lib/absurd".into();
@@ -89,7 +90,8 @@ pub fn default_home() -> PathBuf {
 }
 
 impl Cluster {
-    /// Starts the cluster in a directory, after making it when it is new.
+    /// Starts the cluster in a directory; creates it there first, if it is missing. Blocks until it accepts
+    /// connections.
     pub fn start(options: &ClusterOptions) -> Result<Self, Error> {
         let home = prepare_home(&options.home)?;
         let lock = lock(&home)?;
@@ -112,7 +114,7 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// Directory of the cluster.
+    /// Directory of the cluster, without symbolic links.
     pub fn home(&self) -> &Path {
         &self.home
     }
@@ -127,12 +129,12 @@ impl Cluster {
         self.pid.as_raw_nonzero().get()
     }
 
-    /// A URL for a database of this cluster; any Postgres client takes it, whatever its environment names.
+    /// URL of a database of this cluster. It overrides the environment of any Postgres client.
     pub fn url(&self, database: &str) -> String {
         format!("postgresql://{DATABASE}@/{database}?port=5432&host={}", self.socket.display())
     }
 
-    /// Whether the server has ended by itself.
+    /// Whether Postgres has ended by itself.
     pub fn has_exited(&mut self) -> bool {
         if !self.gone {
             self.gone = !matches!(self.exited.try_recv(), Err(mpsc::TryRecvError::Empty));
@@ -140,7 +142,7 @@ impl Cluster {
         self.gone
     }
 
-    /// Stops the server: first politely, then less so.
+    /// Stops Postgres: by SIGINT, after 10 s by SIGQUIT, after 5 s more by SIGKILL.
     pub fn stop(&mut self) {
         let steps = [(Signal::INT, 10), (Signal::QUIT, 5), (Signal::KILL, 5)];
         for (signal, seconds) in steps {
@@ -159,7 +161,7 @@ impl Cluster {
             if self.has_exited() || Instant::now() > until {
                 return Err(Error::Program { program: "postgres", output: log_end(&self.home) });
             }
-            // Line 1 is the process, line 8 its state.
+            // Line 1 holds the process id, line 8 the state.
             let text = fs::read_to_string(self.home.join("data/postmaster.pid")).unwrap_or_default();
             let lines: Vec<&str> = text.lines().map(str::trim).collect();
             let ours = lines.first().is_some_and(|pid| *pid == self.pid().to_string());
@@ -199,7 +201,7 @@ fn lock(home: &Path) -> Result<File, Error> {
     }
 }
 
-/// The socket's directory: beside the data, or in a short place when that path is too long.
+/// The directory of the socket: beside the data, or in the temporary directory if that path is too long.
 fn socket_directory(home: &Path, user: Option<&User>) -> io::Result<PathBuf> {
     let mut socket = home.join("s");
     if socket.as_os_str().len() + "/.s.PGSQL.5432.lock".len() > SOCKET_PATH_MAX {
@@ -214,7 +216,7 @@ fn socket_directory(home: &Path, user: Option<&User>) -> io::Result<PathBuf> {
     Ok(socket)
 }
 
-/// Makes the data directory. A half-made one, left by a crash, is made anew.
+/// Creates the data directory. Replaces one that a crash left unfinished.
 fn initialize(programs: &Programs, user: Option<&User>, home: &Path) -> Result<(), Error> {
     let fail = |problem: io::Error| Error::Directory { path: home.to_owned(), problem: problem.to_string() };
     let data = home.join("data");
@@ -234,7 +236,7 @@ fn initialize(programs: &Programs, user: Option<&User>, home: &Path) -> Result<(
         let output = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         return Err(Error::Program { program: "initdb", output });
     }
-    // One flush of the file system instead of one for each of a thousand files.
+    // One flush of the file system, instead of one for each of a thousand files.
     let directory = File::open(&data).map_err(fail)?;
     rustix::fs::syncfs(&directory).map_err(|error| fail(error.into()))?;
     fs::remove_file(&mark).map_err(fail)
@@ -249,8 +251,8 @@ fn run_as(command: &mut Command, user: Option<&User>, home: &Path) {
 
 type Launched = (Pid, mpsc::Receiver<io::Result<ExitStatus>>);
 
-/// Starts the server from a thread that lives as long as the server: the signal at the parent's death follows the
-/// thread that spawned it, not the process.
+/// Starts Postgres from a thread that lives as long as Postgres, because the parent-death signal follows the spawning
+/// thread, not the process.
 fn launch(
     programs: &Programs,
     user: Option<&User>,
@@ -271,7 +273,7 @@ fn launch(
         command.args(["-c", setting]);
     }
     let errors = log.try_clone().map_err(fail)?;
-    // A group of its own: Ctrl-C in the terminal must not stop it before the server has drained.
+    // A process group of its own: Ctrl-C in the terminal must not stop Postgres before the server has drained.
     command.stdin(Stdio::null()).stdout(log).stderr(errors).process_group(0);
     run_as(&mut command, user, home);
     stop_with_parent(&mut command);

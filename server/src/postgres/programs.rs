@@ -1,4 +1,4 @@
-//! Which Postgres programs there are, and as whom they run.
+//! Finds the programs of Postgres, and the user that runs them.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -8,20 +8,20 @@ use std::process::Command;
 
 use super::Error;
 
-/// Oldest release that the storage contract runs on.
+/// Oldest major release that supports the storage contract.
 const MAJOR_MIN: u32 = 14;
 
 /// A directory with `initdb` and `postgres` of one release.
 #[derive(Debug)]
 pub(super) struct Programs {
     bin: PathBuf,
-    /// Such as `15.18`.
+    /// Version of the programs, such as `15.18`.
     pub(super) version: String,
 }
 
 impl Programs {
-    /// The directory that was named, else `PATH`, else the usual directories, newest first; of a given major release
-    /// when a data directory of that release exists.
+    /// Finds the programs in the named directory, else in `PATH`, else in the usual directories, newest first. `major`
+    /// is the release of an existing data directory; only this release can run it.
     pub(super) fn find(named: Option<&Path>, major: Option<&str>) -> Result<Self, Error> {
         if let Some(bin) = named {
             return Self::at(bin).ok_or_else(|| {
@@ -46,7 +46,7 @@ impl Programs {
         let output = Command::new(bin.join("postgres")).arg("--version").output().ok()?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let version = text.split_whitespace().nth(2)?.to_owned();
-        // A link in PATH may lead away from the directory that holds the libraries' relative paths.
+        // A link in `PATH` may lie outside of the directory to which the libraries' relative paths refer.
         let bin = initdb.canonicalize().ok()?.parent()?.to_owned();
         Some(Self { bin, version })
     }
@@ -80,7 +80,7 @@ fn candidates() -> Vec<PathBuf> {
     found
 }
 
-/// The one command that helps on this platform.
+/// The error text for missing programs, with the install command of this platform.
 fn hint(major: Option<&str>) -> String {
     let wanted = major.map_or_else(|| format!("Postgres {MAJOR_MIN} or newer"), |major| format!("Postgres {major}"));
     let has = |program: &str| Path::new("/usr/bin").join(program).exists();
@@ -103,7 +103,7 @@ fn hint(major: Option<&str>) -> String {
     )
 }
 
-/// Whom the programs run as when this process is root, which Postgres refuses.
+/// The user that runs the programs if this process is root, as which Postgres refuses to run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct User {
     pub(super) uid: u32,
@@ -111,7 +111,7 @@ pub(super) struct User {
 }
 
 impl User {
-    /// The owner of the directory if that is not root, else `postgres`, else `nobody`; none when not root.
+    /// The owner of the directory; if that is root, `postgres`, else `nobody`. `None`: this process is not root.
     pub(super) fn for_data(home: &Path) -> Result<Option<Self>, Error> {
         if !rustix::process::geteuid().is_root() {
             return Ok(None);
@@ -134,7 +134,7 @@ impl User {
         Ok(find("postgres").or_else(|| find("nobody")))
     }
 
-    /// Whether this user can get to the directory; a home below `/root` cannot be reached by anybody else.
+    /// Fails if this user cannot enter the directory; below `/root`, for example, no other user can.
     pub(super) fn check_reach(&self, home: &Path) -> Result<(), Error> {
         let reached = Command::new("/bin/sh")
             .args(["-c", "cd \"$0\"", &home.to_string_lossy()])
