@@ -1,4 +1,4 @@
-//! The `absurd` command: its words, and which module carries each out.
+//! The `absurd` command: defines the command line, and calls the module of each command.
 
 #![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic when nobody reads: use out! and note!")]
 
@@ -175,7 +175,7 @@ struct ClientArgs {
     output: Output,
 }
 
-/// The queue of commands that name none.
+/// The queue of a command that names none: `ABSURD_DEFAULT_QUEUE`, else `ABSURD_QUEUE`, else `default`.
 fn default_queue() -> String {
     let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     set("ABSURD_DEFAULT_QUEUE").or_else(|| set("ABSURD_QUEUE")).unwrap_or_else(|| absurd_client::DEFAULT_QUEUE.into())
@@ -186,7 +186,7 @@ impl ClientArgs {
         self.queue.clone().unwrap_or_else(default_queue)
     }
 
-    /// The same with a queue that stands as an argument: the flag must not say another one.
+    /// These arguments with the queue that a positional argument names. Fails if `--queue` names another one.
     fn with_queue(mut self, name: Option<String>) -> anyhow::Result<Self> {
         if let (Some(name), Some(flag)) = (&name, &self.queue) {
             anyhow::ensure!(name == flag, "the command names two queues: {name:?} and, with --queue, {flag:?}");
@@ -205,7 +205,7 @@ impl ClientArgs {
     }
 }
 
-/// Runs the command line; the exit code says how it went. No error shows a password.
+/// Runs the command line and returns the exit code. Passwords in errors are masked.
 pub fn main() -> ExitCode {
     let outcome = carry_out(parsed().command);
     let written = output::finish();
@@ -242,7 +242,7 @@ fn carry_out(command: Command) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The command line. What is said of a mistake in it shows no password.
+/// Parses the command line; exits after an error, in which passwords are masked.
 fn parsed() -> Cli {
     Cli::try_parse().unwrap_or_else(|error| {
         if !error.use_stderr() {
@@ -266,7 +266,7 @@ fn completions(shell: clap_complete::Shell) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Small programs that start often: one thread is enough.
+/// Runs a short command that starts often, so on one thread.
 fn in_a_task(work: impl Future<Output = anyhow::Result<ExitCode>>) -> anyhow::Result<ExitCode> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
@@ -279,7 +279,7 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
 }
 
-/// Logs to standard error; `filter` as in `ABSURD_LOG`.
+/// Starts logging to standard error; `filter` has the syntax of `ABSURD_LOG`.
 fn log(filter: &str, json: bool) -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_new(filter)
         .map_err(|error| anyhow::anyhow!("log: {error}; write it as info or absurd_server=debug"))?;
@@ -287,7 +287,7 @@ fn log(filter: &str, json: bool) -> anyhow::Result<()> {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(output::has_colours())
-        // A failed write would be told with a macro that panics when it cannot write either.
+        // Otherwise a failed write would be reported by a macro that panics when it cannot write either.
         .log_internal_errors(false);
     if json {
         subscriber.json().init();
@@ -297,8 +297,8 @@ fn log(filter: &str, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Signals that ask the process to stop. They are caught from this value's making on, not from the first wait: a process
-/// that says "serving" must be ready to be stopped.
+/// The signals that ask the process to stop. They are caught from the creation of this value on, not from the first
+/// wait: a process that logs "serving" must be ready to be stopped.
 #[derive(Debug)]
 struct Stop(Option<(Signal, Signal)>);
 
@@ -308,7 +308,7 @@ impl Stop {
         Self(signals.ok())
     }
 
-    /// Resolves at each signal.
+    /// Resolves at the next SIGTERM or SIGINT.
     async fn asked(&mut self) {
         let Some((terminate, interrupt)) = &mut self.0 else {
             let _ = tokio::signal::ctrl_c().await;
@@ -321,7 +321,7 @@ impl Stop {
     }
 }
 
-/// Resolves when the process is asked to stop; it listens from this call on.
+/// Resolves when the process is asked to stop. Signals are caught from this call on.
 fn asked_to_stop() -> impl Future<Output = ()> {
     let mut stop = Stop::listen();
     async move { stop.asked().await }

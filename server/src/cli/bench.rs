@@ -1,4 +1,4 @@
-//! `absurd bench`: measures a server, from outside, beside what its database can do in the same run.
+//! `absurd bench`: measures a server from outside, beside the limits of its database in the same run.
 
 mod idle;
 mod latency;
@@ -65,7 +65,7 @@ pub(super) enum BenchCommand {
     Compare(report::CompareArgs),
 }
 
-/// The smallest write that Postgres must flush: it needs no table, only a transaction.
+/// The smallest write that Postgres must flush: a transaction without a table.
 const BARE_COMMIT: &str = "select pg_logical_emit_message(true, 'absurd', 'bench')";
 
 /// Flags of every measurement.
@@ -88,12 +88,12 @@ struct StageArgs {
     output: Output,
 }
 
-/// What is measured: a server and its database.
+/// The server under measurement, and its database.
 #[derive(Debug)]
 struct Stage {
     url: String,
     database: tokio_postgres::Config,
-    /// When the bench brought it; then its memory can be read.
+    /// The server's process if the bench started it; only then can its memory be read.
     server: Option<OwnServer>,
 }
 
@@ -140,12 +140,12 @@ fn on_own_stage(options: &ClusterOptions, work: impl AsyncFnOnce(&Stage) -> anyh
     outcome
 }
 
-/// A server in a process of its own, as users run it. Dropping it kills it.
+/// A server in a process of its own, as users run it. Its drop kills it.
 #[derive(Debug)]
 struct OwnServer(Child);
 
 impl OwnServer {
-    /// Starts it on a free port; the URL is where it serves.
+    /// Starts the server on a free port; returns it with its URL.
     fn start(database: &str) -> anyhow::Result<(Self, String)> {
         let mut command = Command::new(std::env::current_exe()?);
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("ABSURD_")) {
@@ -173,7 +173,8 @@ impl OwnServer {
             let entry: Value = serde_json::from_str(&line).unwrap_or_default();
             if let Some(listen) = entry["fields"]["listen"].as_str() {
                 let url = format!("http://{listen}");
-                // The server must never wait for a reader of its log; its warnings belong to the measurement.
+                // Read in a thread, so that the server never waits for a reader of its log. Its warnings belong to the
+                // measurement.
                 std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| note!("server: {line}")));
                 return Ok((server, url));
             }
@@ -182,7 +183,7 @@ impl OwnServer {
         anyhow::bail!("the server did not start:\n{}", said.join("\n"))
     }
 
-    /// Resident memory in KiB, as the kernel counts it.
+    /// Resident memory in KiB, from `/proc`.
     fn memory_kib(&self) -> anyhow::Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
@@ -197,7 +198,7 @@ impl Drop for OwnServer {
     }
 }
 
-/// A session at the database, beside the server's.
+/// Opens a connection to the database, beside the server's.
 async fn connect(database: &tokio_postgres::Config) -> anyhow::Result<tokio_postgres::Client> {
     let (client, connection) =
         database.connect(tokio_postgres::NoTls).await.context("cannot connect to the database")?;
@@ -205,13 +206,13 @@ async fn connect(database: &tokio_postgres::Config) -> anyhow::Result<tokio_post
     Ok(client)
 }
 
-/// Progress on standard error, when that is a terminal.
+/// A progress bar on standard error; hidden if that is no terminal.
 fn progress(what: &'static str, length: usize) -> anyhow::Result<ProgressBar> {
     let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}")?;
     Ok(ProgressBar::new(length as u64).with_style(style).with_message(what))
 }
 
-/// Prints what took how long.
+/// Prints the quantiles of the measured times.
 fn quantiles(how: Output, measured: impl IntoIterator<Item = (&'static str, Vec<Duration>)>) {
     let mut rows = Vec::new();
     let mut values = serde_json::Map::new();

@@ -1,4 +1,4 @@
-//! `absurd demo`: order-fulfillment, whose worker is killed after the payment; another one resumes, nobody pays twice.
+//! `absurd demo`: runs an order, kills its worker after the payment, and shows that a second worker does not pay again.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -16,9 +16,9 @@ use super::{ClientArgs, dev, runtime};
 use crate::postgres::{Cluster, ClusterOptions};
 
 const QUEUE: &str = "demo";
-/// What a worker says when the task waits for the warehouse.
+/// The line that a worker prints when the task waits for the warehouse.
 const WAITS: &str = "the task sleeps until its shipment is packed; this worker is free";
-/// The grace of a lost worker; the shortest that the server grants.
+/// Reconnect grace of a lost worker; 1 s is the shortest that the server grants.
 const GRACE: Duration = Duration::from_secs(1);
 
 /// Flags of `absurd demo`.
@@ -138,7 +138,7 @@ fn follow(
     follow_with(worker, say, name, until, |_| {})
 }
 
-/// Prints what a worker says, up to a line or to its end.
+/// Prints the lines of a worker, up to one that contains `until` or to the last.
 fn follow_with(
     worker: &mut std::process::Child,
     say: &impl Fn(&str),
@@ -159,7 +159,7 @@ fn follow_with(
     Ok(())
 }
 
-/// The worker: takes one task, carries out its steps, stores each.
+/// The worker: takes one task, runs its steps, and stores the result of each.
 pub(super) async fn work(args: DemoWorkerArgs) -> anyhow::Result<()> {
     let client = AbsurdClient::connect(&ConnectOptions::new(&args.url))?.with_queue(QUEUE);
     let options = StreamOptions { reconnect_grace: Some(GRACE), ..StreamOptions::default() };
@@ -174,7 +174,7 @@ pub(super) async fn work(args: DemoWorkerArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The seed's order-fulfillment; false when the task sleeps now.
+/// Runs order-fulfillment. Returns false if the task now sleeps.
 async fn fulfil(task: &ClaimedTask, args: &DemoWorkerArgs) -> anyhow::Result<bool> {
     let order: Value = task.params()?;
     let payment = step(task, "process-payment", || charge(&args.ledger, &order)).await?;
@@ -198,7 +198,7 @@ async fn fulfil(task: &ClaimedTask, args: &DemoWorkerArgs) -> anyhow::Result<boo
     Ok(true)
 }
 
-/// A step runs once: its result is stored, and found again by whoever takes the task next.
+/// Runs a step once and stores its result. A later attempt gets the stored result.
 async fn step(task: &ClaimedTask, name: &str, run: impl FnOnce() -> anyhow::Result<Value>) -> anyhow::Result<Value> {
     if let Some(stored) = task.checkpoint(name) {
         out!("{name}: done before");

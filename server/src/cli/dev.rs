@@ -1,4 +1,4 @@
-//! `absurd dev`: a private Postgres, migrated, served, and shown as it works.
+//! `absurd dev`: starts a private Postgres, migrates it, serves on it, and shows its tasks as they run.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -21,9 +21,9 @@ use crate::domain::{QueueName, State};
 use crate::postgres::{Cluster, ClusterOptions, DATABASE, default_home};
 use crate::settings::{DEFAULT_LISTEN, Secret, Settings};
 
-/// Tasks whose failures and waits are read at the same time; under load the lines of the others stay short.
+/// Tasks whose failures and waits are read at the same time; under load, the other tasks get no such line.
 const NEWS_MAX: usize = 4;
-/// Tasks that have a live line of their own at the same time.
+/// Maximum number of tasks with a live line of their own.
 const LINES_MAX: usize = 12;
 
 /// Flags of `absurd dev`.
@@ -57,12 +57,12 @@ pub(super) struct DevArgs {
     log: String,
 }
 
-/// Runs until asked to stop.
+/// Serves until asked to stop.
 pub(super) fn run(args: DevArgs) -> anyhow::Result<()> {
     log(&args.log, false)?;
     let started = Instant::now();
     let home = args.data_dir.unwrap_or_else(default_home);
-    // Before the runtime: Postgres must belong to a thread that stays.
+    // Before the runtime, because the start blocks.
     let mut cluster = Cluster::start(&ClusterOptions { home, bin: args.pg_bin, durable: true, settings: Vec::new() })?;
     let listen = args.port.map_or(args.listen, |port| SocketAddr::new(args.listen.ip(), port));
     let queue = args.queue.unwrap_or_else(default_queue);
@@ -71,7 +71,7 @@ pub(super) fn run(args: DevArgs) -> anyhow::Result<()> {
     outcome
 }
 
-/// Starts a server on a private cluster: database, schemas, queue.
+/// Starts a server on a private cluster, with its database, schemas and queue.
 pub(super) async fn start_on(
     cluster: &Cluster,
     listen: SocketAddr,
@@ -94,7 +94,7 @@ fn url(addr: SocketAddr) -> String {
     if addr.ip().is_unspecified() { format!("http://127.0.0.1:{}", addr.port()) } else { format!("http://{addr}") }
 }
 
-/// Creates the database of a private cluster, unless it is there.
+/// Creates the database of a private cluster, if it is missing.
 pub(super) async fn create_database(cluster: &Cluster) -> anyhow::Result<()> {
     let (client, connection) = tokio_postgres::connect(&cluster.url("postgres"), tokio_postgres::NoTls).await?;
     let connection = tokio::spawn(connection);
@@ -150,7 +150,7 @@ async fn serve(
     ended
 }
 
-/// An attempt that failed or waits: the reason, and the next try, are worth a line.
+/// Whether an attempt failed or the task waits, so that the reason and the next attempt get a line.
 fn has_more_to_tell(activity: &Activity) -> bool {
     matches!(activity.what, What::Ended { state: State::Pending | State::Sleeping | State::Failed })
 }
@@ -178,7 +178,7 @@ fn greet(cluster: &Cluster, app: &App, queue: &str, took: Duration) {
     );
 }
 
-/// One live line per task on a terminal, one line per event elsewhere.
+/// Shows one live line per task on a terminal, else one line per activity.
 struct Lines {
     screen: MultiProgress,
     live: HashMap<Uuid, (ProgressBar, Instant, String)>,
@@ -231,7 +231,8 @@ impl Lines {
             return self.note(&line);
         }
         if !self.terminal {
-            // Remembered for its name and its age; bounded as on a terminal.
+            // Below, the task is remembered for its name and its age: here up to 10,000 tasks, on a terminal
+            // `LINES_MAX`.
             out!("{line}");
         }
         if let Some((bar, _, _)) = self.live.get(&id) {

@@ -1,4 +1,4 @@
-//! `absurd doctor`: looks for what should not be in a database, and says how to mend it. It changes nothing.
+//! `absurd doctor`: looks for faults in a database, and says how to mend them. It changes nothing.
 
 use std::time::Duration;
 
@@ -16,11 +16,11 @@ use crate::store::migrate::{self, Origin, Report};
 use crate::store::quarantine::Quarantined;
 use crate::store::{Fault, Store, StoreOptions};
 
-/// Counts go up to here.
+/// Counts stop at this number.
 const BOUND: i64 = 1000;
-/// Dead rows that were kept this long make claims slower. A backup may do that; it is good to know.
+/// A transaction older than this is noted: the dead rows that it keeps slow claims down. It may be a backup.
 const SNAPSHOT_KNOWN: Duration = Duration::from_secs(60);
-/// What is open longer than this was forgotten.
+/// A transaction older than this counts as forgotten, and as wrong.
 const SNAPSHOT_WRONG: Duration = Duration::from_secs(600);
 
 /// Flags of the doctor.
@@ -34,9 +34,9 @@ pub(super) struct DoctorArgs {
     output: Output,
 }
 
-/// Something to mend, or only to know.
+/// A fault to mend, or a fact to know.
 struct Finding {
-    /// Whether something is wrong; else it is only good to know.
+    /// Whether this is a fault; otherwise it is a fact to know.
     wrong: bool,
     what: String,
     mend: String,
@@ -52,7 +52,7 @@ impl Finding {
     }
 }
 
-/// Looks, prints, and fails when something is wrong.
+/// Checks the database, prints the findings, and fails if one of them is a fault.
 pub(super) async fn run(args: DoctorArgs) -> anyhow::Result<()> {
     let database = resolve_database(args.database_url.as_ref())?;
     let known = connect::check(&database, &connect::connect(&database, "absurd doctor").await?).await?;
@@ -66,7 +66,7 @@ pub(super) async fn run(args: DoctorArgs) -> anyhow::Result<()> {
     let version = facts.first().map_or_else(String::new, |row| row.get("version"));
     findings.extend(facts.iter().flat_map(settings));
     findings.extend(snapshot(store.snapshot_age().await.map_err(told)?));
-    // The rest speaks of tables that a migration makes.
+    // The other checks read tables that a migration creates.
     let upkeep = if report.applied.is_empty() { store.doctor_upkeep().await.map_err(told)? } else { Vec::new() };
     if report.applied.is_empty() {
         findings.extend(store.doctor_registry().await.map_err(told)?.iter().map(registry));
@@ -136,7 +136,7 @@ fn encoding(known: &Facts) -> Option<Finding> {
     known.encoding_problem().map(|problem| Finding::wrong(problem, mend))
 }
 
-/// What keeps the server from a table of a queue, or may refuse single rows.
+/// Faults of a queue's table that stop the server or may refuse single rows.
 fn access(row: &Row, role: &str) -> Vec<Finding> {
     let queue: &str = row.get("queue_name");
     let kind: &str = row.get("kind");
@@ -178,7 +178,7 @@ fn access(row: &Row, role: &str) -> Vec<Finding> {
     findings
 }
 
-/// A key or an index that is missing. Cleanup alone walks three of them, which upstream's tool does not make.
+/// A missing key or index. Cleanup alone uses three of the indexes; upstream's tool does not create these.
 fn index(row: &Row, origin: Origin) -> Option<Finding> {
     let queue: &str = row.get("queue_name");
     let kind: &str = row.get("kind");
@@ -293,7 +293,7 @@ async fn queues(store: &Store, names: &[&str]) -> anyhow::Result<Vec<Finding>> {
     Ok(findings)
 }
 
-/// What each count means, and what mends it.
+/// The findings from the counts of a queue, each with the way to mend it.
 fn contents(queue: &str, row: &Row) -> Vec<Finding> {
     let table = |kind: &str| format!("absurd.\"{kind}_{}\"", queue.replace('"', "\"\""));
     let (t, r, c, w, e) = (table("t"), table("r"), table("c"), table("w"), table("e"));

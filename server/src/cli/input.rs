@@ -1,4 +1,5 @@
-//! Values that people type: JSON from the command line, a file or standard input, `key=value`, times, retry strategies.
+//! Parses values from the command line: JSON (from an argument, a file or standard input), `key=value`, times, retry
+//! strategies.
 
 use std::io::Read as _;
 use std::path::Path;
@@ -11,11 +12,11 @@ use serde_json::{Map, Value};
 
 use crate::settings::Span;
 
-/// Characters of a text that are shown before and behind a mistake.
+/// Characters shown before and after a mistake.
 const SHOWN: usize = 40;
 
-/// The text of an argument: `@FILE` is read, `-` is standard input, everything else is the text itself. `what` names the
-/// argument in errors.
+/// The text of an argument: `@FILE` reads a file, `-` reads standard input, everything else is the text itself. `what`
+/// names the argument in errors.
 pub(super) fn text(what: &str, argument: &str) -> anyhow::Result<String> {
     if let Some(path) = argument.strip_prefix('@') {
         anyhow::ensure!(!path.is_empty(), "{what}: no file is named behind the @");
@@ -29,23 +30,23 @@ pub(super) fn text(what: &str, argument: &str) -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// JSON of an argument: see [`text`].
+/// The JSON of an argument, read like [`text`].
 pub(super) fn json(what: &str, argument: &str) -> anyhow::Result<Json> {
     let text = text(what, argument)?;
     check(what, &text)?;
     Ok(Json::from_text(text.trim()))
 }
 
-/// Checks the syntax; the error shows the place.
+/// Checks the syntax of JSON; the error shows the place of the mistake.
 fn check(what: &str, text: &str) -> anyhow::Result<()> {
     let Err(error) = serde_json::from_str::<&RawValue>(text) else { return Ok(()) };
     anyhow::bail!("{what}: not valid JSON: {error}\n{}{}", pointed_at(text, &error), hint(text));
 }
 
-/// The line of a mistake, with a caret below it.
+/// The line with the mistake, and a caret below the mistake.
 fn pointed_at(text: &str, error: &serde_json::Error) -> String {
     let line = text.split('\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
-    // Columns count bytes, from 1; at the end of the text the caret stands behind it.
+    // Columns count bytes, from 1. A mistake at the end of the text has its caret behind the text.
     let bytes = if error.is_eof() { error.column() } else { error.column().saturating_sub(1) };
     let place = line.char_indices().take_while(|(index, _)| *index < bytes).count();
     let skipped = place.saturating_sub(SHOWN);
@@ -56,7 +57,7 @@ fn pointed_at(text: &str, error: &serde_json::Error) -> String {
     format!("  {before}{shown}{}\n  {caret}^", if behind { "..." } else { "" })
 }
 
-/// Mistakes that have a usual reason.
+/// A hint for a mistake with a common cause; else empty.
 fn hint(text: &str) -> String {
     let trimmed = text.trim();
     if trimmed.is_empty() {
@@ -74,7 +75,7 @@ fn hint(text: &str) -> String {
     String::new()
 }
 
-/// An object of `key=value` (a text) and `key:=value` (JSON).
+/// Builds an object from `key=value` (text) and `key:=value` (JSON). Fails if a key is given twice.
 pub(super) fn object(what: &str, pairs: &[String]) -> anyhow::Result<Map<String, Value>> {
     let mut object = Map::new();
     for pair in pairs {
@@ -94,7 +95,7 @@ pub(super) fn object(what: &str, pairs: &[String]) -> anyhow::Result<Map<String,
     Ok(object)
 }
 
-/// A time as RFC 3339 writes it, with any offset; `date -Iseconds` prints one.
+/// Parses an RFC 3339 time with an offset, such as `date -Iseconds` prints.
 pub(super) fn time(text: &str) -> Result<SystemTime, String> {
     match text.trim().parse::<jiff::Timestamp>() {
         Ok(time) => Ok(time.into()),

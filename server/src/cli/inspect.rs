@@ -1,4 +1,4 @@
-//! State and history of a task, for people: `absurd task get` and `absurd task watch`.
+//! Shows the state and the history of a task: `absurd task get` and `absurd task watch`.
 
 use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
@@ -14,22 +14,22 @@ use uuid::Uuid;
 use super::ClientArgs;
 use super::output::{self, Output, note, out};
 
-/// Attempts of a task that are shown in a table; JSON has more.
+/// Attempts shown in a table; JSON has all that were read.
 const ATTEMPTS_SHOWN: usize = 10;
-/// Attempts and waits that are read at most.
+/// Maximum number of attempts and waits to read.
 const READ_MAX: usize = 1000;
-/// Characters of a step's value.
+/// Characters shown of a step's value.
 const VALUE_SHOWN: usize = 100;
-/// Characters of params, headers and a result in a table.
+/// Characters shown of params, headers and a result in a table.
 const PAYLOAD_SHOWN: usize = 2000;
 
-/// Attempts that were begun, and how many there may be.
+/// The number of begun attempts, with their limit.
 pub(super) fn attempts(attempts: i32, max_attempts: Option<i32>, started: bool) -> String {
     let begun = if started { attempts } else { attempts.saturating_sub(1) };
     max_attempts.map_or_else(|| format!("{begun}, no limit"), |limit| format!("{begun} of {limit}"))
 }
 
-/// All that is known of a task.
+/// The record of a task with its runs, waits and steps.
 struct Known {
     queue: String,
     task: Task,
@@ -155,12 +155,12 @@ fn run_json(run: &Run) -> Value {
     })
 }
 
-/// A run that some worker has had.
+/// Whether a worker has had the run.
 fn has_begun(run: &Run) -> bool {
     run.started_at.is_some() || run.failure_reason.is_some()
 }
 
-/// A run in one line: number, state, worker, times.
+/// A run as one line: attempt, state, worker, times.
 fn attempt(run: &Run) -> String {
     let mut line = format!("{}  {}", run.attempt, run.state);
     if let Some(worker) = &run.claimed_by {
@@ -176,7 +176,7 @@ fn attempt(run: &Run) -> String {
     line
 }
 
-/// The next event of a run that has not ended.
+/// The next change of a run as a line; empty once the run has ended.
 fn next(run: &Run) -> String {
     let at = match run.available_at {
         Available::At(at) => Some(at).filter(|at| *at > SystemTime::now()),
@@ -198,7 +198,7 @@ fn next(run: &Run) -> String {
     }
 }
 
-/// The newest attempt in one line: the reason of its failure, and the time of the next try.
+/// The newest attempt as one line: the reason of its failure, and the time of the next attempt.
 pub(super) async fn news(client: &AbsurdClient, id: Uuid) -> Option<String> {
     let page = client.list_runs(id, 1000, "").await.ok().filter(|page| page.next_page_token.is_empty())?;
     let newest = page.items.last()?;
@@ -211,13 +211,13 @@ pub(super) async fn news(client: &AbsurdClient, id: Uuid) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join("; "))
 }
 
-/// A time to come, for people and for machines.
+/// A future time: the span until then, and the time itself.
 fn moment(at: SystemTime) -> String {
     let left = at.duration_since(SystemTime::now()).unwrap_or_default();
     format!("in {} ({})", output::span(left), output::time(Some(at)))
 }
 
-/// A failure's reason in lines: its name and message, the traceback below, and whatever else it holds.
+/// The lines of a failure's reason: name and message, then the traceback, then its other fields.
 pub(super) fn failure(reason: &Json) -> Vec<String> {
     let Ok(Value::Object(mut fields)) = reason.to() else { return vec![cut(reason.as_str(), PAYLOAD_SHOWN)] };
     let mut text = |name: &str| match fields.remove(name) {
@@ -234,20 +234,20 @@ pub(super) fn failure(reason: &Json) -> Vec<String> {
     lines
 }
 
-/// A worker's text must not steer the terminal.
+/// Replaces control characters, because a worker's text must not control the terminal.
 fn printable(text: &str) -> String {
     text.chars()
         .map(|character| if character.is_control() && character != '\t' { '\u{fffd}' } else { character })
         .collect()
 }
 
-/// The beginning of a long text.
+/// The first `most` characters of a text, with its size if it is longer.
 fn cut(text: &str, most: usize) -> String {
     let kept: String = text.chars().take(most).collect();
     if kept.len() == text.len() { printable(text) } else { format!("{}... ({} bytes)", printable(&kept), text.len()) }
 }
 
-/// Prints a task.
+/// `absurd task get`: prints a task.
 pub(super) async fn get(args: &ClientArgs, client: &AbsurdClient, id: Uuid) -> anyhow::Result<()> {
     let known = Known::read(client, id).await?;
     match args.output {
@@ -257,16 +257,16 @@ pub(super) async fn get(args: &ClientArgs, client: &AbsurdClient, id: Uuid) -> a
     Ok(())
 }
 
-/// Prints the changes of a task's runs, each once.
+/// Prints each change of a task's runs once.
 #[derive(Default)]
 struct Follower {
-    /// Asks for the page that holds the newest run.
+    /// Page token of the page with the newest run.
     token: String,
     told: HashMap<Uuid, String>,
 }
 
 impl Follower {
-    /// Prints the changes since the last look. The end of the task is printed by the caller.
+    /// Prints the changes since the last call. The caller prints the end of the task.
     async fn look(&mut self, client: &AbsurdClient, now: &TaskResult, spinner: &ProgressBar) -> Result<(), Error> {
         let mut page = client.list_runs(now.task_id, 100, &self.token).await?;
         let mut runs = page.items;
@@ -280,7 +280,8 @@ impl Follower {
             if now.state.is_terminal() && Some(run.run_id) == newest {
                 break;
             }
-            // A lease that is extended is no news; what is due in a moment changes its words with each look.
+            // Keys hold fields, not the printed line, whose relative times change with each look. An extended lease is
+            // no change.
             let key = format!("{} {:?} {:?} {:?}", run.state, run.started_at, run.wake_event, run.available_at);
             let key = if run.state == State::Running { format!("{} {:?}", run.state, run.started_at) } else { key };
             if self.told.insert(run.run_id, key.clone()).as_ref() == Some(&key) {
@@ -303,7 +304,7 @@ fn is_away(error: &Error) -> bool {
     error.is_passing() || error.reason() == Reason::DeadlineExceeded
 }
 
-/// Follows a task to its end.
+/// `absurd task watch`: follows a task to its end. Fails if the task does not complete.
 pub(super) async fn watch(
     args: &ClientArgs,
     client: &AbsurdClient,
@@ -322,7 +323,7 @@ pub(super) async fn watch(
                 Ok(now)
             };
             let now = match seen.await {
-                // A server that is away is waited for: see ClientArgs::follow.
+                // `ClientArgs::follow` waits for an unreachable server.
                 Err(error) if is_away(&error) => {
                     tokio::time::sleep(Duration::from_millis(200)).await;
                     continue;
@@ -332,7 +333,7 @@ pub(super) async fn watch(
             if now.state.is_terminal() || output::is_closed() {
                 return Ok(now);
             }
-            // Returns at the end of the task, or after a second; the next round reads the state.
+            // Returns at the end of the task, or after a second. The next round reads the state.
             let _ = client.await_task_result(task_id, Some(Duration::from_secs(1))).await;
         }
     });

@@ -1,4 +1,4 @@
-//! Operator commands that are about no queue and no task: the server's health, and events.
+//! Operator commands that concern neither a queue nor a task: the server's health, and events.
 
 use absurd_client::Emitted;
 use clap::Subcommand;
@@ -26,7 +26,7 @@ pub(super) enum EventCommand {
     },
 }
 
-/// `absurd health`
+/// `absurd health`: asks each replica; fails unless all are serving.
 pub(super) async fn health(args: ClientArgs) -> anyhow::Result<()> {
     let mut ready = true;
     let mut found = Vec::new();

@@ -1,5 +1,5 @@
-//! How commands print: tables for people, JSON for programs. Every line of every command goes through this file, so that a
-//! reader who left early, or a full disk, never ends a command with a panic.
+//! Prints the output of commands: tables for people, JSON for programs. Every line of every command is written here, so
+//! that a closed pipe or a full disk never makes a command panic.
 
 use std::fmt::{self, Write as _};
 use std::io::{self, ErrorKind, IsTerminal as _, Write as _};
@@ -26,7 +26,7 @@ macro_rules! note {
 }
 pub(super) use {note, out};
 
-/// The first failed write to standard output. Later lines are dropped, and the command ends in its own way.
+/// The first failed write to standard output. Later lines are dropped, and the command runs to its end.
 static FAILURE: Mutex<Option<io::Error>> = Mutex::new(None);
 
 fn failure() -> MutexGuard<'static, Option<io::Error>> {
@@ -41,17 +41,17 @@ pub(super) fn line(text: fmt::Arguments<'_>) {
     }
 }
 
-/// Prints a line to standard error. Nobody can be told when that fails.
+/// Prints a line to standard error; ignores a failure, because there is no other place to report it.
 pub(super) fn remark(text: fmt::Arguments<'_>) {
     let _ = io::stderr().write_all(format!("{text}\n").as_bytes());
 }
 
-/// Whether standard output takes no more lines.
+/// Whether a write to standard output has failed.
 pub(super) fn is_closed() -> bool {
     failure().is_some()
 }
 
-/// Writes out what is buffered. A reader who closed the pipe has seen enough; any other failure is an error.
+/// Flushes standard output. A closed pipe is no error, because the reader chose to stop; any other failure is.
 pub(super) fn finish() -> anyhow::Result<()> {
     let failed = failure().take();
     match failed.map_or_else(|| io::stdout().flush(), Err) {
@@ -60,7 +60,7 @@ pub(super) fn finish() -> anyhow::Result<()> {
     }
 }
 
-/// Asks a question on the terminal; only `y` is a yes.
+/// Asks a question on the terminal; only `y` or `Y` confirms. Fails without a terminal.
 pub(super) fn confirm(question: &str) -> anyhow::Result<bool> {
     anyhow::ensure!(io::stdin().is_terminal(), "this cannot be undone: say --yes");
     let _ = io::stderr().write_all(format!("{question} [y/N] ").as_bytes());
@@ -69,7 +69,7 @@ pub(super) fn confirm(question: &str) -> anyhow::Result<bool> {
     Ok(answer.trim().eq_ignore_ascii_case("y"))
 }
 
-/// Whether standard error shows colours: on a terminal, unless `NO_COLOR` is set; elsewhere only with `CLICOLOR_FORCE`.
+/// Whether standard error gets colours: if it is a terminal or `CLICOLOR_FORCE` is set, unless `NO_COLOR` is set.
 pub(super) fn has_colours() -> bool {
     let set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty() && value != "0");
     if std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty()) {
@@ -78,13 +78,13 @@ pub(super) fn has_colours() -> bool {
     set("CLICOLOR_FORCE") || io::stderr().is_terminal()
 }
 
-/// Prints rows under a head.
+/// Prints rows in aligned columns, below a head.
 pub(super) fn table(head: &[&str], rows: &[Vec<String>]) {
     let head = head.iter().map(|cell| (*cell).to_owned()).collect();
     self::rows(&[&[head], rows].concat());
 }
 
-/// Prints rows without a head.
+/// Prints rows in aligned columns.
 pub(super) fn rows(rows: &[Vec<String>]) {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
@@ -98,7 +98,7 @@ pub(super) fn rows(rows: &[Vec<String>]) {
     }
 }
 
-/// Prints names with values.
+/// Prints names and values in two columns.
 pub(super) fn record(fields: &[(&str, String)]) {
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (name, value) in fields {
@@ -106,27 +106,27 @@ pub(super) fn record(fields: &[(&str, String)]) {
     }
 }
 
-/// Prints a JSON value.
+/// Prints a JSON value, indented.
 pub(super) fn json(value: &serde_json::Value) {
     out!("{value:#}");
 }
 
-/// A time as RFC 3339, or nothing.
+/// A time in RFC 3339; empty for `None`.
 pub(super) fn time(at: Option<std::time::SystemTime>) -> String {
     at.map(|at| humantime::format_rfc3339_millis(at).to_string()).unwrap_or_default()
 }
 
-/// A time as RFC 3339, or null.
+/// A time in RFC 3339; null for `None`.
 pub(super) fn json_time(at: Option<std::time::SystemTime>) -> serde_json::Value {
     at.map_or(serde_json::Value::Null, |at| time(Some(at)).into())
 }
 
-/// A JSON text as a value, for embedding; what does not parse stays text.
+/// A JSON text as a value, for embedding; a text that does not parse stays text.
 pub(super) fn value(json: Option<&absurd_client::Json>) -> serde_json::Value {
     json.map_or(serde_json::Value::Null, |json| json.to().unwrap_or_else(|_| json.as_str().into()))
 }
 
-/// A span for people: two units at most, and no finer than it matters.
+/// A span for people: at most two units, coarser for longer spans.
 pub(super) fn span(span: std::time::Duration) -> String {
     let (millis, seconds) = (span.as_millis(), span.as_secs());
     match seconds {

@@ -1,4 +1,4 @@
-//! `absurd queue`.
+//! `absurd queue`: creates, lists, counts and drops queues.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use super::ClientArgs;
 use super::output::{self, Output, note, out};
 use crate::store::queue::COUNT_MAX;
 
-/// Counts that are asked for at once.
+/// Counts in flight.
 const COUNTS_AT_ONCE: usize = 8;
 
 /// `absurd queue ...`
@@ -65,7 +65,7 @@ impl OneQueue {
     }
 }
 
-/// Carries it out.
+/// Runs a queue command.
 pub(super) async fn run(command: QueueCommand) -> anyhow::Result<()> {
     match command {
         QueueCommand::Create { partitioned, queue } => {
@@ -155,7 +155,7 @@ fn mode(queue: &Queue) -> &'static str {
     }
 }
 
-/// A count's name in JSON, its column in a list, and where it stands.
+/// A count: its name in JSON, its column in a list, its field.
 type Column = (&'static str, &'static str, fn(&QueueStats) -> i64);
 
 const COLUMNS: [Column; 5] = [
@@ -166,13 +166,13 @@ const COLUMNS: [Column; 5] = [
     ("cancelled", "CANCELLED", |stats| stats.cancelled),
 ];
 
-/// A count as people read it: a capped one has a plus.
+/// A count for people; a capped one ends in a plus.
 fn shown(stats: &QueueStats, count: i64) -> String {
     if stats.capped && count >= COUNT_MAX { format!("{count}+") } else { count.to_string() }
 }
 
-/// The counts of queues, a few at once and in the order of the queues. A queue that cannot be counted is None, and standard
-/// error says why.
+/// Counts queues, `COUNTS_AT_ONCE` at a time; returns the counts in the order of the queues. A queue that cannot be
+/// counted is `None`; the cause is printed to standard error.
 async fn count_all(client: &AbsurdClient, queues: &[Queue]) -> Vec<Option<QueueStats>> {
     let counts = queues.iter().map(|queue| {
         let client = client.with_queue(queue.name.as_str());

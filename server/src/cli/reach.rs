@@ -1,4 +1,4 @@
-//! Reaching the server: no command waits in silence, and every error names the address and the cause.
+//! Reaching the server: no command waits without a message, and every error names the address and the cause.
 
 use std::io::ErrorKind;
 use std::time::Duration;
@@ -15,32 +15,32 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use super::ClientArgs;
 use super::output::note;
 
-/// Silence that people take for a command that hangs.
+/// Time without an answer after which a command explains its wait.
 const SILENCE: Duration = Duration::from_secs(2);
-/// Between looks at a server that does not answer.
+/// Pause between checks of a server that does not answer.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// The same beside something that takes its time.
+/// Longest pause between checks while a command follows long work; the pause doubles up to it.
 const LOOK_RARELY: Duration = Duration::from_secs(10);
-/// Longest time for the answer to a health check.
+/// Longest wait for the answer to a health check.
 const HEALTH_MAX: Duration = Duration::from_secs(3);
-/// An operator's command gives a server up that has not been there for this long.
+/// Time of absence after which an operator's command gives the server up.
 const GIVE_UP: Duration = Duration::from_secs(10);
-/// Longest look.
+/// Longest time of each part of a check.
 const LOOK_MAX: Duration = Duration::from_secs(2);
-/// The first bytes of HTTP/2, with an empty SETTINGS frame. Each kind of server betrays itself by its answer.
+/// The HTTP/2 preface with an empty SETTINGS frame. The first bytes of the answer tell the kind of the server.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
-/// A look at an address.
+/// The result of a check of an address.
 #[derive(Debug)]
 enum Seen {
-    /// An HTTP/2 server in the clear.
+    /// An HTTP/2 server without TLS.
     Http2,
     Tls,
-    /// A web server that speaks no HTTP/2.
+    /// A web server without HTTP/2.
     Http1,
-    /// Something took the connection and said nothing that is known.
+    /// A server that accepts the connection and sends no known answer.
     Unknown,
-    /// Nobody took the connection.
+    /// No server accepts the connection; holds the cause.
     Nobody(String),
 }
 
@@ -64,7 +64,7 @@ async fn look(url: &str) -> Seen {
         stream.read_exact(&mut first).await
     };
     match timeout(LOOK_MAX, asked).await {
-        // An alert.
+        // A TLS alert.
         Ok(Ok(_)) if first[..2] == [0x15, 0x03] => Seen::Tls,
         Ok(Ok(_)) if &first == b"HTTP" => Seen::Http1,
         Ok(Ok(_)) if first[..2] == [0, 0] => Seen::Http2,
@@ -72,11 +72,11 @@ async fn look(url: &str) -> Seen {
     }
 }
 
-/// Why a server cannot be used.
+/// The reason why a server cannot be used.
 #[derive(Debug)]
 struct Problem {
     text: String,
-    /// Nobody is there at all.
+    /// No server accepts connections there.
     is_absence: bool,
 }
 
@@ -90,7 +90,7 @@ impl Problem {
     }
 }
 
-/// The problem at a URL; None: the server there speaks as the URL says.
+/// The problem at a URL; `None`: the server there speaks the protocol of the URL.
 async fn problem(url: &str) -> Option<Problem> {
     let encrypted = url.starts_with("https:");
     match look(url).await {
@@ -114,7 +114,7 @@ async fn problem(url: &str) -> Option<Problem> {
     }
 }
 
-/// The problem that all replicas have in common; None: one of them is there.
+/// The common problem of all replicas; `None`: at least one of them can be used.
 async fn common_problem(urls: &[String]) -> Option<Problem> {
     let mut looks = tokio::task::JoinSet::new();
     for url in urls {
@@ -132,24 +132,24 @@ async fn common_problem(urls: &[String]) -> Option<Problem> {
 
 const NEXT_STEP: &str = "is it running? start one with: absurd dev (or name another one with --url or ABSURD_URL)";
 
-/// The thing that a command waits for.
+/// The kind of work that a command waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waits {
-    /// An answer that is due at once: silence is told, and an absent server is given up soon.
+    /// An answer that is due at once. Silence is reported; an absent server is given up after `GIVE_UP`.
     Answer,
-    /// A long piece of work: an absent server is told, and given up soon.
+    /// Long work. An absent server is reported, and given up after `GIVE_UP`.
     Work,
-    /// Something that takes its time: an absent server is told, and waited for.
+    /// The end of something slow. An absent server is reported, and waited for.
     End,
 }
 
 impl ClientArgs {
-    /// The URLs of the replicas.
+    /// The URLs of all replicas.
     pub(super) fn urls(&self) -> anyhow::Result<Vec<String>> {
         Ok(ConnectOptions::new(&self.url).urls()?)
     }
 
-    /// Health of one replica.
+    /// The health of one replica. The error explains why it cannot be asked.
     pub(super) async fn health_of(&self, url: &str) -> anyhow::Result<ServingStatus> {
         let mut endpoint = Endpoint::from_shared(url.to_owned())?.connect_timeout(HEALTH_MAX).timeout(HEALTH_MAX);
         if url.starts_with("https:") {
@@ -174,17 +174,17 @@ impl ClientArgs {
         }
     }
 
-    /// Carries out an operator's command. When nobody answers it says so after a moment, and gives up soon.
+    /// Runs an operator's command. Silence is reported after 2 s; an absent server is given up after 10 s.
     pub(super) async fn reach<T>(&self, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
         self.watched(Waits::Answer, work).await
     }
 
-    /// Carries out something that may take long, and ends without a server.
+    /// Runs work that may take long, and that ends without a server.
     pub(super) async fn work<T>(&self, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
         self.watched(Waits::Work, work).await
     }
 
-    /// Carries out something that may take long by itself; an absent server is told, and waited for.
+    /// Runs work that may take long by itself; an absent server is reported, and waited for.
     pub(super) async fn follow<T>(&self, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
         self.watched(Waits::End, work).await
     }
@@ -192,7 +192,7 @@ impl ClientArgs {
     async fn watched<T>(&self, waits: Waits, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
         let urls = self.urls()?;
         let watch = Box::pin(async {
-            // When it was last seen, or first looked for.
+            // Time at which the server was last there, or the time of the start.
             let mut seen = Instant::now();
             let mut told = None;
             let mut every = SILENCE;
@@ -227,7 +227,7 @@ impl ClientArgs {
         }
     }
 
-    /// Why a call failed that never reached the server.
+    /// The cause of a call's failure to reach the server.
     pub(super) async fn cause(&self, error: &absurd_client::Error) -> String {
         let urls = self.urls().unwrap_or_default();
         match common_problem(&urls).await {
@@ -236,7 +236,7 @@ impl ClientArgs {
         }
     }
 
-    /// The words about a server that is there and has not answered yet.
+    /// The message about a server that is there but has not answered yet.
     async fn unready(&self, urls: &[String], waits: Waits) -> Option<String> {
         for url in urls {
             if matches!(self.health_of(url).await, Ok(ServingStatus::NotServing)) {
@@ -247,7 +247,7 @@ impl ClientArgs {
     }
 }
 
-/// An error of the transport, with the address and its cause.
+/// Adds the address and the cause to an error of the transport.
 async fn explained(error: anyhow::Error, urls: &[String]) -> anyhow::Error {
     let Some(call) = error.downcast_ref::<absurd_client::Error>() else { return error };
     match call.reason() {

@@ -45,7 +45,7 @@ pub(super) fn serve(args: ServeArgs) -> anyhow::Result<()> {
     })
 }
 
-/// Host, port and name of a database: enough to know it by, and nothing that must stay secret.
+/// Host, port and name of a database, for the log: they identify it, and hold no secret.
 fn named(database: &tokio_postgres::Config) -> String {
     let ports = database.get_ports();
     let hosts: Vec<String> = database
@@ -63,10 +63,11 @@ fn named(database: &tokio_postgres::Config) -> String {
     format!("{}/{}", hosts.join(","), database.get_dbname().or(database.get_user()).unwrap_or_default())
 }
 
-/// Exit code of `migrate --check` when a migration would change something.
+/// Exit code of `migrate --check` if a migration would change something.
 const WORK_TO_DO: u8 = 2;
 
-/// Migrates, or says what that would do, or takes everything of ours away.
+/// Migrates; or with `--check` reports the pending migrations; or with `--remove` removes the side schema and its
+/// triggers.
 pub(super) fn migrate(args: &MigrateArgs) -> anyhow::Result<ExitCode> {
     let database = resolve_database(args.database_url.as_ref())?;
     let options = migrate::Options { doorbell: args.doorbell, no_doorbell: args.no_doorbell };

@@ -1,7 +1,8 @@
 //! Durable steps from a shell: `absurd step`, `sleep`, `await-event` and `emit`, inside of `absurd worker --exec`.
 //!
-//! The worker holds the claim, the stored values and the use counts of names; these commands ask it over a socket that each
-//! execution has of its own. When the run is suspended or lost, the worker ends the program: no command needs to be obeyed.
+//! The worker holds the claim, the stored values and the use counts of step names. These commands ask it over a socket;
+//! each execution has its own. When the run is suspended or its claim is lost, the worker kills the program, so no
+//! command has to react.
 
 pub(super) mod talk;
 
@@ -22,9 +23,9 @@ use super::worker::{Captured, OUTPUT_BYTES_MAX, result, until_exit};
 use crate::settings::Span;
 use talk::{Answer, Ask, exchange};
 
-/// Where an execution's worker listens.
+/// Environment variable with the path of the execution's socket.
 pub(super) const SOCKET: &str = "ABSURD_TASK_SOCKET";
-/// Exit code of a wait that has timed out, as of `timeout`.
+/// Exit code of a wait that has timed out, the same as of `timeout`.
 const TIMED_OUT: u8 = 124;
 
 pub(super) const STEP_EXAMPLES: &str = "\
@@ -100,7 +101,7 @@ pub(super) struct EmitArgs {
     payload: String,
 }
 
-/// The connection to the execution's worker.
+/// Connects to the execution's worker.
 async fn connect() -> anyhow::Result<BufReader<UnixStream>> {
     let path: PathBuf = std::env::var_os(SOCKET).context(
         "this command works inside of a program that `absurd worker --exec` runs; outside of tasks there is `absurd event emit`",
@@ -109,7 +110,7 @@ async fn connect() -> anyhow::Result<BufReader<UnixStream>> {
     Ok(BufReader::new(stream.with_context(|| format!("the worker does not listen at {}", path.display()))?))
 }
 
-/// Prints a value as the next execution will print it too.
+/// Prints a value in the same form in the first and in later executions.
 fn show(value: &Json) {
     match value.to::<String>() {
         Ok(text) => out!("{text}"),
@@ -125,7 +126,7 @@ fn wrong(answer: Answer) -> anyhow::Error {
     }
 }
 
-/// Runs a command, once.
+/// `absurd step`: runs a command and stores its output, unless the step is stored already.
 pub(super) async fn step(args: StepArgs) -> anyhow::Result<ExitCode> {
     let mut worker = connect().await?;
     match exchange(&mut worker, &Ask::Begin { step: args.name }).await? {
@@ -147,7 +148,7 @@ pub(super) async fn step(args: StepArgs) -> anyhow::Result<ExitCode> {
     let status = until_exit(&mut child, output.read(stdout)).await?;
     anyhow::ensure!(!output.is_over, "the command printed more than {OUTPUT_BYTES_MAX} bytes");
     if !status.success() {
-        // As a shell tells it: the signal's number after 128.
+        // Like a shell: 128 plus the number of the signal.
         let killed = std::os::unix::process::ExitStatusExt::signal(&status).map(|signal| 128 + signal);
         let code = status.code().or(killed).and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
         return Ok(code.into());
@@ -163,7 +164,7 @@ pub(super) async fn step(args: StepArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Sleeps.
+/// `absurd sleep`: sleeps until the time has come; the worker suspends the run meanwhile.
 pub(super) async fn sleep(args: SleepArgs) -> anyhow::Result<ExitCode> {
     let ask = Ask::Sleep {
         step: args.step,
@@ -176,7 +177,7 @@ pub(super) async fn sleep(args: SleepArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Waits for an event.
+/// `absurd await-event`: waits for an event and prints its payload.
 pub(super) async fn await_event(args: AwaitArgs) -> anyhow::Result<ExitCode> {
     let ms = args.timeout.map(|span| span.0.as_millis().try_into().unwrap_or(u64::MAX));
     let ask = Ask::Await { event: args.event, step: args.step, ms };
@@ -190,7 +191,7 @@ pub(super) async fn await_event(args: AwaitArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Emits an event.
+/// `absurd emit`: emits an event on the task's queue.
 pub(super) async fn emit(args: EmitArgs) -> anyhow::Result<ExitCode> {
     let payload = input::text("payload", &args.payload)?;
     let payload = serde_json::value::RawValue::from_string(result(payload.as_bytes()).to_string())?;

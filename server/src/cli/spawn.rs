@@ -1,4 +1,4 @@
-//! `absurd task spawn`.
+//! `absurd task spawn`: spawns one task, or many.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -28,11 +28,11 @@ Examples:
 With neither --max-attempts nor --retry the server's default holds: five attempts, with pauses that grow from one second to five
 minutes. With --max-attempts alone a retry comes at once.";
 
-/// Tasks of one call when many are spawned.
+/// Tasks per call when many are spawned.
 const BULK: usize = 500;
-/// A call of many that is refused for longer than this is looked at: the queue may be full.
+/// Deadline of a call that spawns many; short, because a call that is refused for longer may mean a full queue.
 const BULK_DEADLINE: Duration = Duration::from_secs(2);
-/// A full queue that nobody empties ends the command after this long.
+/// Time for which a queue may stay full before the command fails.
 const FULL_MAX: Duration = Duration::from_secs(30);
 
 /// Flags of `task spawn`.
@@ -126,7 +126,7 @@ impl SpawnArgs {
     }
 }
 
-/// Spawns a task, or many.
+/// Spawns one task and may wait for its end; with `--count` spawns many.
 pub(super) async fn run(args: SpawnArgs) -> anyhow::Result<()> {
     let (options, params) = (args.options()?, args.params()?);
     let task = || NewTask::with_json(&args.name, params.clone(), options.clone());
@@ -142,12 +142,12 @@ pub(super) async fn run(args: SpawnArgs) -> anyhow::Result<()> {
         print_spawned(args.client.output, &spawned);
         return Ok(());
     };
-    // Printed first, so that a caller who stops waiting can look the task up.
+    // Printed first, so that a caller who stops waiting can look up the task.
     note!("task {}", spawned.task_id);
     inspect::watch(&args.client, &client, spawned.task_id, Some(wait.0)).await
 }
 
-/// Adds the next step to an error that has one.
+/// Adds the next command to an error that has one.
 fn helped(client: &AbsurdClient) -> impl Fn(Error) -> anyhow::Error {
     let queue = client.queue_name().to_owned();
     move |error| match error.reason() {
@@ -161,7 +161,7 @@ fn helped(client: &AbsurdClient) -> impl Fn(Error) -> anyhow::Error {
     }
 }
 
-/// Prints the ids of a task.
+/// Prints the ids of a spawned task.
 pub(super) fn print_spawned(how: Output, spawned: &Spawned) {
     match how {
         Output::Table => output::record(&[
@@ -185,7 +185,7 @@ async fn spawn_many(args: &ClientArgs, count: u64, task: impl Fn() -> NewTask) -
         .with_style(ProgressStyle::with_template("{wide_bar} {human_pos}/{human_len} tasks  {per_sec}  {eta} left")?);
     let mut bulk = Bulk { size: BULK, spawned: 0, full_since: None, told: false };
     let mut calls = tokio::task::JoinSet::new();
-    // Each call's tasks keep their ids when the call is repeated: none is spawned twice.
+    // A repeated call has the same task ids, so no task is spawned twice.
     let mut waiting: Vec<Vec<NewTask>> = Vec::new();
     let mut left = count;
     while left > 0 || !waiting.is_empty() || !calls.is_empty() {
@@ -227,7 +227,7 @@ fn is_full(error: &Error) -> bool {
     error.reason() == Reason::BacklogFull
 }
 
-/// How many tasks go into one call, and how long the queue has been full.
+/// Size of the calls, and the time since when the queue has been full.
 struct Bulk {
     size: usize,
     spawned: usize,
@@ -247,7 +247,8 @@ impl Bulk {
         count as u64
     }
 
-    /// A call is all or nothing: fewer tasks may fit. An error once nothing has fitted for long.
+    /// A full queue refused a call. Calls are all or nothing, so the next ones hold one task. `Err`: it has been full
+    /// for `FULL_MAX`.
     fn refused(&mut self, client: &AbsurdClient, count: u64) -> Result<(), ()> {
         let queue = client.queue_name();
         let since = *self.full_since.get_or_insert_with(Instant::now);

@@ -1,4 +1,4 @@
-//! `absurd task`: what is done to a task by its id, and the list of tasks.
+//! `absurd task`: commands on a task by its id, and the list of tasks.
 
 use absurd_client::{
     AbsurdClient, CancelOutcome, FindOptions, FoundTasks, ListOptions, Reason, RetryOptions, State, TaskMatch,
@@ -94,7 +94,7 @@ pub(super) struct WatchArgs {
     task: OneTask,
 }
 
-/// Carries it out.
+/// Runs a task command.
 pub(super) async fn run(command: TaskCommand) -> anyhow::Result<()> {
     match command {
         TaskCommand::Spawn(args) => Box::pin(spawn::run(*args)).await,
@@ -116,20 +116,21 @@ pub(super) async fn run(command: TaskCommand) -> anyhow::Result<()> {
     }
 }
 
-/// Shortest part of an id that names a task.
+/// Shortest part of an id that a command accepts, in digits.
 const PART_MIN: usize = 6;
-/// Candidates that are listed.
+/// Maximum number of candidates in an error.
 const CANDIDATES: i32 = 20;
 
-/// The digits of a whole id.
+/// Digits of a whole id.
 const ID_DIGITS: usize = 32;
 
-/// The task that a command reads; see `find`.
+/// The task that a command reads; see [`find`].
 async fn find_to_read(args: &ClientArgs, text: &str) -> anyhow::Result<(AbsurdClient, Uuid)> {
     find(args, text).await.map(|(client, id, _)| (client, id))
 }
 
-/// The task that a command changes. One that only part of the tasks were searched for may be another than the meant one.
+/// The task that a command changes. Fails if not all tasks were searched, because the match may not be the intended
+/// task.
 async fn find_to_change(args: &ClientArgs, text: &str) -> anyhow::Result<(AbsurdClient, Uuid)> {
     let (client, id, sure) = find(args, text).await?;
     anyhow::ensure!(
@@ -139,8 +140,8 @@ async fn find_to_change(args: &ClientArgs, text: &str) -> anyhow::Result<(Absurd
     Ok((client, id))
 }
 
-/// The task that a text names, a client of its queue, and whether no other task can be meant. It looks in the queue of the
-/// command first, then in all of them.
+/// The task that a text names, a client of its queue, and whether the match is certain. Searches the queue of the
+/// command first, then all queues.
 async fn find(args: &ClientArgs, text: &str) -> anyhow::Result<(AbsurdClient, Uuid, bool)> {
     let digits = text.chars().filter(|character| *character != '-').count();
     anyhow::ensure!(

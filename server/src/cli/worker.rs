@@ -1,4 +1,4 @@
-//! `absurd worker`: any program is a worker. Params on standard input, result on standard output.
+//! `absurd worker`: runs a program for each task, with the params on standard input and the result on standard output.
 
 use std::pin::pin;
 use std::process::{ExitStatus, Stdio};
@@ -39,19 +39,19 @@ without using up an attempt.
 A program may be durable: `absurd step NAME -- COMMAND`, `absurd sleep`, `absurd await-event` and `absurd emit` are for its use.
 It starts from its beginning each time; steps that are stored are not done again. While it sleeps or waits it does not run.";
 
-/// Largest output that becomes a result.
+/// Largest output that becomes a result, in bytes.
 pub(super) const OUTPUT_BYTES_MAX: usize = 8 * 1024 * 1024;
-/// After the end of a program its output is read on for this long: a process that it left behind may hold it open.
+/// Time for which the output is read after the program's end: a process that it left behind may hold the output open.
 const READ_ON: Duration = Duration::from_secs(1);
-/// Longest time for giving tasks back once programs were ended.
+/// Longest time for giving tasks back after their programs were ended.
 const GIVE_BACK_MAX: Duration = Duration::from_secs(5);
-/// Between tries of reporting an outcome, beside the pauses of the client's own.
+/// Pause between attempts to report an outcome, in addition to the client's own pauses.
 const REPORT_AGAIN: Duration = Duration::from_secs(1);
-/// Tasks are finished for as long as they take when nobody asked to stop.
+/// Limit for closing the stream: longer than any program runs, because [`finish`] bounds the wait.
 const AGES: Duration = Duration::from_secs(365 * 24 * 3600);
-/// How long a task waits whose checkpoints could not be read: at once it would come back to the same trouble.
+/// Delay of a task whose checkpoints could not be read; claimed again at once, it would fail the same way.
 const READ_AGAIN: Duration = Duration::from_secs(1);
-/// Bytes of standard error that are recorded.
+/// Bytes of standard error that a failure keeps.
 const ERRORS_BYTES_MAX: usize = 8 * 1024;
 
 /// Flags of `absurd worker`.
@@ -89,7 +89,7 @@ pub(super) struct WorkerArgs {
 }
 
 impl WorkerArgs {
-    /// One word is for the shell, as with --exec; several are a program and its arguments.
+    /// A single word is a shell command, like `--exec`; several are a program and its arguments.
     fn command(&self) -> Command {
         match (&self.exec, self.program.as_slice()) {
             (Some(line), _) | (None, [line]) => {
@@ -110,7 +110,7 @@ impl WorkerArgs {
     }
 }
 
-/// Works until asked to stop.
+/// Works until asked to stop, or until `--max-tasks` are done.
 pub(super) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     log(&std::env::var("ABSURD_LOG").unwrap_or_else(|_| "warn".into()), false)?;
     let host = gethostname::gethostname().to_string_lossy().into_owned();
@@ -168,7 +168,8 @@ pub(super) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     Ok(closed.transpose().map(drop)?)
 }
 
-/// Waits for the programs that run. Once asked to stop, not for longer than `drain`; asked again, not at all.
+/// Waits for the running programs: until asked to stop for as long as they take, then at most `drain`. A second request
+/// ends the wait. Programs that still run are then ended, and their tasks given back.
 async fn finish(
     programs: &mut JoinSet<()>,
     stop: &mut Stop,
@@ -208,7 +209,7 @@ async fn finish(
     programs.abort_all();
 }
 
-/// Opens the stream. The queue, and the server, may come to be after their worker.
+/// Opens the stream. Waits for a queue that does not exist yet, and for an unreachable server.
 async fn open(client: &AbsurdClient, options: StreamOptions) -> anyhow::Result<ClaimStream> {
     let mut told = false;
     loop {
@@ -226,7 +227,7 @@ async fn open(client: &AbsurdClient, options: StreamOptions) -> anyhow::Result<C
     }
 }
 
-/// Says when the server cannot be reached, and when it can again.
+/// Reports when the server becomes unreachable, and when it answers again.
 async fn tell_outages(server: ClientArgs, mut trouble: watch::Receiver<Option<Error>>) {
     let mut told = false;
     while trouble.changed().await.is_ok() {
@@ -245,24 +246,24 @@ async fn tell_outages(server: ClientArgs, mut trouble: watch::Receiver<Option<Er
     }
 }
 
-/// Whether the same call may work later.
+/// Whether the same call may succeed later.
 fn may_pass(error: &Error) -> bool {
     error.is_passing() || error.reason() == Reason::DeadlineExceeded
 }
 
-/// Whether the server refuses the outcome for its content: the same outcome is refused again.
+/// Whether the server refuses the content of the outcome, so that it would refuse it again.
 fn is_refused(error: &Error) -> bool {
     use Reason::{DatabaseRefused, InvalidArgument, JsonInvalid, PayloadTooLarge};
     matches!(error.reason(), JsonInvalid | PayloadTooLarge | InvalidArgument | DatabaseRefused)
 }
 
-/// Whether an operator has to mend the database first. It says nothing of the outcome, which is good for later.
+/// Whether an operator has to mend the database first. The outcome itself may be stored later.
 fn is_for_operators(error: &Error) -> bool {
     use Reason::{DatabaseBroken, DatabasePermission, QueueDamaged, SchemaMissing};
     matches!(error.reason(), DatabaseBroken | DatabasePermission | QueueDamaged | SchemaMissing)
 }
 
-/// What all executions share.
+/// Shared by all executions.
 struct Work {
     args: WorkerArgs,
     absurd: Absurd,
@@ -286,7 +287,8 @@ async fn carry_out(work: Arc<Work>, task: ClaimedTask, over: watch::Receiver<boo
     }
 }
 
-/// Reports the end of an execution. A result that the server refuses for its content becomes a failure that names the refusal.
+/// Reports the outcome of an execution. A result whose content the server refuses becomes a failure that names the
+/// refusal.
 async fn report(task: &ClaimedTask, end: End, over: watch::Receiver<bool>) -> (String, Result<(), Error>) {
     let mut no_retry = false;
     let reason = match end {
@@ -314,8 +316,8 @@ async fn report(task: &ClaimedTask, end: End, over: watch::Receiver<bool>) -> (S
     (what, said)
 }
 
-/// Tries until the server answers: an outcome is worth more than the time of this worker, which has nothing else to do while
-/// there is no server. It gives up when the claim is revoked, and when the worker must end.
+/// Repeats a report until the server answers, because an outcome is worth the wait and this worker has no other work
+/// without a server. Gives up when the claim is revoked or the worker must end.
 async fn persist<F: Future<Output = Result<(), Error>>>(
     task: &ClaimedTask,
     over: &watch::Receiver<bool>,
@@ -340,17 +342,17 @@ async fn persist<F: Future<Output = Result<(), Error>>>(
     }
 }
 
-/// How an execution ended.
+/// The outcome of an execution.
 enum End {
     Result(Json),
-    /// `no_retry`: the program says that another attempt would not help.
+    /// `no_retry`: the program's exit code says that another attempt would not help.
     Failure {
         reason: serde_json::Value,
         no_retry: bool,
     },
     Revoked(absurd_client::Revoked),
     Over(Signal),
-    /// Given back, to be offered again after this long.
+    /// Given back; offered again after this delay.
     Released(Duration),
 }
 
@@ -368,14 +370,14 @@ async fn execute(args: &WorkerArgs, task: &ClaimedTask, context: &Context, mut o
     let mut serving = std::pin::pin!(socket.serve(context));
     let end = tokio::select! {
         biased;
-        // First: what a program prints after its run was suspended is no result.
+        // Checked first: output after the run was suspended is no result.
         signal = context.over() => End::Over(signal),
         why = task.revoked() => End::Revoked(why),
         end = talk(&mut child, params, args.no_retry_code) => end,
         _ = over.wait_for(|over| *over) => End::Released(Duration::ZERO),
         () = &mut serving => End::Released(Duration::ZERO),
     };
-    // Whatever the program has started dies with it, before any of it can see that nobody listens any more.
+    // Kills the whole process group before any process in it can see that the socket has no listener.
     kill_group(group);
     let _ = child.wait().await;
     end
@@ -401,7 +403,7 @@ fn start(args: &WorkerArgs, task: &ClaimedTask, socket: &Socket) -> std::io::Res
         .spawn()
 }
 
-/// Programs find `absurd`, wherever this one was started from.
+/// `PATH` with the directory of this `absurd` at its end, so that programs find it.
 fn path_with_absurd() -> std::ffi::OsString {
     let mut path = std::env::var_os("PATH").unwrap_or_default();
     if let Some(own) = std::env::current_exe().ok().as_deref().and_then(std::path::Path::parent) {
@@ -421,7 +423,7 @@ async fn talk(child: &mut Child, params: Vec<u8>, no_retry_code: Option<i32>) ->
     let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let feed = async move {
         if let Some(mut stdin) = stdin {
-            // A program need not read its input.
+            // A program need not read its input, so a failed write is no error.
             let _ = stdin.write_all(&params).await;
         }
     };
@@ -444,7 +446,8 @@ async fn talk(child: &mut Child, params: Vec<u8>, no_retry_code: Option<i32>) ->
     }
 }
 
-/// Waits for the end of a program while its output is read; a process in the background that holds the output open does not count.
+/// Waits for the end of a program while its output is read. A background process that holds the output open does not
+/// prolong the wait by more than `READ_ON`.
 pub(super) async fn until_exit(child: &mut Child, reading: impl Future<Output = ()>) -> std::io::Result<ExitStatus> {
     let mut reading = pin!(reading);
     let mut done = false;
@@ -460,7 +463,7 @@ pub(super) async fn until_exit(child: &mut Child, reading: impl Future<Output = 
     Ok(status)
 }
 
-/// JSON as it is, other text as a string, nothing as null.
+/// Converts output to JSON: JSON stays as it is, other text becomes a string, no text becomes null.
 pub(super) fn result(output: &[u8]) -> Json {
     let text = String::from_utf8_lossy(output);
     let text = text.trim();
@@ -473,16 +476,16 @@ pub(super) fn result(output: &[u8]) -> Json {
     }
 }
 
-/// Output of a program.
+/// Captured output of a program.
 #[derive(Debug, Default)]
 pub(super) struct Captured {
     pub(super) bytes: Vec<u8>,
-    /// It is more than becomes a result; the rest was read and dropped, so that the program can run to its end.
+    /// The output exceeded `OUTPUT_BYTES_MAX`. The rest was read and dropped, so that the program could run to its end.
     pub(super) is_over: bool,
 }
 
 impl Captured {
-    /// Reads to the end. What was read stays when this is given up.
+    /// Reads to the end of the output. The bytes read so far stay when the future is dropped.
     pub(super) async fn read(&mut self, from: Option<impl AsyncRead + Unpin>) {
         let Some(mut from) = from else { return };
         let mut buffer = vec![0_u8; 16 * 1024];
@@ -495,7 +498,7 @@ impl Captured {
     }
 }
 
-/// Passes standard error on and keeps its end.
+/// Copies standard error to this process's, and keeps its last `ERRORS_BYTES_MAX` bytes.
 async fn tail(from: Option<impl AsyncRead + Unpin>, kept: &mut Vec<u8>) {
     let Some(mut from) = from else { return };
     let mut buffer = vec![0_u8; 4096];
@@ -511,7 +514,7 @@ fn failure(name: &str, message: &str, errors: &str) -> End {
     End::Failure { reason: reason(name, message, errors), no_retry: false }
 }
 
-/// The record of a failure. The last line of standard error says most.
+/// The reason of a failure. Its message ends with the last line of standard error, which usually says most.
 fn reason(name: &str, message: &str, errors: &str) -> serde_json::Value {
     let last = errors.lines().rev().find(|line| !line.trim().is_empty());
     let message = last.map_or_else(|| message.to_owned(), |last| format!("{message}: {last}"));

@@ -1,4 +1,4 @@
-//! `absurd bench idle`: opens streams, lets them be, and reads what they cost.
+//! `absurd bench idle`: opens streams without work, and measures the server's memory and the database's transactions.
 
 use std::time::Duration;
 
@@ -11,11 +11,11 @@ use serde_json::json;
 use super::{Stage, StageArgs, connect, progress};
 use crate::cli::output::{self, Output};
 
-/// Streams that share a connection, as behind a mesh.
+/// Streams per connection, as many as behind a mesh.
 const STREAMS_PER_CONNECTION: u32 = 100;
-/// Calls in flight while queues and streams are made.
+/// Calls in flight while queues and streams are created.
 const CALLS_MAX: usize = 16;
-/// Postgres reports the transactions of an idle session with this delay at most.
+/// Longest delay with which Postgres reports the transactions of an idle session.
 const STATISTICS_DELAY: Duration = Duration::from_secs(11);
 const TRANSACTIONS: &str =
     "select (xact_commit + xact_rollback)::float8 from pg_stat_database where datname = current_database()";
@@ -109,7 +109,7 @@ async fn measure(args: &IdleArgs, stage: &Stage, clients: &[AbsurdClient]) -> an
     Ok(())
 }
 
-/// Transactions of the database so far, ours included.
+/// Transactions of the database so far, including those of the bench.
 async fn transactions(sql: &tokio_postgres::Client) -> anyhow::Result<f64> {
     Ok(sql.query_one(TRANSACTIONS, &[]).await.context("cannot read pg_stat_database")?.get(0))
 }

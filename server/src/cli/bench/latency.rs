@@ -1,7 +1,8 @@
-//! `absurd bench latency`: one task at a time on an otherwise idle server, from spawn to its delivery on a claim stream.
+//! `absurd bench latency`: times one task at a time on an idle server, from its spawn to its delivery on a claim
+//! stream.
 //!
-//! The three measurements alternate, so that they meet the same disk: a bare durable commit, a spawn over gRPC, a spawn
-//! by SQL. Each task is completed before the next sample begins.
+//! Three measurements alternate, so that they meet the same disk: a bare durable commit, a spawn over gRPC, a spawn by
+//! SQL. Each task is completed before the next sample begins.
 
 use std::time::{Duration, Instant};
 
@@ -35,7 +36,7 @@ pub(in crate::cli) struct LatencyArgs {
 
 /// Measures, prints, and drops the queue that it used.
 pub(super) async fn run(args: &LatencyArgs, stage: &Stage) -> anyhow::Result<()> {
-    // Two connections, as two programs would have them.
+    // Two connections, as for two programs.
     let spawner = AbsurdClient::connect(&ConnectOptions::new(&stage.url))?.with_queue(QUEUE);
     let worker = AbsurdClient::connect(&ConnectOptions::new(&stage.url))?.with_queue(QUEUE);
     anyhow::ensure!(
@@ -98,7 +99,7 @@ async fn measure(
     Ok([("bare commit", bare), ("spawn over gRPC", grpc), ("spawn by SQL", sql)])
 }
 
-/// Spawns, waits for the delivery, and completes the task; the time until the worker had it.
+/// Spawns a task, waits for its delivery and completes it. Returns the time until the delivery.
 async fn delivered(
     tasks: &mut ClaimStream,
     started: Instant,

@@ -1,4 +1,4 @@
-//! `absurd bench spawn`, `drain`, `steady`, `steps`, `backlog`: how much goes through, and how long each part of it takes.
+//! `absurd bench spawn`, `drain`, `steady`, `steps` and `backlog`: throughput, and the times of its parts.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,9 +17,9 @@ use super::{Stage, StageArgs, connect, progress};
 use crate::settings::Span;
 
 const QUEUE: &str = "absurd-bench";
-/// Longest standstill of a measurement.
+/// Longest time without progress before a measurement fails.
 const STANDSTILL_MAX: Duration = Duration::from_secs(60);
-/// Tasks of one insert of a preload.
+/// Tasks per insert of a preload.
 const PRELOAD_PART: u32 = 50_000;
 
 /// Flags of `spawn`.
@@ -96,9 +96,9 @@ pub(in crate::cli) struct BacklogArgs {
     samples: u32,
 }
 
-/// A queue of the bench's own, and who works on it.
+/// The bench's own queue, with the clients and the connection that work on it.
 struct Bench {
-    /// Two connections, as two programs would have them.
+    /// Two connections, as for two programs.
     spawner: AbsurdClient,
     worker: AbsurdClient,
     sql: Client,
@@ -123,7 +123,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Tasks that wait, put there without the server, oldest first.
+    /// Inserts claimable tasks by SQL, oldest first.
     async fn preload(&self, tasks: u32, name: &str, params: &Value) -> anyhow::Result<()> {
         let insert = format!(
             "with ids as materialized (
@@ -145,13 +145,14 @@ impl Bench {
     }
 
     async fn commits(&self) -> anyhow::Result<i64> {
-        // Sessions report what they did at most once per second.
+        // Sessions report their commits at most once per second.
         tokio::time::sleep(Duration::from_millis(1200)).await;
         let query = "select xact_commit from pg_stat_database where datname = current_database()";
         Ok(self.sql.query_one(query, &[]).await?.get(0))
     }
 
-    /// What plain SQL can do here: claims and completes tasks in batches of 500, on one connection, over the same tables.
+    /// The limit of plain SQL: claims and completes tasks in batches of 500, on one connection, over the same tables.
+    /// Returns tasks per second.
     async fn sql_limit(&self, tasks: u32) -> anyhow::Result<f64> {
         let claim = format!(
             "with c as materialized (select run_id, task_id from absurd.\"r_{QUEUE}\" where state = 'pending' and available_at <= now()
@@ -185,7 +186,7 @@ fn per_second(count: u32, took: Duration) -> f64 {
     f64::from(count) / took.as_secs_f64()
 }
 
-/// Spawns.
+/// `absurd bench spawn`: spawns tasks with many calls in flight.
 pub(super) async fn spawn(args: &SpawnArgs, stage: &Stage) -> anyhow::Result<()> {
     Bench::run(&args.stage, stage, async |bench| {
         let calls = args.tasks.div_ceil(args.batch);
@@ -229,7 +230,8 @@ pub(super) async fn spawn(args: &SpawnArgs, stage: &Stage) -> anyhow::Result<()>
     .await
 }
 
-/// Takes tasks and completes each by itself until so many are completed; the time from the first to the last.
+/// Claims tasks and completes each by a call of its own, until `tasks` are completed. Returns the time from the first
+/// to the last.
 async fn complete(worker: &AbsurdClient, tasks: u32, credit: i32, times: &mut Times) -> anyhow::Result<Duration> {
     let bar = progress("tasks", tasks as usize)?;
     let mut stream = worker.claim_stream(StreamOptions { max_in_flight: credit, ..StreamOptions::default() }).await?;
@@ -259,11 +261,11 @@ async fn complete(worker: &AbsurdClient, tasks: u32, credit: i32, times: &mut Ti
     Ok(took)
 }
 
-/// Drains a preloaded queue, and does the same with plain SQL.
+/// `absurd bench drain`: drains a preloaded queue, and does the same by plain SQL.
 pub(super) async fn drain(args: &DrainArgs, stage: &Stage) -> anyhow::Result<()> {
     Bench::run(&args.stage, stage, async |bench| {
         let mut times = Times::default();
-        // Both sides warm, and then both measured.
+        // Both sides are warmed up before both are measured.
         bench.preload(2000, "bench", &json!({})).await?;
         complete(&bench.worker, 2000, args.credit, &mut Times::default()).await?;
         bench.preload(args.tasks, "bench", &json!({})).await?;
@@ -283,9 +285,9 @@ pub(super) async fn drain(args: &DrainArgs, stage: &Stage) -> anyhow::Result<()>
     .await
 }
 
-/// Spawns and works at the same time.
+/// `absurd bench steady`: spawns and completes tasks at the same time.
 pub(super) async fn steady(args: &SteadyArgs, stage: &Stage) -> anyhow::Result<()> {
-    /// Tasks that the spawners may be ahead of the worker.
+    /// Maximum number of tasks spawned but not yet received by the worker.
     const AHEAD_MAX: usize = 2000;
     Bench::run(&args.stage, stage, async |bench| {
         let mut stream =
@@ -344,7 +346,7 @@ pub(super) async fn steady(args: &SteadyArgs, stage: &Stage) -> anyhow::Result<(
     .await
 }
 
-/// Tasks with steps, through the durable worker.
+/// `absurd bench steps`: runs tasks with steps through the durable worker.
 pub(super) async fn steps(args: &StepsArgs, stage: &Stage) -> anyhow::Result<()> {
     Bench::run(&args.stage, stage, async |bench| {
         let absurd = Absurd::new(bench.worker.clone());
@@ -388,7 +390,7 @@ pub(super) async fn steps(args: &StepsArgs, stage: &Stage) -> anyhow::Result<()>
     .await
 }
 
-/// Claims one task at a time, with more and more of them waiting.
+/// `absurd bench backlog`: claims one task at a time, while more and more tasks wait.
 pub(super) async fn backlog(args: &BacklogArgs, stage: &Stage) -> anyhow::Result<()> {
     Bench::run(&args.stage, stage, async |bench| {
         let mut report = Report::new("backlog");

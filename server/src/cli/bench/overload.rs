@@ -1,8 +1,8 @@
-//! `absurd bench overload`: what is left of a server's work when more is asked of it than it can do, and how soon it says no.
+//! `absurd bench overload`: throughput of a server that is asked for more than it can do, and the time of its refusals.
 //!
-//! First callers that wait for each answer show what the server can do; then calls come at a multiple of that rate, whether
-//! answers come or not. Nobody asks again. A call should cost the server more than its caller, or the caller, which shares
-//! the machine, is what is measured: spawn several tasks with each.
+//! First, callers that wait for each answer show the server's limit. Then calls come at a multiple of that rate,
+//! whether answers come or not; no caller retries. Spawn several tasks per call: a call must cost the server more than
+//! its caller, which shares the machine. Otherwise the caller is measured.
 
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use super::{Stage, StageArgs};
 use crate::settings::Span;
 
 const QUEUE: &str = "absurd-bench";
-/// Connections that calls are spread over.
+/// Number of connections that share the calls.
 const CONNECTIONS: usize = 8;
 
 /// Flags of the measurement.
@@ -45,7 +45,7 @@ pub(in crate::cli) struct OverloadArgs {
 
 type Grpc = AbsurdServiceClient<Channel>;
 
-/// What became of a call.
+/// Outcome of a call.
 #[derive(Debug)]
 enum Became {
     Done(Duration),
@@ -53,10 +53,10 @@ enum Became {
     Late,
 }
 
-/// What became of all calls.
+/// Outcomes of all calls.
 #[derive(Debug, Default)]
 struct All {
-    /// In the time that counts.
+    /// Successful calls; in the second part, only those that were answered before its end.
     done: u32,
     late: u32,
     answers: Times,
@@ -139,7 +139,7 @@ async fn measure(args: &OverloadArgs, connections: &[Grpc]) -> anyhow::Result<Re
         .times("refusal", over.refusals))
 }
 
-/// Callers that wait for their answers.
+/// Runs callers that wait for each answer before they call again.
 async fn closed(args: &OverloadArgs, connections: &[Grpc]) -> anyhow::Result<All> {
     let until = Instant::now() + args.time.0;
     let mut callers: JoinSet<anyhow::Result<Vec<Became>>> = JoinSet::new();
@@ -160,7 +160,7 @@ async fn closed(args: &OverloadArgs, connections: &[Grpc]) -> anyhow::Result<All
     Ok(all)
 }
 
-/// Calls that come at a rate.
+/// Sends calls at a fixed rate, whether answers come or not.
 async fn open(args: &OverloadArgs, connections: &[Grpc], rate: f64) -> anyhow::Result<All> {
     let (began, until) = (Instant::now(), Instant::now() + args.time.0);
     let mut calls: JoinSet<anyhow::Result<(Became, Instant)>> = JoinSet::new();

@@ -1,5 +1,5 @@
-//! What a measurement has found: rates, and distributions of times (`HdrHistogram`, three digits). Two of them as JSON can be
-//! compared.
+//! The result of a measurement: rates, and distributions of times (`HdrHistogram`, three digits). Two results can be
+//! compared as JSON.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,20 +11,20 @@ use serde_json::{Map, Value};
 
 use crate::cli::output::{self, Output, out};
 
-/// How long something took, many times.
+/// Distribution of times, in microseconds.
 #[derive(Debug)]
 pub(super) struct Times(Histogram<u64>);
 
 impl Default for Times {
     fn default() -> Self {
-        // One digit fewer than three would hide 1 %; the range grows as it must.
+        // With two digits, differences of 1 % would not show. The range grows as needed.
         Self(Histogram::new(3).unwrap_or_else(|_| unreachable!("three digits are allowed")))
     }
 }
 
 impl Times {
     pub(super) fn note(&mut self, took: Duration) {
-        // Microseconds; an hour at most, so that a clock gone wrong does not take all memory.
+        // Capped at an hour, so that a broken clock does not exhaust the memory.
         let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).min(3_600_000_000);
         let _ = self.0.record(micros);
     }
@@ -35,7 +35,7 @@ impl Times {
     }
 }
 
-/// See the module.
+/// The result of one measurement.
 #[derive(Debug)]
 pub(super) struct Report {
     name: &'static str,
@@ -89,7 +89,7 @@ impl Report {
     }
 }
 
-/// Four digits or so.
+/// A figure with no decimals from 100 on, else with three.
 fn figure(value: f64) -> String {
     if value >= 100.0 { format!("{value:.0}") } else { format!("{value:.3}") }
 }
@@ -106,7 +106,7 @@ pub(in crate::cli) struct CompareArgs {
     output: Output,
 }
 
-/// Prints two results side by side, with their ratio.
+/// Prints the figures that two results share, with their ratio.
 pub(super) fn compare(args: &CompareArgs) -> anyhow::Result<()> {
     let (before, after) = (read(&args.before)?, read(&args.after)?);
     let mut rows = Vec::new();

@@ -1,5 +1,5 @@
-//! `absurd bench rpcs`: how long each RPC takes on an otherwise idle server, beside a plain round trip to its database and a
-//! bare durable commit in the same run. Each round calls every RPC once, on one connection.
+//! `absurd bench rpcs`: times each RPC on an idle server, beside a plain round trip to its database and a bare durable
+//! commit in the same run. Each round calls every RPC once, on one connection.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use super::{BARE_COMMIT, Stage, StageArgs, connect, progress, quantiles};
 const QUEUE: &str = "absurd-bench";
 /// Created and dropped in each round.
 const OTHER_QUEUE: &str = "absurd-bench-2";
-/// A statement that does nothing.
+/// A statement that reads no table, for the time of a round trip.
 const ROUND_TRIP: &str = "select 1";
 
 /// Flags of the measurement.
@@ -32,7 +32,7 @@ pub(in crate::cli) struct RpcsArgs {
     warm_up: u32,
 }
 
-/// What took how long, in the order of the first round.
+/// Times per RPC, in the order of the first round.
 #[derive(Debug, Default)]
 struct Times(Vec<(&'static str, Vec<Duration>)>);
 
@@ -105,7 +105,7 @@ fn queue() -> String {
     QUEUE.into()
 }
 
-/// A held claim.
+/// A claimed run.
 struct Held {
     task_id: String,
     run_id: String,
@@ -308,7 +308,7 @@ impl Round<'_> {
         self.times.of("FailTask", self.grpc.fail_task(fail)).await?;
         let retry = pb::RetryTaskRequest { queue: queue(), task_id: failing.task_id.clone(), ..Default::default() };
         let again = self.times.of("RetryTask", self.grpc.retry_task(retry)).await?;
-        // What is pending would be claimed by the next round.
+        // A pending task would be claimed by the next round.
         let run = again.task.context("no task")?.run_id;
         let target = Some(pb::cancel_task_request::Target::RunId(run));
         self.grpc.cancel_task(pb::CancelTaskRequest { queue: queue(), target }).await?;

@@ -1,4 +1,4 @@
-//! What an execution's programs and its worker say to each other: one JSON line asks, one answers.
+//! The protocol between the programs of an execution and its worker: one JSON line per request, and one per answer.
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -17,52 +17,52 @@ use tokio::task::JoinSet;
 
 use crate::cli::output::note;
 
-/// Longest line.
+/// Longest line in bytes.
 const LINE_BYTES_MAX: u64 = 17 * 1024 * 1024;
 /// Name of the socket in its directory.
 const NAME: &str = "task";
-/// Commands of one execution at the same time.
+/// Maximum number of commands of one execution at the same time.
 const COMMANDS_MAX: usize = 64;
 
-/// What a command asks.
+/// A request of a command.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Ask {
-    /// Is the step done?
+    /// Asks whether a step is stored, and begins it if not.
     Begin { step: String },
-    /// The value of the step that this connection has begun.
+    /// Stores the value of the step that this connection has begun.
     Complete { value: Box<RawValue> },
-    /// Sleep so long, or until then.
+    /// Sleeps for `ms` milliseconds, or until `until`.
     Sleep { step: String, ms: Option<u64>, until: Option<SystemTime> },
-    /// Wait for an event.
+    /// Waits for an event, for `ms` milliseconds at most.
     Await { event: String, step: Option<String>, ms: Option<u64> },
-    /// Emit an event.
+    /// Emits an event.
     Emit { event: String, payload: Box<RawValue> },
 }
 
-/// What the worker answers.
+/// An answer of the worker.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Answer {
-    /// The step is to be done.
+    /// The step is not stored: run it.
     ToDo,
-    /// A stored value, or a payload.
+    /// The stored value of a step, or the payload of an event.
     Value { value: Box<RawValue> },
-    /// It is done.
+    /// The sleep is over, or the event is emitted.
     Done,
-    /// It did not come in time.
+    /// The wait timed out.
     TimedOut,
-    /// It went wrong.
+    /// The request failed.
     Failed { message: String },
 }
 
-/// Asks, and waits for the answer.
+/// Sends a request and waits for its answer.
 pub(super) async fn exchange<S>(worker: &mut S, ask: &Ask) -> anyhow::Result<Answer>
 where
     S: AsyncBufRead + AsyncRead + AsyncWrite + Unpin,
 {
     write(worker, ask).await?;
-    // When the execution is over there is no answer: the worker ends this program instead.
+    // There is no answer once the execution is over, because the worker kills this program.
     let line = read(worker).await?.context("the execution is over")?;
     Ok(serde_json::from_str(&line)?)
 }
@@ -70,7 +70,7 @@ where
 async fn write<T: Serialize>(to: &mut (impl AsyncWrite + Unpin), what: &T) -> anyhow::Result<()> {
     let mut line = serde_json::to_vec(what)?;
     line.push(b'\n');
-    // Whoever reads would stop there, and this end would not learn why.
+    // The reader stops at this length, and the writer would not learn why.
     anyhow::ensure!(line.len() as u64 <= LINE_BYTES_MAX, "the value has more than {LINE_BYTES_MAX} bytes as JSON");
     to.write_all(&line).await?;
     to.flush().await?;
@@ -84,7 +84,7 @@ async fn read(from: &mut (impl AsyncBufRead + Unpin)) -> anyhow::Result<Option<S
     Ok((count > 0).then_some(line))
 }
 
-/// The worker's end of one execution. Dropped, nobody can ask any more.
+/// The worker's end of an execution's socket. Its drop ends all requests.
 #[derive(Debug)]
 pub(crate) struct Socket {
     listener: UnixListener,
@@ -92,25 +92,25 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
-    /// A socket that only this user can reach.
+    /// Opens a socket in a new directory that only this user can enter.
     pub(crate) fn open() -> std::io::Result<Self> {
         let home = tempfile::Builder::new().prefix("absurd-").tempdir()?;
         Ok(Self { listener: UnixListener::bind(home.path().join(NAME))?, home })
     }
 
-    /// Where it is.
+    /// Path of the socket.
     pub(crate) fn path(&self) -> PathBuf {
         self.home.path().join(NAME)
     }
 
-    /// Answers for ever.
+    /// Answers requests forever.
     pub(crate) async fn serve(&self, context: &Context) {
         let mut commands = JoinSet::new();
         loop {
             tokio::select! {
                 accepted = self.listener.accept(), if commands.len() < COMMANDS_MAX => match accepted {
                     Ok((stream, _)) => drop(commands.spawn(serve_one(context.clone(), stream))),
-                    // No descriptor is free, for one: it will not be better at once.
+                    // For example, no file descriptor is free; another accept would fail at once.
                     Err(error) => {
                         note!("a step's command could not be heard: {error}");
                         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -128,7 +128,7 @@ async fn serve_one(context: Context, stream: UnixStream) {
     while let Ok(Some(line)) = read(&mut stream).await {
         let answer = match serde_json::from_str(&line) {
             Ok(ask) => match answer(&context, &mut begun, ask).await {
-                // A program that heard of it could go on until it is killed.
+                // No answer, because a program that got one could run on until it is killed.
                 Err(TaskError::Signal(_)) => std::future::pending().await,
                 answer => answer.unwrap_or_else(refused),
             },
