@@ -1,10 +1,11 @@
-//! Waits between tries: doubling, jittered, bounded; what the server asks for counts.
+//! Pauses between repeated calls: doubling, jittered, bounded. A longer pause that the server asks for is used, up to
+//! the bound.
 
 use std::time::Duration;
 
 use crate::Error;
 
-/// The next wait, and how it grows.
+/// The next pause, which doubles from `first` up to `max`.
 #[derive(Debug, Clone)]
 pub(crate) struct Backoff {
     next: Duration,
@@ -17,12 +18,13 @@ impl Backoff {
         Self { next: first, first, max }
     }
 
-    /// For calls.
+    /// The backoff of calls: from 50 ms to 2 s.
     pub(crate) fn call() -> Self {
         Self::new(Duration::from_millis(50), Duration::from_secs(2))
     }
 
-    /// How long to wait after this failure.
+    /// The pause after this failure: 50 to 100 % of the next step, or the server's `retry_after` if that is longer, at
+    /// most `max`.
     pub(crate) fn after(&mut self, error: &Error) -> Duration {
         let wait = self.next.mul_f64(0.5 + random() / 2.0);
         self.next = (self.next * 2).min(self.max);
@@ -34,7 +36,7 @@ impl Backoff {
     }
 }
 
-/// A random number in 0..1.
+/// A random number from 0 to 1; 0.5 when the system provides no randomness.
 pub(crate) fn random() -> f64 {
     let mut bytes = [0_u8; 4];
     if getrandom::fill(&mut bytes).is_err() {
@@ -56,7 +58,7 @@ mod tests {
         Backoff::new(Duration::from_millis(100), Duration::from_secs(1))
     }
 
-    /// Each wait is by chance between a half and the whole of its bound, which doubles from 100 ms to 1 s.
+    /// Each pause is random, between 50 and 100 % of a bound that doubles from 100 ms to 1 s.
     #[test]
     fn waits_are_spread_over_half_of_their_bound() {
         let mut first = HashSet::new();
@@ -73,7 +75,7 @@ mod tests {
         assert!(first.len() > 50, "{} different waits of 100", first.len());
     }
 
-    /// A server that asks for a longer wait gets it, up to the bound; one that asks for a shorter wait changes nothing.
+    /// A longer pause that the server asks for is used, up to the bound; a shorter one changes nothing.
     #[test]
     fn a_server_may_ask_for_a_longer_wait() {
         let busy = |ms| {

@@ -1,4 +1,5 @@
-//! The client for programs without an async runtime: the same names, and every call returns when it is done.
+//! The client for programs without an async runtime. It has the methods of the async client, and each call blocks until
+//! it is done.
 //!
 //! ```no_run
 //! use absurd_client::blocking::AbsurdClient;
@@ -16,9 +17,9 @@
 //! # }
 //! ```
 //!
-//! Connections, streams and leases are looked after by two threads that all blocking clients of the process share; leases of
-//! streamed tasks are kept while the program computes. Inside an async runtime every call is an error of its own: use
-//! [`crate::AbsurdClient`] there.
+//! Two threads, shared by all blocking clients of the process, drive connections and streams and extend leases. The
+//! leases of streamed tasks are therefore extended while the program computes. Inside an async runtime every call is
+//! refused with an error: use [`crate::AbsurdClient`] there.
 
 use std::ops::Deref;
 use std::sync::{Arc, LazyLock, OnceLock};
@@ -37,7 +38,7 @@ use crate::{
     WorkflowStatus,
 };
 
-/// The runtime of all blocking clients, unless this thread belongs to one already.
+/// The runtime of all blocking clients. Errors on a thread that is inside a Tokio runtime already.
 pub(crate) fn runtime() -> Result<&'static Runtime, Error> {
     static RUNTIME: LazyLock<Result<Runtime, String>> = LazyLock::new(|| {
         let built = Builder::new_multi_thread().worker_threads(2).thread_name("absurd-client").enable_all().build();
@@ -50,7 +51,7 @@ pub(crate) fn runtime() -> Result<&'static Runtime, Error> {
     RUNTIME.as_ref().map_err(|problem| wrong(problem))
 }
 
-/// Methods that wait for those of the same name.
+/// Methods that block on the async methods of the same name.
 macro_rules! blocking {
     ($(
         $name:ident [$($generics:tt)*] ($($argument:ident: $type:ty),*) -> Result<$out:ty, $error:ty>;
@@ -95,12 +96,12 @@ impl AbsurdClient {
         Self { inner: self.inner.with_worker_id(worker_id) }
     }
 
-    /// The queue.
+    /// Name of the queue that the calls are about.
     pub fn queue_name(&self) -> &str {
         self.inner.queue_name()
     }
 
-    /// The worker id.
+    /// Worker id that claims of this client carry.
     pub fn worker_id(&self) -> &str {
         self.inner.worker_id()
     }
@@ -165,14 +166,14 @@ impl AbsurdClient {
     }
 }
 
-/// Tasks as they come; see [`crate::ClaimStream`].
+/// The tasks of a stream; see [`crate::ClaimStream`].
 #[derive(Debug)]
 pub struct ClaimStream {
     inner: crate::ClaimStream,
 }
 
 impl ClaimStream {
-    /// Waits for the next task.
+    /// Waits for the next task. Returns `None` where [`crate::ClaimStream::next`] does.
     #[expect(
         clippy::should_implement_trait,
         reason = "the async stream's name, and a refusal is not the end of the stream"
@@ -181,7 +182,8 @@ impl ClaimStream {
         Ok(runtime()?.block_on(self.inner.next()).map(|inner| ClaimedTask { inner }))
     }
 
-    /// Waits for the next task, at most this long.
+    /// Waits for the next task, at most this long. Returns `None` when the time is over, or where [`ClaimStream::next`]
+    /// does.
     pub fn next_within(&mut self, limit: Duration) -> Result<Option<ClaimedTask>, Error> {
         let next = async { tokio::time::timeout(limit, self.inner.next()).await.unwrap_or(None) };
         Ok(runtime()?.block_on(next).map(|inner| ClaimedTask { inner }))
@@ -248,14 +250,15 @@ impl ClaimedTask {
         runtime()?.block_on(self.inner.release(delay))
     }
 
-    /// Waits until the claim is revoked, at most this long; None: it holds as far as this process has heard.
+    /// Waits until the claim is revoked, at most this long; `None` while this process knows of no revocation.
     pub fn revoked_within(&self, limit: Duration) -> Result<Option<Revoked>, Error> {
         let revoked = async { tokio::time::timeout(limit, self.inner.revoked()).await.ok() };
         Ok(runtime()?.block_on(revoked))
     }
 }
 
-/// See [`crate::get_absurd_client`]; the two flavours share nothing.
+/// See [`crate::get_absurd_client`]. The blocking client and the async one of a process share neither connection nor
+/// claims.
 pub fn get_absurd_client(queue_name: Option<&str>, worker_id: Option<&str>) -> Result<&'static AbsurdClient, Error> {
     static SHARED: OnceLock<AbsurdClient> = OnceLock::new();
     if let Some(client) = SHARED.get() {

@@ -1,23 +1,24 @@
-//! How often calls are repeated: a tenth as often as calls succeed, and a few more; beyond that one call at a time finds
-//! out, ever slower, and the others wait. So an outage is not answered with a multiple of the calls. (gRPC's retry throttling
-//! has the same tenth, and gives up the calls that wait here for their deadline.)
+//! The budget for repeated calls: one repetition for every ten calls that succeed, and a reserve of 20. When it is
+//! spent, one call at a time repeats as a probe, at a falling rate, and the others wait. An outage therefore does not
+//! multiply the calls. gRPC's retry throttling has the same ratio, but fails the calls that wait here until their
+//! deadline.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Mutex as Turns, OwnedMutexGuard, Semaphore};
 
-/// Repetitions that need no success before them.
+/// Largest reserve: repetitions that need no earlier success.
 const REPEATS_MAX: usize = 20;
-/// What a call that works at once pays for, in tenths of a repetition.
+/// Earned by a call that succeeds without repetition, in tenths of a repetition.
 const AT_ONCE: usize = 1;
-/// What a repetition that works pays for: the next one, and a tenth, so that those who waited for the end of an outage come
-/// back soon and not all in the same moment; where one in ten is refused, they become fewer.
+/// Earned by a repetition that succeeds, in tenths: the next repetition and a tenth. After an outage the waiting calls
+/// therefore return soon, yet not all at once. Where one repetition in ten fails, their rate falls.
 const REPEATED: usize = 11;
-/// Waits of the call that finds out.
+/// First and longest pause before a probe that follows a failed one; the first probe of all has no pause.
 const PACE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
-/// See the module.
+/// The repetitions that are left, and the lock of the probing call with its pause.
 #[derive(Debug)]
 pub(crate) struct Budget {
     repeats: Semaphore,
@@ -25,7 +26,7 @@ pub(crate) struct Budget {
     probe: Arc<Turns<Duration>>,
 }
 
-/// The right to repeat a call once. Unless that is told to have worked, the next one that finds out waits longer.
+/// The right to repeat a call once. A probe whose success is not reported makes the next probe wait longer.
 #[derive(Debug)]
 pub(crate) struct Turn(Option<OwnedMutexGuard<Duration>>);
 
@@ -37,15 +38,15 @@ impl Default for Budget {
 }
 
 impl Budget {
-    /// Waits until one may be spent.
+    /// Waits until the reserve holds a repetition, and takes it.
     async fn spend(&self) {
-        // It is never closed.
+        // The semaphore is never closed.
         if let Ok(repeat) = self.repeats.acquire().await {
             repeat.forget();
         }
     }
 
-    /// Waits until a call may be repeated.
+    /// Waits until a call may be repeated, from the reserve or as the probe.
     pub(crate) async fn repeat(&self) -> Turn {
         let find_out = async {
             let mut pace = Arc::clone(&self.probe).lock_owned().await;
@@ -60,7 +61,7 @@ impl Budget {
         }
     }
 
-    /// A call was answered, at once or when it was repeated.
+    /// Reports that a call was answered; `turn` is set if it was a repetition.
     pub(crate) fn worked(&self, turn: Option<Turn>) {
         {
             let mut tenths = self.tenths.lock().unwrap_or_else(PoisonError::into_inner);
@@ -82,7 +83,7 @@ mod tests {
 
     use super::*;
 
-    /// Longest wait by the paused clock: a budget that lets nobody through fails its test, and does not hang it.
+    /// Longest wait by the paused clock: a budget that blocks every call fails the test instead of stalling it.
     const LIMIT: Duration = Duration::from_secs(3600);
 
     async fn in_time<T>(work: impl Future<Output = T>) -> T {
@@ -152,8 +153,8 @@ mod tests {
         assert_eq!(budget.repeats.available_permits(), REPEATS_MAX, "they are not saved up");
     }
 
-    /// A budget that is used up fills again: nine successes pay for nothing, the tenth pays for one repetition, and each
-    /// repetition that works pays for the next one.
+    /// A spent budget refills. Nine successes earn nothing, the tenth earns one repetition, and each repetition that
+    /// succeeds earns the next one.
     #[tokio::test(start_paused = true)]
     async fn a_budget_that_is_used_up_fills_again() {
         let budget = Budget::default();

@@ -1,4 +1,4 @@
-//! Checkpoints: the stored results of steps.
+//! Checkpoints: calls that store and read the results of steps.
 
 use std::time::{Duration, SystemTime};
 
@@ -15,18 +15,18 @@ use crate::{AbsurdClient, Error, Json, wire};
 pub struct Checkpoint {
     /// Name of the step.
     pub checkpoint_name: String,
-    /// Value; None is SQL NULL.
+    /// Value; `None` is SQL NULL.
     pub state: Option<Json>,
-    /// `committed`, or whatever a client of the database has written.
+    /// `committed`, or another text that a client of the database has written.
     pub status: String,
-    /// Run that wrote it.
+    /// Id of the run that wrote it.
     pub owner_run_id: Option<Uuid>,
-    /// When.
+    /// Time of the last write.
     pub updated_at: Option<SystemTime>,
 }
 
 impl AbsurdClient {
-    /// Stores the result of a step; says whether it was taken: a newer attempt's value is never replaced by an older one's.
+    /// Stores the result of a step. Returns false when a newer attempt has stored this step: its value stays.
     /// `extend_claim_by` extends the lease too.
     pub async fn set_checkpoint<T: Serialize + ?Sized>(
         &self,
@@ -48,7 +48,8 @@ impl AbsurdClient {
         Ok(rpc!(self.set_checkpoint(request))?.applied)
     }
 
-    /// Stores the result of a step of a run; says whether it was taken. `task_id` is looked up when None.
+    /// Stores the result of a step of a run. Returns false when a newer attempt has stored this step. The task of the
+    /// run is looked up when `task_id` is `None`.
     pub async fn save_checkpoint_for_run<T: Serialize + ?Sized>(
         &self,
         run_id: Uuid,
@@ -67,7 +68,7 @@ impl AbsurdClient {
         Ok(rpc!(self.save_checkpoint_for_run(request))?.applied)
     }
 
-    /// Reads one checkpoint of a task, whoever wrote it.
+    /// Reads one checkpoint of a task, whichever run wrote it; `include_pending` includes one that is not committed.
     pub async fn get_checkpoint(
         &self,
         task_id: Uuid,
@@ -94,7 +95,8 @@ impl AbsurdClient {
         Checkpoint::from_wire(stored).map(Some)
     }
 
-    /// Reads all checkpoints that a run may see, oldest first: its own and those of earlier attempts. To resume from.
+    /// Reads all checkpoints that a run may see, oldest first: its own and those of earlier attempts. Resume from
+    /// these.
     pub async fn get_all_checkpoints(&self, task_id: Uuid, run_id: Uuid) -> Result<Vec<Checkpoint>, Error> {
         let mut all = Vec::new();
         let mut page_token = String::new();
@@ -117,8 +119,8 @@ impl AbsurdClient {
         }
     }
 
-    /// Reads all checkpoints that a run itself has written, oldest first. Not the read to resume from: it does not see
-    /// those of earlier attempts.
+    /// Reads all checkpoints that this very run has written, oldest first. Do not resume from these: those of earlier
+    /// attempts are missing.
     pub async fn get_checkpoints_for_run(&self, run_id: Uuid) -> Result<Vec<Checkpoint>, Error> {
         let mut all = Vec::new();
         let mut page_token = String::new();
@@ -140,7 +142,7 @@ impl AbsurdClient {
         }
     }
 
-    /// Reads one checkpoint that a run itself has written.
+    /// Reads one checkpoint that this very run has written.
     pub async fn get_run_checkpoint(&self, run_id: Uuid, step_name: &str) -> Result<Option<Checkpoint>, Error> {
         let request = pb::GetRunCheckpointRequest {
             queue: self.queue(),

@@ -1,4 +1,5 @@
-//! Claiming tasks, and what is said about a claim by the id of its run.
+//! Claiming tasks, and the calls about a claim that name its run by id. These calls show the token that the registry
+//! remembers for the run.
 
 use std::time::{Duration, SystemTime};
 
@@ -13,18 +14,18 @@ use crate::connect::MESSAGE_BYTES_MAX;
 use crate::stream::{ClaimStream, StreamOptions};
 use crate::{AbsurdClient, ClaimedTask, Error, Json, State, wire};
 
-/// How to claim once.
+/// Options of one claim call.
 #[derive(Debug, Clone)]
 pub struct ClaimOptions {
-    /// Who claims; None: the client's worker id.
+    /// Worker id to store with the claim; `None` means the client's worker id.
     pub worker_id: Option<String>,
-    /// Lease; zero never ends.
+    /// Lease in whole seconds, at most 24 h; zero means that it never ends.
     pub claim_timeout: Duration,
-    /// Tasks at most, 1 to 1,000.
+    /// Maximum number of tasks, 1 to 1,000.
     pub qty: i32,
-    /// Wait this long for a first task.
+    /// Longest wait for a first task, at most 60 s; zero means no wait.
     pub wait: Duration,
-    /// Only tasks of these names; empty: all.
+    /// Claims only tasks of these names, at most 100; empty means all.
     pub task_names: Vec<String>,
 }
 
@@ -41,21 +42,21 @@ impl Default for ClaimOptions {
 }
 
 impl ClaimOptions {
-    /// With this lease.
+    /// Sets the lease of the claims.
     #[must_use]
     pub fn claim_timeout(mut self, lease: Duration) -> Self {
         self.claim_timeout = lease;
         self
     }
 
-    /// So many tasks at most.
+    /// Sets the maximum number of tasks.
     #[must_use]
     pub fn qty(mut self, qty: i32) -> Self {
         self.qty = qty;
         self
     }
 
-    /// Wait this long for a first task.
+    /// Sets the longest wait for a first task.
     #[must_use]
     pub fn wait(mut self, wait: Duration) -> Self {
         self.wait = wait;
@@ -63,23 +64,23 @@ impl ClaimOptions {
     }
 }
 
-/// What follows a failure.
+/// Outcome of failing a run: the state of the task, and its next attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FailOutcome {
-    /// State of the task now.
+    /// State of the task after the failure.
     pub task_state: Option<State>,
-    /// The next attempt, when there is one.
+    /// The next attempt; `None` when no further one follows.
     pub next: Option<NextAttempt>,
 }
 
 /// The attempt that follows a failed one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NextAttempt {
-    /// Its run.
+    /// Id of its run.
     pub run_id: Uuid,
-    /// Its number.
+    /// Attempt number, from 2.
     pub attempt: i32,
-    /// When it can be claimed.
+    /// Earliest time at which it can be claimed.
     pub available_at: Option<SystemTime>,
 }
 
@@ -98,7 +99,8 @@ impl FailOutcome {
     }
 }
 
-/// A reason that is a text becomes the object that the original client makes of it (contract 1.11).
+/// The reason as stored: a text becomes the object that the original client makes of it (contract 1.11), other JSON
+/// stays.
 pub(crate) fn reason<R: Serialize + ?Sized>(reason: &R) -> Result<pb::Json, Error> {
     let json = Json::of(reason)?;
     let Ok(Value::String(message)) = json.to() else { return Ok(json.into_wire()) };
@@ -108,8 +110,8 @@ pub(crate) fn reason<R: Serialize + ?Sized>(reason: &R) -> Result<pb::Json, Erro
 }
 
 impl AbsurdClient {
-    /// Claims once. The caller keeps the leases ([`AbsurdClient::extend_claim`]). Not repeated on failure: a claim whose
-    /// answer was lost comes back when its lease ends.
+    /// Claims once. The caller extends the leases, with [`AbsurdClient::extend_claim`]. A failed call is not repeated:
+    /// tasks whose claim was lost with the answer stay claimed until their leases end.
     pub async fn claim_task(&self, options: ClaimOptions) -> Result<Vec<ClaimedTask>, Error> {
         let mut request = Request::new(pb::ClaimTaskRequest {
             queue: self.queue(),
@@ -134,8 +136,9 @@ impl AbsurdClient {
         response.tasks.into_iter().map(|task| ClaimedTask::new(self, task, None)).collect()
     }
 
-    /// Opens a stream on which tasks arrive. Waits for the first answer of the server, whose refusals (a wrong option, an
-    /// unknown queue) are errors; afterwards the stream reconnects by itself until it is closed.
+    /// Opens a stream on which tasks arrive. Waits for the first answer of the server, and returns its refusal as an
+    /// error, for example of a wrong option or an unknown queue. Afterwards the stream reconnects by itself until it is
+    /// closed.
     pub async fn claim_stream(&self, options: StreamOptions) -> Result<ClaimStream, Error> {
         ClaimStream::open(self, options).await
     }
@@ -175,15 +178,15 @@ impl AbsurdClient {
         self.settle(run_id, Some(token), Action::Extend(pb::ExtendAction { extend_by })).await.map(drop)
     }
 
-    /// Completes a run. Repeating it is harmless. JSON null, as of `&()`, means no result and is stored as `{}`, as the
-    /// original client does; [`ClaimedTask::complete`] stores what it gets.
+    /// Completes a run; repeating the call is harmless. JSON null, as of `&()`, means no result and is stored as `{}`,
+    /// as the original client does. [`ClaimedTask::complete`] stores JSON null as it is.
     pub async fn complete_task<T: Serialize + ?Sized>(&self, run_id: Uuid, result: &T) -> Result<(), Error> {
         let result = Some(Json::of(result)?.or_object().into_wire());
         self.settle(run_id, None, Action::Complete(pb::CompleteAction { result })).await.map(drop)
     }
 
-    /// Fails a run: the task is retried as its strategy says, or at `retry_at`. `reason` is a text, or an object, by
-    /// convention with `name`, `message` and `traceback`.
+    /// Fails a run. A further attempt, if the limit allows one, follows after the delay of the retry strategy, or at
+    /// `retry_at`. `reason` is a text or an object, by convention with `name`, `message` and `traceback`.
     pub async fn fail_task<R: Serialize + ?Sized>(
         &self,
         run_id: Uuid,
@@ -195,14 +198,15 @@ impl AbsurdClient {
         FailOutcome::from_wire(self.settle(run_id, None, action).await?.fail)
     }
 
-    /// Moves the end of a lease to now + `extend_by` (whole seconds, at most a day); returns that end, None: never.
+    /// Moves the end of a lease to now + `extend_by`, in whole seconds, at most one day. Returns that end; `None` means
+    /// never.
     pub async fn extend_claim(&self, run_id: Uuid, extend_by: Duration) -> Result<Option<SystemTime>, Error> {
         let extend_by = Some(wire::duration(extend_by));
         let settled = self.settle(run_id, None, Action::Extend(pb::ExtendAction { extend_by })).await?;
         Ok(wire::time(settled.claim_expires_at))
     }
 
-    /// Gives a claim back without using up an attempt; the run is offered again after `delay`, at most an hour.
+    /// Gives a claim back without using up an attempt. The run can be claimed again after `delay`, at most 1 h.
     pub async fn release_claim(&self, run_id: Uuid, delay: Duration) -> Result<(), Error> {
         let delay = Some(wire::duration(delay));
         self.settle(run_id, None, Action::Release(pb::ReleaseAction { delay })).await.map(drop)

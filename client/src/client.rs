@@ -1,4 +1,5 @@
-//! `AbsurdClient`: one queue of the service, and how calls are made. What can be called stands beside this file, by topic.
+//! `AbsurdClient`: access to one queue of the service, and the rules by which calls are repeated. The modules beside
+//! this one hold the calls, by topic.
 
 use std::future::Future;
 use std::sync::atomic::AtomicU64;
@@ -17,7 +18,7 @@ use crate::replicas::Replicas;
 use crate::settle::Settler;
 use crate::{Error, Reason};
 
-/// One call of the service, repeated until the client's deadline where its failure is passing.
+/// Makes one call of the service. A failure that may pass is followed by another try, until the client's deadline.
 macro_rules! rpc {
     ($client:ident.$method:ident($request:ident)) => {
         $client
@@ -34,13 +35,13 @@ pub(crate) type Grpc = AbsurdServiceClient<Channel>;
 
 /// Queue of [`AbsurdClient::connect`] when `ABSURD_DEFAULT_QUEUE` is not set.
 pub const DEFAULT_QUEUE: &str = "default";
-/// Longest name that [`AbsurdClient::new`] takes.
+/// Longest queue name that [`AbsurdClient::new`] accepts, in bytes.
 const IDENTIFIER_BYTES_MAX: usize = 57;
 
-/// Access to one queue of the service. Cheap to clone; all clones share one connection.
+/// Access to one queue of the service. Cheap to clone; all clones share one connection per replica.
 ///
-/// Every call is a transaction of its own. Calls are repeated until the deadline where repeating them is safe; the
-/// claim tokens of runs that were claimed through this client are shown without the caller's doing.
+/// Each call takes effect by itself; no transaction spans two calls. Calls that are safe to repeat are repeated until
+/// the deadline. Calls about a run that was claimed through this client show the claim token automatically.
 #[derive(Debug, Clone)]
 pub struct AbsurdClient {
     queue: Arc<str>,
@@ -58,14 +59,16 @@ pub(crate) struct Shared {
 }
 
 impl AbsurdClient {
-    /// The original client's constructor, for the service at `ABSURD_URL`. It connects when it is first used, and lives in
-    /// the Tokio runtime that it is made in.
+    /// Constructor of the original client, for the service at `ABSURD_URL`. The client connects on first use, and needs
+    /// the Tokio runtime in which it was made.
     ///
-    /// The queue is `queue_name`, else `ABSURD_DEFAULT_QUEUE`, else `absurd_default`; the worker id is `worker_id`, else
-    /// `ABSURD_WORKER_ID`, else `absurd_worker_1`. An empty argument is none; an empty variable is taken as it is. The name
-    /// of the queue must be a letter or an underscore, then letters, digits, underscores, 57 bytes at most
-    /// ([`Reason::InvalidArgument`] else). [`AbsurdClient::connect`] and [`AbsurdClient::with_queue`] take every name that
-    /// the storage contract allows.
+    /// The queue is `queue_name`, else `ABSURD_DEFAULT_QUEUE`, else `absurd_default`. The worker id is `worker_id`,
+    /// else `ABSURD_WORKER_ID`, else `absurd_worker_1`. An empty argument counts as none; an empty variable is used as
+    /// it is.
+    ///
+    /// The queue name must be an ASCII letter or an underscore, followed by letters, digits and underscores, 57 bytes
+    /// at most; otherwise the error is [`Reason::InvalidArgument`]. [`AbsurdClient::connect`] and
+    /// [`AbsurdClient::with_queue`] accept every name that the storage contract allows.
     pub fn new(queue_name: Option<&str>, worker_id: Option<&str>) -> Result<Self, Error> {
         let queue = choose(queue_name, std::env::var("ABSURD_DEFAULT_QUEUE").ok(), "absurd_default");
         check_identifier("queue_name", &queue)?;
@@ -73,9 +76,9 @@ impl AbsurdClient {
         Ok(Self::connect(&ConnectOptions::from_env())?.with_queue(queue).with_worker_id(worker_id))
     }
 
-    /// A client with its own options, which connects when it is first used, and lives in the Tokio runtime that it is made
-    /// in. The queue is `ABSURD_DEFAULT_QUEUE`, else `default`, the queue of Absurd's SDKs; the worker id is
-    /// `ABSURD_WORKER_ID`, else host and process.
+    /// A client with its own options. It connects on first use, and needs the Tokio runtime in which it was made;
+    /// outside of one this is an error. The queue is `ABSURD_DEFAULT_QUEUE`, else `default`, the queue of Absurd's
+    /// SDKs. The worker id is `ABSURD_WORKER_ID`, else `HOST:PID` of this process. An empty variable counts as none.
     pub fn connect(options: &ConnectOptions) -> Result<Self, Error> {
         if tokio::runtime::Handle::try_current().is_err() {
             let problem = "an AbsurdClient is made inside a Tokio runtime; absurd_client::blocking needs none";
@@ -111,12 +114,12 @@ impl AbsurdClient {
         Self { worker_id: worker_id.into(), ..self.clone() }
     }
 
-    /// The queue.
+    /// Name of the queue that the calls are about.
     pub fn queue_name(&self) -> &str {
         &self.queue
     }
 
-    /// The worker id.
+    /// Worker id that claims of this client carry.
     pub fn worker_id(&self) -> &str {
         &self.worker_id
     }
@@ -125,7 +128,7 @@ impl AbsurdClient {
         self.queue.as_ref().to_owned()
     }
 
-    /// Longest time of a call.
+    /// Longest duration of a call, repetitions included.
     pub(crate) fn limit(&self) -> Duration {
         self.shared.deadline
     }
@@ -134,8 +137,8 @@ impl AbsurdClient {
         Instant::now() + self.shared.deadline
     }
 
-    /// Calls until the answer is one that repeating would not change, or the deadline passes. An outage is not answered with
-    /// a multiple of the calls: see the budget.
+    /// Repeats a call until it is answered for good or the deadline passes. The budget limits repetitions, so that an
+    /// outage does not multiply the calls.
     pub(crate) async fn call<Q, R, F>(
         &self,
         request: Q,
@@ -173,7 +176,7 @@ impl AbsurdClient {
                 }
                 return Err(error);
             }
-            // Whoever finds out for others makes way for them first.
+            // Ends this call's probe before its pause, so that another call can probe meanwhile.
             drop(turn.take());
             let wait = backoff.after(&error);
             if Instant::now() + wait >= deadline {
@@ -191,8 +194,8 @@ impl AbsurdClient {
     }
 }
 
-/// The client that this process shares, made by the first call; later calls' arguments say nothing. It lives in the Tokio
-/// runtime of the first call.
+/// The client shared by this process. The first call makes it, in the Tokio runtime of that call; later calls ignore
+/// their arguments.
 pub fn get_absurd_client(queue_name: Option<&str>, worker_id: Option<&str>) -> Result<&'static AbsurdClient, Error> {
     static SHARED: OnceLock<AbsurdClient> = OnceLock::new();
     if let Some(client) = SHARED.get() {
@@ -202,13 +205,13 @@ pub fn get_absurd_client(queue_name: Option<&str>, worker_id: Option<&str>) -> R
     Ok(SHARED.get_or_init(|| client))
 }
 
-/// The argument unless it is empty, else the variable as it is, else the default.
+/// The argument unless it is empty, else the variable even if empty, else the default.
 fn choose(argument: Option<&str>, variable: Option<String>, default: &str) -> String {
     let argument = argument.filter(|argument| !argument.is_empty()).map(str::to_owned);
     argument.or(variable).unwrap_or_else(|| default.to_owned())
 }
 
-/// The original client's rule for names of queues, which is stricter than the storage contract's.
+/// The original client's rule for queue names, which is stricter than the storage contract's.
 fn check_identifier(field: &str, name: &str) -> Result<(), Error> {
     let mut bytes = name.bytes();
     let begins = bytes.next().is_some_and(|first| first.is_ascii_alphabetic() || first == b'_');

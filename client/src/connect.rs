@@ -1,4 +1,4 @@
-//! How a client reaches the service.
+//! Connection options: URLs of the replicas, TLS, timeouts. A channel connects on first use, and again after each loss.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,33 +9,33 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 use crate::Error;
 use crate::replicas::Replicas;
 
-/// Where the service is when nothing says otherwise.
+/// URL of the service when neither the program nor `ABSURD_URL` names one.
 pub const DEFAULT_URL: &str = "http://127.0.0.1:50051";
-/// Largest message that a client takes; a stream tells the server so.
+/// Largest message, in bytes, that the client asks the server for (`max_message_bytes`).
 pub(crate) const MESSAGE_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// Options of a connection.
 #[derive(Debug, Clone)]
 pub struct ConnectOptions {
-    /// One URL, or several replicas' with commas between; `https` means TLS. `HOST:PORT` and `:PORT` (on this machine) are
-    /// URLs too, without TLS.
+    /// URL of the service, or the URLs of its replicas separated by commas; `https` means TLS. `HOST:PORT`, and `:PORT`
+    /// for this machine, mean `http`.
     pub url: String,
-    /// TLS; the system's roots are not read: name what to trust.
+    /// TLS settings. The system's root certificates are not used: name the authority in [`TlsOptions::ca`].
     pub tls: TlsOptions,
-    /// Longest time for a connection to come about.
+    /// Longest time to establish a connection.
     pub connect_timeout: Duration,
-    /// Between keepalive pings on an idle connection.
+    /// Interval of keepalive pings, also on an idle connection.
     pub keepalive: Duration,
-    /// Longest time of a call, retries included.
+    /// Longest duration of a call, repetitions included.
     pub deadline: Duration,
 }
 
-/// What to trust and what to show.
+/// Certificates of a TLS connection.
 #[derive(Debug, Clone, Default)]
 pub struct TlsOptions {
     /// PEM file of the authority that signed the server's certificate.
     pub ca: Option<PathBuf>,
-    /// PEM files of our own certificate and its key.
+    /// PEM files of the client's own certificate and its key, which the client presents to the server.
     pub identity: Option<(PathBuf, PathBuf)>,
     /// Name in the server's certificate, where it differs from the URL's host.
     pub domain: Option<String>,
@@ -54,29 +54,31 @@ impl Default for ConnectOptions {
 }
 
 impl ConnectOptions {
-    /// Options for a URL.
+    /// The default options with this URL; see [`ConnectOptions::url`].
     pub fn new(url: impl Into<String>) -> Self {
         Self { url: url.into(), ..Self::default() }
     }
 
-    /// The URL from `ABSURD_URL`, else the default one.
+    /// The default options, with the URL from `ABSURD_URL` if that is set and not empty.
     pub fn from_env() -> Self {
         std::env::var("ABSURD_URL").ok().filter(|url| !url.is_empty()).map_or_else(Self::default, Self::new)
     }
 
-    /// One client per replica, which connects when it is first used, and again whenever it has to.
+    /// One client per replica. Each connects on first use, and again after each lost connection.
     pub(crate) fn replicas(&self) -> Result<Replicas, Error> {
         let mut clients = Vec::new();
         for url in self.urls()? {
             let client = AbsurdServiceClient::new(self.endpoint(&url)?.connect_lazy())
-                // The server refuses what is too large for it, by a reason; here it would pass for a lost connection.
+                // No limit on encoding: the server refuses an oversized request with a reason. A local refusal would
+                // pass for a lost connection.
                 .max_decoding_message_size(MESSAGE_BYTES_MAX * 2);
             clients.push(client);
         }
         Ok(Replicas::new(clients))
     }
 
-    /// The URL of each replica, with its scheme; at least one.
+    /// The URL of each replica, with its scheme. Errors when there is none, when a scheme is neither `http` nor
+    /// `https`, and when a URL holds a login.
     pub fn urls(&self) -> Result<Vec<String>, Error> {
         let parts = self.url.split(',').map(str::trim).filter(|url| !url.is_empty());
         let urls: Vec<String> = parts.map(whole_url).collect::<Result<_, _>>()?;
@@ -86,7 +88,7 @@ impl ConnectOptions {
         Ok(urls)
     }
 
-    /// A channel to the first replica.
+    /// A channel to the first replica; it connects on first use.
     pub(crate) fn channel(&self) -> Result<Channel, Error> {
         let url = self.urls()?.swap_remove(0);
         Ok(self.endpoint(&url)?.connect_lazy())
@@ -114,8 +116,8 @@ impl ConnectOptions {
     }
 }
 
-/// Adds the scheme and the host that people leave out. A URL with a login is refused, so no later message can repeat a
-/// password; the errors here repeat the scheme alone.
+/// Adds a missing scheme and host. Refuses a URL with a login, so that no later message can repeat a password; errors
+/// of this function repeat at most the scheme.
 fn whole_url(text: &str) -> Result<String, Error> {
     let place = text.split_once("://").map_or(text, |(_, place)| place);
     let has_login = place.split('/').next().is_some_and(|authority| authority.contains('@'));

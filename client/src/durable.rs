@@ -28,35 +28,36 @@
 //! }
 //! ```
 //!
-//! # What replays
+//! # Replay
 //!
-//! A handler runs from its beginning each time it is taken up: by its first worker, after a failure, after a crash, after
-//! each sleep and each wait that had to suspend it. [`Context::step`] stores what its action returned; the next time the stored
-//! value comes back and the action is not called. Everything between steps runs again.
+//! A handler runs from its beginning each time a worker claims its task: the first time, after a failure, after a
+//! crash, and after each sleep or wait that suspended it. [`Context::step`] stores the value of its action. In later
+//! executions it returns the stored value and does not call the action. Code between steps runs again.
 //!
-//! # What must be deterministic
+//! # Determinism
 //!
-//! The way from one step to the next: which steps are reached, under which names, in which order where names are equal. It may
-//! depend on params and on the values of steps, and on nothing else. The clock, random numbers, files, other services belong
-//! into steps.
+//! The sequence of steps must be deterministic: the steps that are reached, their names, and the order of steps with
+//! equal names. It may depend on params and on the values of steps, and on nothing else. The clock, random numbers,
+//! files and other services belong into steps.
 //!
-//! # What may run twice
+//! # Repeated effects
 //!
-//! A step's action that had its effect, when the process died before the value was stored; and any code when a lease ends while
-//! its worker is still busy: the other side should know an effect again by a key, such as [`Context::task_id`] with the step's
-//! name. A stored value is never changed, a run is never completed twice, and a worker that lost its run is not believed.
+//! Two kinds of code can run twice: the action of a step, if it took effect but the process died before the value was
+//! stored; and any code, if a lease ends while its worker is still busy. The other side should therefore recognise a
+//! repeated effect by a key, such as [`Context::task_id`] with the step's name. A stored value is never changed, a run
+//! is never completed twice, and calls of a worker that lost its run are refused.
 //!
-//! # How to change code under running tasks
+//! # Changes of code under running tasks
 //!
-//! Adding steps is safe, and so is changing what an action does. Keep the names of steps that may be stored, the types that
-//! their values are read as, and the order of steps with equal names. Where the way itself changes, give the new handler a new
-//! task name, and keep the old one registered until its tasks have ended.
+//! It is safe to add steps, and to change an action. Keep the names of steps that may be stored, the types of their
+//! values, and the order of steps with equal names. If the sequence of steps itself changes, give the new handler a new
+//! task name, and keep the old handler registered until its tasks have ended.
 //!
 //! # Signals
 //!
-//! When the run is suspended, cancelled or lost, the context call says so with [`TaskError::Signal`]; return it with `?`.
-//! A handler that holds on to it does not stay: every further call answers the same, the handler is dropped at its next await,
-//! and what it returns counts for nothing.
+//! When the run is suspended, cancelled or lost, the context call returns [`TaskError::Signal`]; pass it on with `?`. A
+//! handler that ignores the signal gains nothing: each further call returns the same signal, the handler is dropped at
+//! its next await, and its result is discarded.
 //!
 //! # Programs without an async runtime
 //!
@@ -64,7 +65,7 @@
 //!
 //! # Tests
 //!
-//! [`testing`] runs a handler in memory, with its time, events, children and crashes in the hands of the test; and it moves the
+//! [`testing`] runs a handler in memory, where the test controls time, events, children and crashes. It also moves the
 //! time of a real server that was started with `--test-clock`.
 
 mod app;

@@ -1,4 +1,4 @@
-//! One error type: what happened, by reason, and whether asking again may help.
+//! The error of all calls. It holds a reason, a message, and whether the same call may succeed soon.
 
 use std::fmt;
 use std::time::Duration;
@@ -11,14 +11,14 @@ const DOMAIN: &str = "absurd.v1";
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $variant:ident = $name:literal;)*) => {
-        /// Why a call failed. The names on the wire are listed at `AbsurdService` in the proto files.
+        /// Reason of a failed call. `AbsurdService` in the proto files lists the names on the wire.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         #[non_exhaustive]
         pub enum Reason {
             $($(#[$doc])* $variant,)*
-            /// No answer of the service arrived: the connection failed, or something between us answered.
+            /// No answer of the service arrived: the connection failed, or an intermediary answered.
             Transport,
-            /// The answer could not be understood.
+            /// Any other error: an answer without a reason that this crate knows, or a refusal by the client itself.
             Other,
         }
 
@@ -30,7 +30,7 @@ macro_rules! reasons {
                 }
             }
 
-            /// The stable name, as on the wire.
+            /// The stable name, as on the wire; `TRANSPORT` and `OTHER` are names of this crate.
             pub fn as_str(self) -> &'static str {
                 match self {
                     $(Self::$variant => $name,)*
@@ -45,47 +45,47 @@ macro_rules! reasons {
 reasons! {
     /// A field is wrong; [`Error::field`] names it.
     InvalidArgument = "INVALID_ARGUMENT";
-    /// A JSON field holds what Postgres refuses.
+    /// A JSON field holds a value that Postgres refuses.
     JsonInvalid = "JSON_INVALID";
-    /// A JSON field is over the server's limit.
+    /// A JSON field or the whole request is over the server's limit, or an answer is larger than the client reads.
     PayloadTooLarge = "PAYLOAD_TOO_LARGE";
-    /// The claim token is not one of this service.
+    /// The claim token is not a token of this service.
     ClaimTokenInvalid = "CLAIM_TOKEN_INVALID";
-    /// The server insists on claim tokens.
+    /// The server runs with `--require-claim-token`, and the call shows no token.
     ClaimTokenRequired = "CLAIM_TOKEN_REQUIRED";
-    /// No such queue.
+    /// The queue does not exist.
     QueueNotFound = "QUEUE_NOT_FOUND";
-    /// No such task.
+    /// The queue has no such task.
     TaskNotFound = "TASK_NOT_FOUND";
-    /// No such run.
+    /// The queue has no such run.
     RunNotFound = "RUN_NOT_FOUND";
-    /// The chosen task id belongs to another task.
+    /// The chosen task id belongs to a task with another name or other params.
     TaskIdConflict = "TASK_ID_CONFLICT";
     /// The queue exists with another storage mode.
     QueueExists = "QUEUE_EXISTS";
-    /// Another claim owns the run: stop, report nothing.
+    /// Another claim owns the run, or this claim was given back: stop, and report nothing.
     ClaimLost = "CLAIM_LOST";
-    /// The lease ran out and the attempt was failed: stop.
+    /// The lease ran out and the attempt was failed: stop working on the run.
     ClaimExpired = "CLAIM_EXPIRED";
-    /// The task was cancelled: stop.
+    /// The task was cancelled: stop working on the run.
     TaskCancelled = "TASK_CANCELLED";
     /// The run is not in a state that allows the call.
     RunNotRunning = "RUN_NOT_RUNNING";
     /// Only failed tasks can be retried.
     TaskNotFailed = "TASK_NOT_FAILED";
-    /// `max_attempts` does not allow another attempt.
+    /// `max_attempts` does not exceed the number of attempts made.
     MaxAttemptsTooLow = "MAX_ATTEMPTS_TOO_LOW";
     /// An earlier write about the same run failed.
     ItemSkipped = "ITEM_SKIPPED";
-    /// The replica has as many streams as it takes.
+    /// The replica, the connection or the caller's address has the maximum number of claim streams.
     StreamLimit = "STREAM_LIMIT";
-    /// Too many requests wait at the replica.
+    /// The replica has more requests than it can answer in time.
     TooManyRequests = "TOO_MANY_REQUESTS";
-    /// The queue has as many waiting tasks as it may.
+    /// The queue has the maximum number of waiting tasks.
     BacklogFull = "BACKLOG_FULL";
-    /// Postgres cannot be reached or is busy.
+    /// Postgres cannot be reached, or cannot write.
     Unavailable = "UNAVAILABLE";
-    /// Postgres did not get the statement done in time.
+    /// Postgres did not finish the statement in time.
     DatabaseBusy = "DATABASE_BUSY";
     /// Another session holds a lock on the queue's tables or rows.
     QueueLocked = "QUEUE_LOCKED";
@@ -93,23 +93,23 @@ reasons! {
     DatabaseRefused = "DATABASE_REFUSED";
     /// The server's role lacks a right in its database.
     DatabasePermission = "DATABASE_PERMISSION";
-    /// The queue's tables are not as the server knows them, or cannot be read.
+    /// The queue's tables differ from those that the server expects, or cannot be read.
     QueueDamaged = "QUEUE_DAMAGED";
-    /// The server's schemas are missing from its database.
+    /// The server's schemas are missing from its database, or incomplete.
     SchemaMissing = "SCHEMA_MISSING";
-    /// Postgres' own installation is broken.
+    /// The installation of Postgres itself is broken.
     DatabaseBroken = "DATABASE_BROKEN";
-    /// The replica is leaving.
+    /// The replica is shutting down.
     ShuttingDown = "SHUTTING_DOWN";
     /// The call's deadline passed.
     DeadlineExceeded = "DEADLINE_EXCEEDED";
-    /// The commit's outcome cannot be told.
+    /// The connection to Postgres broke during the commit, so that its outcome is unknown.
     OutcomeUnknown = "OUTCOME_UNKNOWN";
     /// A bug in the server; the message holds the id of its log line.
     Internal = "INTERNAL";
 }
 
-/// A failed call.
+/// A failed call: its reason, gRPC code and message.
 #[derive(Debug, Clone)]
 pub struct Error(Box<Inside>);
 
@@ -127,7 +127,7 @@ impl Error {
         Self(Box::new(Inside { reason, code, message: message.into(), field: None, retry_after: None }))
     }
 
-    /// A wrong argument that was found before anything was sent.
+    /// A wrong argument, found before anything was sent.
     pub(crate) fn argument(field: &str, problem: impl fmt::Display) -> Self {
         let mut error = Self::new(Reason::InvalidArgument, Code::InvalidArgument, format!("{field}: {problem}"));
         error.0.field = Some(field.to_owned());
@@ -138,7 +138,8 @@ impl Error {
         Self::new(Reason::DeadlineExceeded, Code::DeadlineExceeded, "the deadline has passed")
     }
 
-    /// The refusal of one item; its caller knows nothing of the others that went along.
+    /// The refusal of one item of a batch. The path of its field and its message are those of a call with this item
+    /// alone.
     pub(crate) fn of_item(refusal: &absurd_proto::v1::SettleError) -> Self {
         let field = refusal.field.split_once("].").map_or(refusal.field.as_str(), |(_, field)| field);
         let message = match refusal.message.strip_prefix(&refusal.field) {
@@ -150,32 +151,32 @@ impl Error {
         error
     }
 
-    /// Why.
+    /// The reason, by which a program decides.
     pub fn reason(&self) -> Reason {
         self.0.reason
     }
 
-    /// The gRPC code.
+    /// The gRPC code of the status.
     pub fn code(&self) -> Code {
         self.0.code
     }
 
-    /// For people.
+    /// A text for people; it may change between releases.
     pub fn message(&self) -> &str {
         &self.0.message
     }
 
-    /// Path of the wrong field, such as `tasks[3].params`.
+    /// Path of the wrong field, such as `tasks[3].params`; `None` when no field is wrong.
     pub fn field(&self) -> Option<&str> {
         self.0.field.as_deref()
     }
 
-    /// How long the server asks to wait before the next try.
+    /// Time that the server asks to wait before the next try.
     pub fn retry_after(&self) -> Option<Duration> {
         self.0.retry_after
     }
 
-    /// Whether the claim that the call spoke of is over: stop working on the run, report nothing.
+    /// Whether the claim that the call named is over: stop working on the run, and report nothing.
     pub fn is_claim_over(&self) -> bool {
         matches!(
             self.reason(),
@@ -219,7 +220,7 @@ impl From<Status> for Error {
         let info = details.error_info().filter(|info| info.domain == DOMAIN);
         let reason = match (info, status.code()) {
             (Some(info), _) => Reason::from_wire(&info.reason),
-            // The transport says CANCELLED when a deadline passes.
+            // tonic reports a passed deadline as CANCELLED.
             (None, Code::DeadlineExceeded) => Reason::DeadlineExceeded,
             (None, Code::Cancelled) if status.message().contains("imeout") => Reason::DeadlineExceeded,
             (None, Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal | Code::ResourceExhausted) => {
@@ -240,7 +241,8 @@ impl From<Status> for Error {
     }
 }
 
-/// A transport's error says little; its causes say which: "connection refused", "certificate expired".
+/// A transport error says little by itself; its causes name the fault, such as "connection refused" or "certificate
+/// expired".
 fn append_causes(message: &mut String, status: &Status) {
     let mut cause = std::error::Error::source(status);
     while let Some(error) = cause {
@@ -278,7 +280,7 @@ mod tests {
         assert!(!late.is_passing());
     }
 
-    /// An answer that is larger than the client reads is refused for good: asked for again, it would be as large.
+    /// An answer larger than the client reads is a lasting error: a repetition would bring the same answer.
     #[test]
     fn an_answer_over_the_limit_is_not_asked_for_again() {
         let error = Error::from(Status::out_of_range("decoded message length too large"));

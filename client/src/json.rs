@@ -1,4 +1,4 @@
-//! JSON as text: numbers keep their digits, and nothing is parsed that nobody asks for.
+//! JSON as text: numbers keep their digits, and a value is parsed only on request.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -6,17 +6,17 @@ use serde::de::DeserializeOwned;
 use crate::Error;
 use absurd_proto::v1 as pb;
 
-/// A JSON text.
+/// A JSON value as text; the server checks its syntax.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Json(String);
 
 impl Json {
-    /// The JSON of a value.
+    /// Serializes a value; errors when serde cannot write it as JSON.
     pub fn of<T: Serialize + ?Sized>(value: &T) -> Result<Self, Error> {
         serde_json::to_string(value).map(Self).map_err(|error| Error::argument("json", error))
     }
 
-    /// A text that is JSON already; the server checks it.
+    /// Takes a text that is JSON already; the server checks it.
     pub fn from_text(text: impl Into<String>) -> Self {
         Self(text.into())
     }
@@ -26,17 +26,17 @@ impl Json {
         Self("null".into())
     }
 
-    /// The text.
+    /// The text as it was given or received.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Reads it as a type.
+    /// Deserializes the text.
     pub fn to<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
         serde_json::from_str(&self.0)
     }
 
-    /// An empty object in place of null.
+    /// Replaces JSON null by an empty object.
     pub(crate) fn or_object(self) -> Self {
         if self.0 == "null" { Self("{}".into()) } else { self }
     }

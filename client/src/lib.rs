@@ -1,4 +1,4 @@
-//! Client of the Absurd worker-coordination service: spawn tasks, and get tasks pushed.
+//! Client of the Absurd worker-coordination service: spawns tasks, and receives claimed tasks over a stream.
 //!
 //! ```no_run
 //! use absurd_client::{AbsurdClient, ConnectOptions, SpawnOptions, StreamOptions};
@@ -20,12 +20,12 @@
 //! # }
 //! ```
 //!
-//! The client keeps what a worker must not forget: claim tokens are shown by themselves, leases of streamed tasks are
-//! extended in one call for all, outcomes travel together in `SettleTasks` while a call is in flight, and a lost
-//! connection is opened again with what was held before.
+//! The client takes over the routine duties of a worker. It shows claim tokens automatically. It extends the leases of
+//! streamed tasks, up to 1,000 in one call, and batches outcomes in `SettleTasks`. After a lost connection it reopens
+//! the stream with the claims that it still holds.
 //!
-//! [`AbsurdClient`] has the methods of the Python client of the same name, under the same names; `docs/migration.md` sets
-//! them side by side. [`blocking`] has them for programs without an async runtime.
+//! [`AbsurdClient`] has the methods of the Python client of the same name, under the same names; `docs/migration.md`
+//! compares the two. [`blocking`] has the same methods for programs without an async runtime.
 
 mod backoff;
 pub mod blocking;

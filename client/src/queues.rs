@@ -1,4 +1,4 @@
-//! Queues: creating them, counting what they hold, how they are kept.
+//! Queues: creating, dropping and listing them, their counts, and the policy by which they are maintained.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,16 +7,16 @@ use absurd_proto::v1 as pb;
 use crate::client::rpc;
 use crate::{AbsurdClient, Error, wire};
 
-/// Tasks or events that one cleanup deletes when nothing else is said.
+/// Number of tasks or events that one cleanup deletes unless the caller sets a limit.
 pub const CLEANUP_LIMIT: i32 = 1000;
 
-/// How the tables of a queue are laid out.
+/// Layout of a queue's tables.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum StorageMode {
     /// One table of each kind.
     #[default]
     Unpartitioned,
-    /// Weekly partitions.
+    /// Weekly partitions by id.
     Partitioned,
 }
 
@@ -26,27 +26,27 @@ impl StorageMode {
     }
 }
 
-/// How to create a queue.
+/// Options of a new queue.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct QueueOptions {
-    /// Layout; cannot be changed later.
+    /// Layout of the tables; it cannot be changed later.
     pub storage_mode: StorageMode,
-    /// How it is kept; what is None stays as it is.
+    /// Policy to set, also when the queue exists; a field that is `None` keeps its value.
     pub policy: PolicyChanges,
 }
 
-/// A queue.
+/// A queue in a list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Queue {
-    /// Its name.
+    /// Name of the queue.
     pub name: String,
-    /// Its layout.
+    /// Layout of its tables.
     pub storage_mode: StorageMode,
-    /// When it was created.
+    /// Time of its creation.
     pub created_at: Option<SystemTime>,
 }
 
-/// What a queue holds. Counts stop at 100,000 each.
+/// Counts of a queue, each at most 100,000.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueueStats {
     /// Runs that wait to be claimed.
@@ -55,47 +55,47 @@ pub struct QueueStats {
     pub sleeping: i64,
     /// Runs that a worker holds.
     pub running: i64,
-    /// Failed attempts.
+    /// Failed runs: attempts, not tasks.
     pub failed_runs: i64,
-    /// Completed tasks.
+    /// Completed runs; each completed task has one.
     pub completed: i64,
     /// Cancelled runs.
     pub cancelled: i64,
-    /// Whether a count stopped at its cap.
+    /// Whether a count reached 100,000, and may be too low.
     pub capped: bool,
-    /// How long the oldest claimable run has been waiting; None: there is none.
+    /// Time for which the oldest claimable run has been waiting; `None` when none is claimable.
     pub oldest_claimable_age: Option<Duration>,
     /// Claim streams on this queue at the replica that answered.
     pub streams: i32,
 }
 
-/// What happens to old, empty partitions.
+/// Treatment of old, empty partitions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DetachMode {
-    /// They stay.
+    /// Old partitions stay attached.
     None,
-    /// They are detached and dropped when they are old enough.
+    /// A partition is detached and dropped when it is empty and old enough.
     Empty,
 }
 
-/// How a queue is kept.
+/// Policy by which a queue is maintained.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QueuePolicy {
-    /// Layout.
+    /// Layout of the tables.
     pub storage_mode: StorageMode,
-    /// Whether rows outside all weeks have a place.
+    /// Whether a default partition takes the rows outside all weekly partitions.
     pub default_partition: bool,
-    /// Partitions are made this far ahead.
+    /// Partitions are created this far ahead of the present.
     pub partition_lookahead: Duration,
-    /// And this far back.
+    /// Partitions are created this far back from the present.
     pub partition_lookback: Duration,
-    /// Tasks and events that ended longer ago are deleted.
+    /// Tasks that ended, and events that were emitted, longer ago than this are deleted.
     pub cleanup_ttl: Duration,
-    /// Tasks and events deleted in one transaction at most.
+    /// Maximum number of tasks or events deleted in one transaction.
     pub cleanup_limit: i32,
-    /// What happens to old partitions.
+    /// Treatment of old, empty partitions.
     pub detach_mode: DetachMode,
-    /// How old they must be.
+    /// Age from which on a partition counts as old.
     pub detach_min_age: Duration,
 }
 
@@ -119,22 +119,22 @@ impl QueuePolicy {
     }
 }
 
-/// Changes of a policy; None stays. Spans are whole seconds, at most 100 years.
+/// Changes to a policy; a field that is `None` keeps its value. Durations are whole seconds, at most 100 years.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PolicyChanges {
-    /// Whether rows outside all weeks have a place; only for partitioned queues.
+    /// Whether a default partition takes the rows outside all weekly partitions; for partitioned queues only.
     pub default_partition: Option<bool>,
-    /// Partitions are made this far ahead.
+    /// Partitions are created this far ahead of the present.
     pub partition_lookahead: Option<Duration>,
-    /// And this far back.
+    /// Partitions are created this far back from the present.
     pub partition_lookback: Option<Duration>,
-    /// Tasks and events that ended longer ago are deleted.
+    /// Tasks that ended, and events that were emitted, longer ago than this are deleted.
     pub cleanup_ttl: Option<Duration>,
-    /// Tasks and events deleted in one transaction, at least 1.
+    /// Maximum number of tasks or events deleted in one transaction, at least 1.
     pub cleanup_limit: Option<i32>,
-    /// What happens to old partitions.
+    /// Treatment of old, empty partitions.
     pub detach_mode: Option<DetachMode>,
-    /// How old they must be.
+    /// Age from which on a partition counts as old.
     pub detach_min_age: Option<Duration>,
 }
 
@@ -173,12 +173,13 @@ impl PolicyChanges {
 }
 
 impl AbsurdClient {
-    /// Creates the queue if it is missing; says whether it was.
+    /// Creates the queue if it is missing. Returns whether it was missing.
     pub async fn create_queue(&self) -> Result<bool, Error> {
         self.create_queue_with(QueueOptions::default()).await
     }
 
-    /// Creates the queue if it is missing, with a layout, and sets its policy in any case; says whether it was missing.
+    /// Creates the queue, with this layout, if it is missing; sets the given policy even if the queue exists. Returns
+    /// whether the queue was missing.
     pub async fn create_queue_with(&self, options: QueueOptions) -> Result<bool, Error> {
         let mut request = pb::CreateQueueRequest { queue: self.queue(), ..Default::default() };
         if options.storage_mode == StorageMode::Partitioned {
@@ -190,13 +191,13 @@ impl AbsurdClient {
         Ok(rpc!(self.create_queue(request))?.created)
     }
 
-    /// Drops the queue with all its tasks; says whether there was one.
+    /// Drops the queue with all its tasks. Returns whether there was one.
     pub async fn drop_queue(&self) -> Result<bool, Error> {
         let request = pb::DropQueueRequest { queue: self.queue() };
         Ok(rpc!(self.drop_queue(request))?.dropped)
     }
 
-    /// All queues, by name.
+    /// Lists all queues, by name.
     pub async fn list_queues(&self) -> Result<Vec<Queue>, Error> {
         let mut queues = Vec::new();
         let mut page_token = String::new();
@@ -215,7 +216,7 @@ impl AbsurdClient {
         }
     }
 
-    /// Counts of the queue.
+    /// Counts the runs and streams of the queue; a count stops at 100,000.
     pub async fn get_queue_stats(&self) -> Result<QueueStats, Error> {
         let request = pb::GetQueueStatsRequest { queue: self.queue() };
         let stats = rpc!(self.get_queue_stats(request))?;
@@ -232,13 +233,13 @@ impl AbsurdClient {
         })
     }
 
-    /// Reads how the queue is kept.
+    /// Reads the policy of the queue.
     pub async fn get_queue_policy(&self) -> Result<QueuePolicy, Error> {
         let request = pb::GetQueuePolicyRequest { queue: self.queue() };
         QueuePolicy::from_wire(rpc!(self.get_queue_policy(request))?.policy)
     }
 
-    /// Changes how the queue is kept; returns the whole policy.
+    /// Changes the policy of the queue. Returns the whole policy.
     pub async fn set_queue_policy(&self, changes: PolicyChanges) -> Result<QueuePolicy, Error> {
         let request = pb::SetQueuePolicyRequest {
             queue: self.queue(),
@@ -253,16 +254,16 @@ impl AbsurdClient {
         QueuePolicy::from_wire(rpc!(self.set_queue_policy(request))?.policy)
     }
 
-    /// Deletes up to `limit` tasks ([`CLEANUP_LIMIT`] when None) that ended longer ago than `ttl`, the oldest first; says
-    /// how many.
+    /// Deletes up to `limit` tasks ([`CLEANUP_LIMIT`] when `None`) that ended longer ago than `ttl`, the oldest first.
+    /// Returns their number.
     pub async fn cleanup_tasks(&self, ttl: Duration, limit: Option<i32>) -> Result<i32, Error> {
         let limit = limit.unwrap_or(CLEANUP_LIMIT);
         let request = pb::CleanupTasksRequest { queue: self.queue(), ttl: Some(wire::duration(ttl)), limit };
         Ok(rpc!(self.cleanup_tasks(request))?.deleted)
     }
 
-    /// Deletes up to `limit` events ([`CLEANUP_LIMIT`] when None) that were emitted longer ago than `ttl`, the oldest
-    /// first; says how many.
+    /// Deletes up to `limit` events ([`CLEANUP_LIMIT`] when `None`), the oldest first: those emitted longer ago than
+    /// `ttl`, and those awaited but never emitted. Returns their number.
     pub async fn cleanup_events(&self, ttl: Duration, limit: Option<i32>) -> Result<i32, Error> {
         let limit = limit.unwrap_or(CLEANUP_LIMIT);
         let request = pb::CleanupEventsRequest { queue: self.queue(), ttl: Some(wire::duration(ttl)), limit };

@@ -1,4 +1,4 @@
-//! The claims that this process holds: their tokens, whether somebody keeps the lease, whether they were revoked.
+//! The claims that a client holds: their tokens, the stream that extends each lease, and whether each was revoked.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -6,15 +6,16 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-/// Tokens remembered at most; claims beyond it are written about without a token.
+/// Number of remembered claims from which on each new one displaces a claim that no stream keeps. Calls about a
+/// displaced claim by the id of its run show no token.
 const CLAIMS_MAX: usize = 100_000;
 
-/// Why a claim does not hold any more.
+/// Reason why a claim is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Revoked {
     /// Another claim owns the run.
     Lost,
-    /// The lease ran out.
+    /// The lease ran out, and the attempt was failed.
     Expired,
     /// The task was cancelled.
     Cancelled,
@@ -23,13 +24,13 @@ pub enum Revoked {
 #[derive(Debug)]
 struct Held {
     token: String,
-    /// The stream that keeps the lease; none for unary claims and abandoned tasks.
+    /// The stream that keeps the lease; `None` for unary claims, and for tasks that were dropped or revoked.
     keeper: Option<u64>,
     revoked: watch::Sender<Option<Revoked>>,
 }
 
 impl Held {
-    /// The first word counts.
+    /// Records the reason why the claim is over. A later reason does not replace the first.
     fn tell(&self, why: Revoked) {
         self.revoked.send_if_modified(|told| {
             let first = told.is_none();
@@ -39,7 +40,7 @@ impl Held {
     }
 }
 
-/// See the module.
+/// The claims by run; the newest claim of a run replaces an older one.
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
     claims: Mutex<HashMap<Uuid, Held>>,
@@ -50,7 +51,8 @@ impl Registry {
         self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Remembers a claim; `keeper` is the stream that keeps its lease. An older claim of the run that is still at work is lost.
+    /// Remembers a claim whose lease the stream `keeper` extends. The holder of an older claim of the run learns that
+    /// it is lost.
     pub(crate) fn insert(&self, run_id: Uuid, token: String, keeper: Option<u64>) -> watch::Receiver<Option<Revoked>> {
         let mut claims = self.lock();
         if let Some(known) = claims.get_mut(&run_id).filter(|known| known.token == token) {
@@ -69,12 +71,12 @@ impl Registry {
         watched
     }
 
-    /// The token of a run, if this process claimed it.
+    /// The token of the remembered claim of a run.
     pub(crate) fn token(&self, run_id: Uuid) -> Option<String> {
         self.lock().get(&run_id).map(|held| held.token.clone())
     }
 
-    /// Tokens of the runs whose lease a stream keeps.
+    /// Runs and tokens of the claims whose leases this stream keeps.
     pub(crate) fn kept_by(&self, keeper: u64) -> Vec<(Uuid, String)> {
         let claims = self.lock();
         claims
@@ -84,14 +86,14 @@ impl Registry {
             .collect()
     }
 
-    /// Nobody keeps the lease of this claim any more; its token stays known.
+    /// Stops the extension of this claim's lease; its token stays known.
     pub(crate) fn abandon(&self, run_id: Uuid, token: &str) {
         if let Some(held) = self.lock().get_mut(&run_id).filter(|held| held.token == token) {
             held.keeper = None;
         }
     }
 
-    /// The claim is over, as its owner wanted.
+    /// Forgets a claim that its owner has ended.
     pub(crate) fn remove(&self, run_id: Uuid, token: Option<&str>) {
         let mut claims = self.lock();
         if claims.get(&run_id).is_some_and(|held| token.is_none_or(|token| held.token == token)) {
@@ -99,8 +101,8 @@ impl Registry {
         }
     }
 
-    /// The claim does not hold any more; whoever works on the run hears of it. Its token stays known: without one, a late word
-    /// about the run would pass for the newer claim's.
+    /// Records that a claim is over, and tells its holder. The token stays known: a late call without it would act on a
+    /// newer claim of the run.
     pub(crate) fn revoke(&self, run_id: Uuid, token: &str, why: Revoked) {
         if let Some(held) = self.lock().get_mut(&run_id).filter(|held| held.token == token) {
             held.keeper = None;
@@ -113,7 +115,7 @@ impl Registry {
 mod tests {
     use super::*;
 
-    /// A verdict on an older claim of a run changes nothing about a newer claim of it.
+    /// A verdict on an older claim of a run does not change a newer claim of that run.
     #[test]
     fn a_verdict_on_an_older_claim_leaves_the_newer_one_alone() {
         let (registry, run_id) = (Registry::default(), Uuid::now_v7());
@@ -131,7 +133,7 @@ mod tests {
         assert_eq!(registry.token(run_id).as_deref(), Some("newer"), "a late word about the run shows it");
     }
 
-    /// An abandoned claim's lease is nobody's to keep, and its token stays known until the claim is removed.
+    /// No stream keeps the lease of an abandoned claim; its token stays known until the claim is removed.
     #[test]
     fn an_abandoned_claim_keeps_its_token() {
         let (registry, run_id) = (Registry::default(), Uuid::now_v7());
@@ -143,7 +145,7 @@ mod tests {
         assert_eq!(registry.token(run_id), None);
     }
 
-    /// Where there are too many claims, those are forgotten whose lease nobody keeps; the newest is remembered.
+    /// Claims beyond the bound displace only claims that no stream keeps; the newest claim is remembered.
     #[test]
     fn too_many_claims_push_out_none_that_is_kept() {
         let registry = Registry::default();
@@ -164,7 +166,7 @@ mod tests {
         assert_eq!(registry.kept_by(1).len(), CLAIMS_MAX / 2);
     }
 
-    /// A run that is claimed again while its older claim is at work: whoever works on the older claim hears that it is lost.
+    /// When a run is claimed again, the holder of its older claim learns that the older claim is lost.
     #[test]
     fn a_claim_that_another_one_replaces_is_lost() {
         let (registry, run_id) = (Registry::default(), Uuid::now_v7());
@@ -173,7 +175,7 @@ mod tests {
         assert_eq!(*older.borrow(), Some(Revoked::Lost));
     }
 
-    /// A claim that arrives twice is one claim: whoever works on it hears of no loss, and it is kept as before.
+    /// A claim that arrives twice is one claim: its holder is told of no loss, and the lease is kept as before.
     #[test]
     fn a_claim_that_arrives_twice_is_not_lost() {
         let (registry, run_id) = (Registry::default(), Uuid::now_v7());

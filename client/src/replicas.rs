@@ -1,5 +1,5 @@
-//! The replicas that a client may ask: those that owe fewest answers, in turn; those that failed lately are left out for a
-//! while.
+//! The replicas that a client may call. Each call goes to a replica with the fewest unanswered calls; ties rotate. A
+//! replica that failed lately rests: it gets no calls for a while.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,10 +13,11 @@ use crate::backoff::random;
 use crate::budget::Budget;
 use crate::{Error, Reason};
 
-/// A replica that failed is left out this long at first, doubling with each failure that follows.
+/// First and longest rest of a replica that failed. The span doubles with each consecutive failure; the rest lasts 50
+/// to 100 % of it.
 const REST: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
 
-/// All replicas. Clones share what is known of them.
+/// All replicas. Clones share the counts of calls, the rests and the budget.
 #[derive(Debug, Clone)]
 pub(crate) struct Replicas(Arc<Inside>);
 
@@ -30,7 +31,7 @@ struct Inside {
 #[derive(Debug)]
 struct Replica {
     grpc: AbsurdServiceClient<Channel>,
-    /// Calls that wait for its answer.
+    /// Calls sent to it that have no answer yet.
     owes: AtomicUsize,
     rest: Mutex<Option<Rest>>,
 }
@@ -41,7 +42,8 @@ struct Rest {
     span: Duration,
 }
 
-/// The replica that is asked; what came of it is to be told.
+/// The replica chosen for one call, which counts as unanswered until this is dropped. The caller reports the outcome
+/// with `worked` or `failed`.
 #[derive(Debug)]
 pub(crate) struct Asked {
     all: Replicas,
@@ -49,7 +51,8 @@ pub(crate) struct Asked {
 }
 
 impl Replicas {
-    /// At least one. The first one asked is any of them: or all workers of one stream would be on the same replica.
+    /// `clients` must not be empty. The first choice is random; otherwise all workers with one stream each would use
+    /// the same replica.
     pub(crate) fn new(clients: Vec<AbsurdServiceClient<Channel>>) -> Self {
         let first = usize::from(uuid::Uuid::new_v4().as_bytes()[0]);
         let replicas = clients
@@ -59,13 +62,13 @@ impl Replicas {
         Self(Arc::new(Inside { replicas, next: AtomicUsize::new(first), budget: Budget::default() }))
     }
 
-    /// How often calls to them are repeated.
+    /// The budget for repeated calls, which all replicas share.
     pub(crate) fn budget(&self) -> &Budget {
         &self.0.budget
     }
 
-    /// Of those that do not rest the one that owes fewest answers, in turn where several do; when all rest, the one whose
-    /// rest ends first.
+    /// Chooses, among the replicas that do not rest, one with the fewest unanswered calls, in rotation. If all rest,
+    /// chooses the one whose rest ends first.
     pub(crate) fn ask(&self) -> Asked {
         let now = Instant::now();
         let count = self.0.replicas.len();
@@ -80,7 +83,7 @@ impl Replicas {
             .unwrap_or_default();
         self.0.replicas[index].owes.fetch_add(1, Ordering::Relaxed);
         if let Some(rest) = self.0.replicas[index].rest().as_mut() {
-            // One caller finds out whether it is back; the others go on leaving it out.
+            // This call probes whether the replica is back; the others avoid it meanwhile.
             rest.until = rest.until.max(now + rest.span);
         }
         Asked { all: self.clone(), index }
@@ -105,24 +108,24 @@ impl Drop for Asked {
 }
 
 impl Asked {
-    /// Its client.
+    /// The generated client of the chosen replica.
     pub(crate) fn grpc(&self) -> AbsurdServiceClient<Channel> {
         self.all.0.replicas[self.index].grpc.clone()
     }
 
-    /// It answered.
+    /// Reports that the replica answered, which ends its rest.
     pub(crate) fn worked(&self) {
         *self.all.0.replicas[self.index].rest() = None;
     }
 
-    /// It failed; says whether another replica may be asked at once.
+    /// Reports that the call failed. Returns true if another replica may be called at once.
     pub(crate) fn failed(&self, error: &Error) -> bool {
         match error.reason() {
             Reason::Transport | Reason::ShuttingDown => {}
-            // Nobody knows what became of it.
+            // A passed deadline says neither that the replica works nor that it failed.
             Reason::DeadlineExceeded => return false,
             _ => {
-                // Whoever refuses is there.
+                // A replica that refuses a call is reachable.
                 self.worked();
                 return false;
             }
@@ -192,7 +195,7 @@ mod tests {
         let (back, dead) = (all.ask(), all.ask());
         back.failed(&refused());
         dead.failed(&refused());
-        // Many ask at once, and are refused by the one that is back.
+        // Many callers ask at once; the replica that is back refuses them as busy.
         let busy = Error::new(Reason::TooManyRequests, Code::ResourceExhausted, "busy");
         let asked: Vec<Asked> = (0..100).map(|_| all.ask()).collect();
         for asked in asked {
@@ -203,8 +206,8 @@ mod tests {
         assert!(!asked.contains(&dead.index), "{asked:?}");
     }
 
-    /// A replica that fails time and again is left out ever longer: at least half of a span that doubles from 250 ms to 10 s.
-    /// Once it has answered, the spans begin anew.
+    /// A replica that keeps failing rests longer each time: 50 to 100 % of a span that doubles from 250 ms to 10 s. An
+    /// answer resets the span.
     #[tokio::test(start_paused = true)]
     async fn one_that_fails_time_and_again_is_left_out_ever_longer() {
         let all = replicas(1);

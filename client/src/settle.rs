@@ -1,7 +1,8 @@
-//! Outcomes travel together: while one `SettleTasks` call is in flight, the next one gathers.
+//! Batches outcomes: while one `SettleTasks` call is in flight, the items of the next one collect.
 //!
-//! Guarantees: each caller gets its own outcome; writes about one run keep their order; a call whose answer was lost is
-//! repeated, which the server answers as the first time; a call that gets no answer holds up only the runs that it is about.
+//! Guarantees: Each caller gets the outcome of its own item. Writes about one run keep their order. A call whose answer
+//! was lost is repeated, and the server answers as the first time. A call that gets no answer delays only the runs that
+//! it names.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,13 +18,13 @@ use crate::backoff::Backoff;
 use crate::replicas::Replicas;
 use crate::{Error, Reason};
 
-/// Items of one call at most.
+/// Maximum number of items in one call.
 const ITEMS_MAX: usize = 1000;
-/// Bytes of one call at most, unless a single item has more.
+/// Maximum number of bytes in one call; a larger item is sent alone.
 const BYTES_MAX: usize = 2 * 1024 * 1024;
-/// A call that takes longer than this no longer makes the next one gather.
+/// Longest time for which a call in flight holds back the next one.
 const LONG: Duration = Duration::from_millis(250);
-/// Calls in flight at most, of each queue.
+/// Maximum number of calls in flight per queue.
 const CALLS_MAX: usize = 16;
 
 struct Entry {
@@ -40,11 +41,11 @@ struct Lane {
 
 type Lanes = Arc<Mutex<HashMap<String, Lane>>>;
 
-/// See the module.
+/// Sends outcomes, batched per queue.
 #[derive(Clone)]
 pub(crate) struct Settler {
     replicas: Replicas,
-    /// A lane exists while a task drives it.
+    /// A lane exists while a Tokio task drives it.
     lanes: Lanes,
 }
 
@@ -59,7 +60,7 @@ impl Settler {
         Self { replicas, lanes: Lanes::default() }
     }
 
-    /// Sends one outcome with whatever else waits for this queue.
+    /// Sends one outcome, together with the other items that wait for this queue.
     pub(crate) async fn submit(
         &self,
         queue: &str,
@@ -85,7 +86,7 @@ impl Settler {
 
 async fn drive(replicas: Replicas, lanes: Lanes, queue: String) {
     let mut calls: JoinSet<Vec<String>> = JoinSet::new();
-    // Runs that calls in flight are about.
+    // Runs that the calls in flight name.
     let mut busy = HashSet::new();
     loop {
         let (batch, arrived) = {
@@ -121,7 +122,7 @@ async fn drive(replicas: Replicas, lanes: Lanes, queue: String) {
                     busy.remove(&run);
                 }
                 if calls.is_empty() {
-                    // Nothing is left of a call that panicked.
+                    // A call that panicked did not return its runs.
                     busy.clear();
                 }
             }
@@ -130,12 +131,12 @@ async fn drive(replicas: Replicas, lanes: Lanes, queue: String) {
     }
 }
 
-/// What the item is about.
+/// Key of the item's run: the run id, or the claim token where there is no id.
 fn run(item: &pb::SettleItem) -> &str {
     if item.run_id.is_empty() { item.claim_token.as_deref().unwrap_or_default() } else { &item.run_id }
 }
 
-/// The next batch; what is about a busy run stays, in its order.
+/// Takes the next batch; items of a busy run stay, in their order.
 fn take(waiting: &mut VecDeque<Entry>, busy: &HashSet<String>) -> Vec<Entry> {
     let mut bytes = 0;
     let (mut batch, mut stays) = (Vec::new(), VecDeque::new());
@@ -168,7 +169,7 @@ fn size(item: &pb::SettleItem) -> usize {
     }
 }
 
-/// Sends a batch until it is answered; an item whose deadline passes leaves it.
+/// Repeats a batch until every item is answered. An item whose deadline passes is answered with the last error.
 async fn send(replicas: &Replicas, queue: &str, mut batch: Vec<Entry>) {
     let mut backoff = Backoff::call();
     loop {
@@ -205,8 +206,8 @@ async fn send(replicas: &Replicas, queue: &str, mut batch: Vec<Entry>) {
     }
 }
 
-/// Tells each caller its outcome. What was skipped because of somebody else's item (another claim of the same run) comes
-/// back, to be sent again: who made a call of its own gets an outcome of its own.
+/// Gives each caller its outcome. Returns the items that were skipped because an earlier item of the same run failed.
+/// They are sent again, so that each caller gets the outcome of its own item.
 fn answer(batch: Vec<Entry>, results: Vec<pb::SettleResult>) -> Vec<Entry> {
     let mut results = results.into_iter();
     let mut skipped = Vec::new();
@@ -235,7 +236,7 @@ mod tests {
 
     type Answered = oneshot::Receiver<Result<pb::SettleResult, Error>>;
 
-    /// A completion of a run whose result has so many bytes.
+    /// An entry that completes the run with a result of this many bytes.
     fn entry(run_id: &str, bytes: usize) -> (Entry, Answered) {
         let result = Some(pb::Json { text: "x".repeat(bytes) });
         let action = pb::settle_item::Action::Complete(pb::CompleteAction { result });
@@ -248,12 +249,12 @@ mod tests {
         items.iter().map(|(run_id, bytes)| entry(run_id, *bytes).0).collect()
     }
 
-    /// Runs and sizes, in order.
+    /// Run and size of the result of each entry, in order.
     fn items<'a>(entries: impl IntoIterator<Item = &'a Entry>) -> Vec<(&'a str, usize)> {
         entries.into_iter().map(|entry| (run(&entry.item), size(&entry.item) - 200)).collect()
     }
 
-    /// Items about a run wait, in their order, while a call about that run is in flight; they hold up no other item.
+    /// Items of a run wait, in their order, while a call about that run is in flight; they delay no other item.
     #[test]
     fn a_busy_run_holds_up_only_itself() {
         let mut waiting = waiting(&[("a", 1), ("b", 2), ("a", 3), ("c", 4)]);
@@ -265,7 +266,7 @@ mod tests {
         assert!(waiting.is_empty());
     }
 
-    /// A batch has at most 1,000 items and 2 MiB; an item that is larger travels alone.
+    /// A batch holds at most 1,000 items and 2 MiB; a larger item is sent alone.
     #[test]
     fn a_batch_has_its_bounds() {
         let mut many: VecDeque<Entry> = (0..=ITEMS_MAX).map(|number| entry(&number.to_string(), 1).0).collect();
@@ -281,8 +282,8 @@ mod tests {
         assert_eq!(batches, ["a", "b", "c", "de"]);
     }
 
-    /// Each caller hears the outcome of its own item. An item that was skipped because of another one is sent again, unless its
-    /// time is over; one without an answer is an error.
+    /// Each caller gets the outcome of its own item. A skipped item is sent again unless its deadline has passed; an
+    /// item without an answer is an error.
     #[test]
     fn a_skipped_item_is_sent_again() {
         let refused = |reason: &str| pb::SettleResult {

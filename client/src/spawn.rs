@@ -1,4 +1,5 @@
-//! Spawning tasks: what may be said about one, and what comes back.
+//! Spawning tasks: the options of a spawn, the spawn calls and their answers. The client chooses the id of each task,
+//! so that a repeated call makes one task.
 
 use std::time::{Duration, SystemTime};
 
@@ -10,23 +11,23 @@ use uuid::Uuid;
 use crate::client::rpc;
 use crate::{AbsurdClient, Error, Json, wire};
 
-/// Tasks of one `SpawnTasks` call.
+/// Maximum number of tasks in one `SpawnTasks` call.
 const SPAWN_MAX: usize = 1000;
 
-/// How the delay before a retry is computed (contract section 5.3).
+/// Rule for the delay before a retry (contract section 5.3).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RetryStrategy {
     /// Retry at once.
     Immediate,
-    /// Always after this long, at most a day.
+    /// The same delay each time, at most one day.
     Fixed(Duration),
     /// `base * factor ^ (attempt - 1)`, at most `max`.
     Exponential {
         /// First delay, at most a day.
         base: Duration,
-        /// Growth; finite, not negative.
+        /// Growth factor: finite, not negative.
         factor: f64,
-        /// Bound, at most a day; None: a day.
+        /// Upper bound, at most one day; `None` means one day.
         max: Option<Duration>,
     },
 }
@@ -51,21 +52,21 @@ impl RetryStrategy {
     }
 }
 
-/// When a task is cancelled by itself. Whole seconds.
+/// Limits after which the server cancels a task, in whole seconds, at most 100 years each.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CancellationRules {
-    /// When nobody has claimed it this long after it was spawned; None: never.
+    /// Cancels a task that is still unclaimed this long after its spawn; `None` means never.
     pub max_delay: Option<Duration>,
-    /// When it has not ended this long after it was first claimed; None: never.
+    /// Cancels a task that has not ended this long after its first claim; `None` means never.
     pub max_duration: Option<Duration>,
 }
 
-/// When a task can first be claimed.
+/// Earliest time at which a task can be claimed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Start {
-    /// At a time of the database's clock; one in the past is at once.
+    /// At this time by the database's clock; a past time means at once.
     At(SystemTime),
-    /// After this long by the database's clock.
+    /// This long after the spawn by the database's clock, at most 10 years.
     After(Duration),
 }
 
@@ -78,7 +79,7 @@ impl Start {
     }
 }
 
-/// How to spawn a task; the default is one attempt and nothing else.
+/// Options of a spawn. The default allows one attempt and sets nothing else.
 ///
 /// ```
 /// # use absurd_client::{RetryStrategy, SpawnOptions};
@@ -92,23 +93,24 @@ impl Start {
 /// ```
 #[derive(Debug, Clone)]
 pub struct SpawnOptions {
-    /// Attempts at most; None: the server's default, five. One, unless said otherwise: no retry unless asked for.
+    /// Maximum number of attempts; `None` means the server's default, five unless configured. The default of these
+    /// options is one, so that a task is retried only on request.
     pub max_attempts: Option<i32>,
-    /// As many attempts as it takes; `max_attempts` must be None.
+    /// Allows any number of attempts; `max_attempts` must be `None`.
     pub unlimited_attempts: bool,
-    /// None: retry at once where `max_attempts` is set, else after pauses that grow from a second to five minutes.
+    /// `None`: with `max_attempts` set, retries follow at once. Without it, the delay grows from 1 s to 5 minutes.
     pub retry_strategy: Option<RetryStrategy>,
-    /// When it is cancelled by itself.
+    /// Limits after which the server cancels the task.
     pub cancellation: CancellationRules,
-    /// Stored with the task and handed to its workers; empty: none.
+    /// Stored with the task and passed to its workers; an empty map means none.
     pub headers: Map<String, Value>,
-    /// While a task with this key exists in the queue, no second one is made.
+    /// If a task with this key exists in the queue, the spawn makes no second one.
     pub idempotency_key: Option<String>,
     /// Workflow run that the task belongs to; stored as the header `workflow_run_id`.
     pub workflow_run_id: Option<Uuid>,
-    /// Id of the task, a `UUIDv7`; None: the client chooses, so that a retried call makes one task.
+    /// Id of the task, a UUIDv7. `None`: the client chooses one, so that a repeated call makes one task.
     pub task_id: Option<Uuid>,
-    /// When it can first be claimed; None: at once.
+    /// Earliest time at which the task can be claimed; `None` means at once.
     pub start: Option<Start>,
 }
 
@@ -129,7 +131,7 @@ impl Default for SpawnOptions {
 }
 
 impl SpawnOptions {
-    /// At most so many attempts.
+    /// Sets the maximum number of attempts, and unsets `unlimited_attempts`.
     #[must_use]
     pub fn max_attempts(mut self, attempts: i32) -> Self {
         self.max_attempts = Some(attempts);
@@ -137,7 +139,7 @@ impl SpawnOptions {
         self
     }
 
-    /// As many attempts as it takes.
+    /// Allows any number of attempts, and unsets `max_attempts`.
     #[must_use]
     pub fn unlimited_attempts(mut self) -> Self {
         self.max_attempts = None;
@@ -145,56 +147,56 @@ impl SpawnOptions {
         self
     }
 
-    /// How long to wait before a retry.
+    /// Sets the rule for the delay before a retry.
     #[must_use]
     pub fn retry(mut self, strategy: RetryStrategy) -> Self {
         self.retry_strategy = Some(strategy);
         self
     }
 
-    /// Cancel it when nobody has claimed it for this long.
+    /// Cancels the task when it is still unclaimed this long after its spawn.
     #[must_use]
     pub fn max_delay(mut self, delay: Duration) -> Self {
         self.cancellation.max_delay = Some(delay);
         self
     }
 
-    /// Cancel it when it has not ended this long after its first claim.
+    /// Cancels the task when it has not ended this long after its first claim.
     #[must_use]
     pub fn max_duration(mut self, duration: Duration) -> Self {
         self.cancellation.max_duration = Some(duration);
         self
     }
 
-    /// One more header.
+    /// Adds a header, or replaces the header of this name.
     #[must_use]
     pub fn header(mut self, name: impl Into<String>, value: impl Into<Value>) -> Self {
         self.headers.insert(name.into(), value.into());
         self
     }
 
-    /// While a task with this key exists in the queue, make no second one.
+    /// If a task with this key exists in the queue, the spawn makes no second one.
     #[must_use]
     pub fn idempotency_key(mut self, key: impl Into<String>) -> Self {
         self.idempotency_key = Some(key.into());
         self
     }
 
-    /// It belongs to this workflow run.
+    /// Links the task to this workflow run, by the header `workflow_run_id`.
     #[must_use]
     pub fn workflow_run(mut self, workflow_run_id: Uuid) -> Self {
         self.workflow_run_id = Some(workflow_run_id);
         self
     }
 
-    /// It can be claimed only from this time on.
+    /// Keeps the task unclaimed until this time.
     #[must_use]
     pub fn start_at(mut self, at: SystemTime) -> Self {
         self.start = Some(Start::At(at));
         self
     }
 
-    /// It can be claimed only after this long.
+    /// Keeps the task unclaimed until this long after its spawn.
     #[must_use]
     pub fn delay(mut self, delay: Duration) -> Self {
         self.start = Some(Start::After(delay));
@@ -202,19 +204,19 @@ impl SpawnOptions {
     }
 }
 
-/// A task to be spawned with others.
+/// A task to spawn, by itself or in a batch.
 #[derive(Debug, Clone)]
 pub struct NewTask {
     pub(crate) wire: pb::NewTask,
 }
 
 impl NewTask {
-    /// A task for a handler.
+    /// A task with these params; errors when they cannot be written as JSON.
     pub fn new<P: Serialize + ?Sized>(name: &str, params: &P, options: SpawnOptions) -> Result<Self, Error> {
         Ok(Self::with_json(name, Json::of(params)?, options))
     }
 
-    /// A task whose params are JSON already.
+    /// A task whose params are JSON text already; the server checks them.
     pub fn with_json(name: &str, params: Json, options: SpawnOptions) -> Self {
         let rules = options.cancellation;
         let cancellation = (rules != CancellationRules::default()).then(|| pb::CancellationPolicy {
@@ -243,15 +245,15 @@ impl NewTask {
 /// Ids of a spawned task.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Spawned {
-    /// The task.
+    /// Id of the task.
     pub task_id: Uuid,
-    /// Its newest run.
+    /// Id of the task's newest run.
     pub run_id: Uuid,
-    /// The workflow run that was given; else the run.
+    /// Id of the workflow run that the spawn named; without one, `run_id`.
     pub workflow_run_id: Uuid,
-    /// Attempt number of that run.
+    /// Attempt number of the run `run_id`.
     pub attempt: i32,
-    /// False when an idempotency key found a task that existed before.
+    /// False when the idempotency key belongs to an existing task, and after a retry that made no copy.
     pub created: bool,
 }
 
@@ -279,7 +281,7 @@ impl AbsurdClient {
         self.spawn_new_task(NewTask::new(task_name, params, options)?).await
     }
 
-    /// Spawns a task that is put together already.
+    /// Spawns a task that was built with [`NewTask`].
     pub async fn spawn_new_task(&self, task: NewTask) -> Result<Spawned, Error> {
         let request = pb::SpawnTaskRequest { queue: self.queue(), task: Some(task.wire) };
         Spawned::from_wire(rpc!(self.spawn_task(request))?.task)
@@ -297,12 +299,12 @@ impl AbsurdClient {
     }
 }
 
-/// How often and how a task is retried.
+/// Limit and delays of the retries of a task.
 #[derive(Debug, Clone, Copy)]
 pub struct Retries {
-    /// Attempts at most.
+    /// Maximum number of attempts.
     pub max_attempts: i32,
-    /// Delays between them.
+    /// Rule for the delay between two attempts.
     pub strategy: RetryStrategy,
 }
 
@@ -315,13 +317,13 @@ impl Default for Retries {
 }
 
 impl Retries {
-    /// As options of a spawn.
+    /// The spawn options with this limit and this rule.
     pub fn options(self) -> SpawnOptions {
         SpawnOptions::default().max_attempts(self.max_attempts).retry(self.strategy)
     }
 }
 
-/// Spawns a task that is retried: the original client's helper.
+/// Spawns a task with retries: a helper of the original client.
 pub async fn spawn_retry_task<P: Serialize + ?Sized>(
     client: &AbsurdClient,
     task_name: &str,
@@ -331,7 +333,7 @@ pub async fn spawn_retry_task<P: Serialize + ?Sized>(
     client.spawn_task(task_name, params, retries.options()).await
 }
 
-/// Spawns a task with one attempt that is cancelled by itself: the original client's helper.
+/// Spawns a task with one attempt and cancellation rules: a helper of the original client.
 pub async fn spawn_cancellable_task<P: Serialize + ?Sized>(
     client: &AbsurdClient,
     task_name: &str,

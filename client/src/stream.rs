@@ -1,4 +1,5 @@
-//! A claim stream that stays: it reconnects for ever, hands held tokens back in, keeps leases, and ends only when asked.
+//! A claim stream that reconnects until it is closed or drained. It shows the tokens of held claims when it reconnects,
+//! and extends their leases.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,27 +20,28 @@ use crate::connect::MESSAGE_BYTES_MAX;
 use crate::registry::Revoked;
 use crate::{AbsurdClient, Error, Reason, wire};
 
-/// Claims of one `ExtendClaims` call.
+/// Maximum number of claims in one `ExtendClaims` call.
 const EXTEND_MAX: usize = 1000;
-/// Longest time for telling the server that a stream is about to end.
+/// Longest time for the `DrainWorker` call that announces the end of a stream.
 const DRAIN_MAX: Duration = Duration::from_secs(2);
-/// A stream that was open for so long is opened again at once; one that breaks sooner, ever more rarely.
+/// A stream that was open for longer resets the pause before it is opened again; one that breaks sooner lengthens it.
 const STEADY: Duration = Duration::from_secs(10);
-/// Longest time for a stream's first message.
+/// Longest wait for the first message of a stream.
 const OPEN_MAX: Duration = Duration::from_secs(15);
 
-/// What to ask the server for; it has the last word.
+/// Options of a stream. The server decides; its first message holds the values in force.
 #[derive(Debug, Clone)]
 pub struct StreamOptions {
-    /// Tasks in flight at most, 1 to 10,000.
+    /// Maximum number of tasks in flight, 1 to 10,000.
     pub max_in_flight: i32,
-    /// Lease of each claim; kept by the stream while the task is worked on.
+    /// Lease of each claim, in whole seconds from 1 s to 24 h. The stream extends it while the task is worked on.
     pub claim_timeout: Duration,
-    /// A task that reached nobody is given back after this long, or with the end of its lease where that comes first.
+    /// A task that reached no worker is given back after this long, or when its lease ends if that comes first.
     pub start_deadline: Option<Duration>,
-    /// When this process is lost, its tasks move on after this long.
+    /// If this process is lost, the server cuts the leases of its tasks to this, 1 s to 10 min. `None` means that it
+    /// cuts none.
     pub reconnect_grace: Option<Duration>,
-    /// Only tasks of these names; empty: all.
+    /// Receives only tasks of these names, at most 100; empty means all.
     pub task_names: Vec<String>,
 }
 
@@ -56,13 +58,14 @@ impl Default for StreamOptions {
 }
 
 impl StreamOptions {
-    /// A deadline beyond the lease would say nothing; the server refuses it.
+    /// At most the lease: the server refuses a longer deadline, which could have no effect.
     fn start_deadline(&self) -> Option<Duration> {
         self.start_deadline.map(|deadline| deadline.min(self.claim_timeout))
     }
 }
 
-/// Tasks as they come. Dropping it ends the stream at once; [`ClaimStream::close`] does so politely.
+/// The tasks of a stream, in the order of their arrival. Dropping it ends the stream at once; [`ClaimStream::close`]
+/// drains it first.
 #[derive(Debug)]
 pub struct ClaimStream {
     tasks: mpsc::UnboundedReceiver<ClaimedTask>,
@@ -76,15 +79,15 @@ struct Inside {
     client: AbsurdClient,
     options: StreamOptions,
     session_id: String,
-    /// Id of this stream among the client's.
+    /// Number of this stream among the client's streams.
     id: u64,
-    /// True once the stream shall end.
+    /// True once the stream is to end.
     closing: watch::Sender<bool>,
-    /// Between extensions; the server dictates it.
+    /// Interval of lease extensions: a third of the lease until the server sends another value.
     extend_every: watch::Sender<Duration>,
-    /// New tasks should show a sign of life soon.
+    /// Notified for each new task, whose arrival the server must learn of soon.
     arrived: Notify,
-    /// Why the stream is not open, once opening it again has failed.
+    /// The error of the last attempt to open the stream again, while it is not open.
     trouble: watch::Sender<Option<Error>>,
 }
 
@@ -121,22 +124,22 @@ impl ClaimStream {
         Ok(Self { tasks, inside, driver, keeper })
     }
 
-    /// The next task; None after [`ClaimStream::close`].
+    /// The next task. `None` means that the stream was drained by `DrainWorker` and receives no more tasks.
     pub async fn next(&mut self) -> Option<ClaimedTask> {
         self.tasks.recv().await
     }
 
-    /// Why the stream is not open: None while it is, the error of the last try once opening it again has failed. A stream
-    /// that a replica ends politely and that opens at once elsewhere shows nothing here.
+    /// The error of the last attempt to open the stream again; `None` while the stream is open. A stream that a replica
+    /// ended politely, and that opens elsewhere at once, shows no error.
     pub fn trouble(&self) -> watch::Receiver<Option<Error>> {
         self.inside.trouble.subscribe()
     }
 
-    /// Ends the stream: no more tasks; those that nobody took go back without using up an attempt. Leases of tasks that
-    /// are still worked on are kept until they are settled, or until `limit` has passed.
+    /// Ends the stream: no more tasks arrive, and tasks not yet taken go back without using up an attempt. Leases of
+    /// tasks that are still worked on are extended until the tasks are settled, or until `limit` has passed.
     pub async fn close(mut self, limit: Duration) -> Result<(), Error> {
         let until = Instant::now() + limit;
-        // The server shall hear that this end is meant: it cuts no lease then, and looks for no lost worker.
+        // Tells the server that this end is planned: it then neither cuts leases nor treats the worker as lost.
         let inside = Arc::clone(&self.inside);
         let request =
             pb::DrainWorkerRequest { queue: inside.client.queue_name().into(), session_id: inside.session_id.clone() };
@@ -193,7 +196,7 @@ impl Inside {
         }
     }
 
-    /// Opens the stream and reads its first message, within a limit.
+    /// Opens the stream and reads its first message, within `limit`.
     async fn connect(&self, limit: Duration) -> Result<Connected, Error> {
         let held = self.client.shared.registry.kept_by(self.id);
         let asked = self.client.shared.replicas.ask();
@@ -213,7 +216,7 @@ impl Inside {
         if let Some(every) = wire::span(opened.extend_interval.as_ref()).filter(|every| !every.is_zero()) {
             self.extend_every.send_replace(every);
         }
-        // In the order of the request.
+        // The verdicts come in the order of the request.
         for ((run_id, token), verdict) in held.iter().zip(&opened.held) {
             self.judge(*run_id, token, verdict.verdict);
         }
@@ -221,7 +224,7 @@ impl Inside {
         Ok(Connected { messages, silence_max: heartbeat * 3 })
     }
 
-    /// Takes in what the server says of a claim.
+    /// Applies the server's verdict on a claim to the registry.
     fn judge(&self, run_id: Uuid, token: &str, verdict: i32) {
         let registry = &self.client.shared.registry;
         match pb::Verdict::try_from(verdict).unwrap_or_default() {
@@ -243,8 +246,8 @@ fn no_answer() -> Error {
     Error::new(Reason::Transport, tonic::Code::Unavailable, "the server did not answer in time")
 }
 
-/// Reads and reconnects until the stream shall end. Always drains the transport: whoever consumes slowly is bounded by
-/// the stream's credit.
+/// Reads and reconnects until the stream is to end. It always drains the transport: the stream's credit bounds the
+/// tasks that wait for a slow consumer.
 async fn drive(inside: Arc<Inside>, first: Connected, tell: mpsc::UnboundedSender<ClaimedTask>) {
     let mut closing = inside.closing.subscribe();
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
@@ -289,15 +292,15 @@ async fn drive(inside: Arc<Inside>, first: Connected, tell: mpsc::UnboundedSende
     }
 }
 
-/// How a connection of the stream ended.
+/// Outcome of one connection of the stream.
 enum End {
-    /// As the server said, which also says how long to wait before the next one.
+    /// Ended by the server's announcement, which names the pause before the next connection.
     Told(Duration),
-    /// By this fault.
+    /// Broke with this error.
     Broke(Error),
 }
 
-/// Reads one connection to its end.
+/// Reads one connection until it ends.
 async fn read(inside: &Inside, mut open: Connected, tell: &mpsc::UnboundedSender<ClaimedTask>) -> End {
     let broken = |why: &str| End::Broke(Error::new(Reason::Transport, tonic::Code::Unavailable, why));
     loop {
@@ -318,7 +321,7 @@ async fn read(inside: &Inside, mut open: Connected, tell: &mpsc::UnboundedSender
             Some(Message::Task(wire)) => match ClaimedTask::new(&inside.client, wire, Some(inside.id)) {
                 Ok(task) => {
                     inside.arrived.notify_one();
-                    // A closed stream's tasks are given back by whoever closes it.
+                    // If the stream is closed, `close` gives its tasks back.
                     let _ = tell.send(task);
                 }
                 Err(error) => tracing::warn!(%error, "a task could not be read; its lease will run out"),
@@ -341,8 +344,8 @@ async fn read(inside: &Inside, mut open: Connected, tell: &mpsc::UnboundedSender
     }
 }
 
-/// Keeps the leases of all tasks that are worked on, in one call for all. A new task is extended soon, which shows the
-/// server that it has arrived; one that is settled by then costs nothing.
+/// Extends the leases of all tasks that are worked on, up to 1,000 in one call. A new task is extended soon, so that
+/// the server learns of its arrival; a task that is settled before that costs no call.
 async fn keep(inside: Arc<Inside>) {
     let soon = inside.options.start_deadline().map(|deadline| deadline / 3);
     let mut due = Instant::now() + *inside.extend_every.borrow();
@@ -356,7 +359,7 @@ async fn keep(inside: Arc<Inside>) {
         }
         due = Instant::now() + *inside.extend_every.borrow();
         let held = inside.client.shared.registry.kept_by(inside.id);
-        // At once: a call that hangs takes no other call's time.
+        // All at once: one call that gets no answer delays no other.
         join_all(held.chunks(EXTEND_MAX).map(|held| extend(&inside, held))).await;
     }
 }

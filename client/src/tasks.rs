@@ -1,4 +1,4 @@
-//! Tasks and runs that exist: read them, wait for their end, list, cancel and retry them.
+//! Existing tasks and runs: calls that read, await, list, find, cancel and retry them.
 
 use std::time::{Duration, SystemTime};
 
@@ -16,39 +16,40 @@ const AWAIT_SLICE: Duration = Duration::from_secs(60);
 /// A task, as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Task {
-    /// Id.
+    /// Id of the task; this service makes UUIDv7.
     pub task_id: Uuid,
     /// Name of the handler.
     pub task_name: String,
-    /// Input.
+    /// Input, however large.
     pub params: Json,
-    /// Headers; None: none.
+    /// Headers, a JSON object; `None` when there are none.
     pub headers: Option<Json>,
-    /// As stored: `kind`, `base_seconds`, `factor`, `max_seconds`.
+    /// Retry strategy as stored: an object with `kind`, `base_seconds`, `factor` and `max_seconds`.
     pub retry_strategy: Option<Json>,
-    /// None: no limit.
+    /// Maximum number of attempts; `None` means no limit.
     pub max_attempts: Option<i32>,
-    /// As stored: `max_delay`, `max_duration`, in seconds.
+    /// Cancellation policy as stored: an object with `max_delay` and `max_duration`, in seconds.
     pub cancellation: Option<Json>,
-    /// When it was spawned.
+    /// Time of the spawn.
     pub enqueue_at: Option<SystemTime>,
-    /// When it was first claimed.
+    /// Time of the first claim.
     pub first_started_at: Option<SystemTime>,
-    /// State.
+    /// State when the task was read.
     pub state: State,
     /// Highest attempt number that exists.
     pub attempts: i32,
-    /// Newest run.
+    /// Id of the newest run.
     pub last_attempt_run: Option<Uuid>,
-    /// Result.
+    /// Result, however large; `None` unless the task completed.
     pub completed_payload: Option<Json>,
-    /// When it was cancelled.
+    /// Time of the cancellation.
     pub cancelled_at: Option<SystemTime>,
-    /// Business key.
+    /// Idempotency key of the spawn.
     pub idempotency_key: Option<String>,
-    /// Tenant; None for the default one.
+    /// Id of the tenant; `None` for the default one.
     pub tenant_id: Option<String>,
-    /// Whether headers over 1 MiB, or policies over 64 KiB, are left out; only plain SQL makes them so large.
+    /// True when headers over 1 MiB, or a retry strategy or cancellation policy over 64 KiB, were left out. Such values
+    /// come from direct SQL, or from a server with a raised limit for headers.
     pub details_omitted: bool,
 }
 
@@ -76,53 +77,53 @@ impl Task {
     }
 }
 
-/// When a run can be claimed.
+/// Earliest claim of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Available {
-    /// From this time on.
+    /// The run can be claimed from this time on.
     At(SystemTime),
-    /// It waits for an event without a timeout.
+    /// The run waits for an event without a timeout.
     Never,
 }
 
 /// A run, as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Run {
-    /// Id.
+    /// Id of the run.
     pub run_id: Uuid,
-    /// Its task.
+    /// Id of its task.
     pub task_id: Uuid,
-    /// 1 for the first.
+    /// Number of the attempt, from 1.
     pub attempt: i32,
-    /// State.
+    /// State when the run was read.
     pub state: State,
     /// Id of the worker that holds or held it.
     pub claimed_by: Option<String>,
-    /// End of the lease; None while running means that it never ends.
+    /// End of the lease; for a running run, `None` means that the lease never ends.
     pub claim_expires_at: Option<SystemTime>,
-    /// Earliest claim.
+    /// Earliest time of its next claim.
     pub available_at: Available,
-    /// Event that it waits or waited for.
+    /// Event that the run waits for or waited for.
     pub wake_event: Option<String>,
-    /// Payload that woke it; left out over 1.25 MiB.
+    /// Payload of the event that woke the run; left out when over 1.25 MiB.
     pub event_payload: Option<Json>,
-    /// Last claim.
+    /// Time of the last claim.
     pub started_at: Option<SystemTime>,
-    /// Completion.
+    /// Time of the completion.
     pub completed_at: Option<SystemTime>,
-    /// Failure.
+    /// Time of the failure.
     pub failed_at: Option<SystemTime>,
-    /// Result; left out over 1.25 MiB ([`AbsurdClient::get_task_result`] has it).
+    /// Result; left out when over 1.25 MiB. [`AbsurdClient::get_task_result`] reads it in full.
     pub result: Option<Json>,
-    /// Why it failed; left out over 1.25 MiB.
+    /// Reason of the failure; left out when over 1.25 MiB.
     pub failure_reason: Option<Json>,
-    /// Creation.
+    /// Time at which the run was created.
     pub created_at: Option<SystemTime>,
-    /// Newest of its claim and the checkpoints that it wrote.
+    /// Time of the newest of the run's claim and the checkpoints that it wrote.
     pub last_heartbeat: Option<SystemTime>,
-    /// Tenant; None for the default one.
+    /// Id of the tenant; `None` for the default one.
     pub tenant_id: Option<String>,
-    /// Whether something was left out.
+    /// Whether a payload was left out.
     pub payloads_omitted: bool,
 }
 
@@ -154,22 +155,22 @@ impl Run {
     }
 }
 
-/// A task in a list: without its payloads.
+/// A task in a list, without its payloads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TaskSummary {
-    /// Id.
+    /// Id of the task.
     pub task_id: Uuid,
     /// Name of the handler.
     pub task_name: String,
-    /// State.
+    /// State when the list was read.
     pub state: State,
     /// Highest attempt number that exists.
     pub attempts: i32,
-    /// None: no limit.
+    /// Maximum number of attempts; `None` means no limit.
     pub max_attempts: Option<i32>,
-    /// When it was spawned.
+    /// Time of the spawn.
     pub enqueue_at: Option<SystemTime>,
-    /// When it was first claimed.
+    /// Time of the first claim.
     pub first_started_at: Option<SystemTime>,
 }
 
@@ -187,16 +188,16 @@ impl TaskSummary {
     }
 }
 
-/// Where a task stands.
+/// State of a task, with its result or the reason of its failure.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TaskResult {
-    /// The task.
+    /// Id of the task.
     pub task_id: Uuid,
-    /// Its state.
+    /// State when the server answered.
     pub state: State,
-    /// Only when completed.
+    /// Result; set only when the task completed.
     pub result: Option<Json>,
-    /// Only when failed: that of the last attempt.
+    /// Reason of the last attempt's failure; set only when the task failed.
     pub failure: Option<Json>,
 }
 
@@ -211,72 +212,76 @@ impl TaskResult {
     }
 }
 
-/// How to retry a failed task.
+/// Options of [`AbsurdClient::retry_task`].
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RetryOptions {
-    /// Spawn a copy instead of giving the task another attempt.
+    /// Spawns a copy of the task instead of adding an attempt. The copy has neither the idempotency key nor the
+    /// checkpoints.
     pub spawn_new: bool,
-    /// New limit; None: one more than now.
+    /// New maximum number of attempts. `None`: a copy keeps the limit of the original. Otherwise the limit rises by
+    /// one; a task without a limit may make one more attempt.
     pub max_attempts: Option<i32>,
 }
 
-/// Which tasks to list.
+/// Filter and page of [`AbsurdClient::list_tasks`].
 #[derive(Debug, Clone, Default)]
 pub struct ListOptions {
-    /// Only in this state.
+    /// Lists only tasks in this state.
     pub state: Option<State>,
-    /// Only of this name.
+    /// Lists only tasks of this name.
     pub task_name: Option<String>,
-    /// At most this many in the page, 1 to 1,000; 0: 100.
+    /// Longest page, 1 to 1,000 tasks; 0 means 100.
     pub page_size: i32,
-    /// Token of the page before.
+    /// Token of the page before; empty for the first page.
     pub page_token: String,
 }
 
-/// What became of a cancellation.
+/// Outcome of a cancellation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CancelOutcome {
     /// Whether this call cancelled the task.
     pub cancelled: bool,
-    /// State of the task after it.
+    /// State of the task after the call.
     pub state: State,
 }
 
-/// A task that was found by a part of its id.
+/// A task that was found by a part of its id, or by the id of one of its runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TaskMatch {
-    /// Its queue.
+    /// Name of its queue.
     pub queue: String,
-    /// Id.
+    /// Id of the task.
     pub task_id: Uuid,
     /// Name of the handler.
     pub task_name: String,
-    /// State.
+    /// State when the search read it.
     pub state: State,
-    /// When it was spawned.
+    /// Time of the spawn.
     pub enqueue_at: Option<SystemTime>,
 }
 
 /// The tasks that a search has found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FoundTasks {
-    /// Newest first.
+    /// The tasks, newest first.
     pub tasks: Vec<TaskMatch>,
-    /// Whether these are all; there may be more where a queue was too long, or could not be read, or the time was over.
+    /// Whether these are all tasks that match. False when the limit was reached, when a queue has older tasks that were
+    /// not searched, when a queue could not be read, or when the time was over.
     pub complete: bool,
 }
 
-/// Where to search, and for how many.
+/// Scope and limit of a search.
 #[derive(Debug, Clone, Default)]
 pub struct FindOptions {
-    /// In this queue; None: in all of them.
+    /// Name of the queue to search; `None` means all queues.
     pub queue: Option<String>,
-    /// At most this many, 1 to 100; 0: 20.
+    /// Maximum number of tasks, 1 to 100; 0 means 20.
     pub limit: i32,
 }
 
 impl AbsurdClient {
-    /// A page of a task's runs in the order of their attempts, of 1 to 1,000; 0: 100. Payloads over 1.25 MiB are left out.
+    /// Lists a page of a task's runs, in the order of their attempts. `page_size` is 1 to 1,000; 0 means 100. Payloads
+    /// over 1.25 MiB are left out.
     pub async fn list_runs(&self, task_id: Uuid, page_size: i32, page_token: &str) -> Result<Page<Run>, Error> {
         let request = pb::ListRunsRequest {
             queue: self.queue(),
@@ -291,7 +296,8 @@ impl AbsurdClient {
         })
     }
 
-    /// Finds tasks by the beginning or the end of their ids, 6 or more hexadecimal digits, or by a whole id, also of a run.
+    /// Finds tasks by the beginning or the end of their ids (6 or more hexadecimal digits), or by the whole id of a
+    /// task or run.
     pub async fn find_tasks(&self, text: &str, options: FindOptions) -> Result<FoundTasks, Error> {
         let request =
             pb::FindRequest { queue: options.queue.unwrap_or_default(), text: text.to_owned(), limit: options.limit };
@@ -309,12 +315,12 @@ impl AbsurdClient {
         Ok(FoundTasks { tasks, complete: response.complete })
     }
 
-    /// Cancels the task of a run, only while that run is pending or sleeping.
+    /// Cancels the task of a run, but only while that run is pending or sleeping.
     pub async fn cancel_task(&self, run_id: Uuid) -> Result<CancelOutcome, Error> {
         self.cancel(pb::cancel_task_request::Target::RunId(run_id.to_string())).await
     }
 
-    /// Cancels a task that has not ended, also while a worker runs it.
+    /// Cancels a task that has not ended, even while a worker runs it.
     pub async fn cancel_task_by_id(&self, task_id: Uuid) -> Result<CancelOutcome, Error> {
         self.cancel(pb::cancel_task_request::Target::TaskId(task_id.to_string())).await
     }
@@ -338,7 +344,7 @@ impl AbsurdClient {
         Spawned::from_wire(rpc!(self.retry_task(request))?.task)
     }
 
-    /// The task, as stored, however large; None: there is none.
+    /// Reads a task as stored, however large; `None` when there is no such task.
     pub async fn get_task_status(&self, task_id: Uuid) -> Result<Option<Task>, Error> {
         let ask = |params_range, result_range| pb::GetTaskStatusRequest {
             queue: self.queue(),
@@ -372,7 +378,7 @@ impl AbsurdClient {
         Task::from_wire(task).map(Some)
     }
 
-    /// The run, as stored; None: there is none.
+    /// Reads a run as stored; `None` when there is no such run.
     pub async fn get_run_status(&self, run_id: Uuid) -> Result<Option<Run>, Error> {
         let request = pb::GetRunStatusRequest { queue: self.queue(), run_id: run_id.to_string() };
         match rpc!(self.get_run_status(request)) {
@@ -382,7 +388,7 @@ impl AbsurdClient {
         }
     }
 
-    /// State and result of a task, as of now.
+    /// Reads the state and the result of a task at this time.
     pub async fn get_task_result(&self, task_id: Uuid) -> Result<TaskResult, Error> {
         let ask =
             |result_range| pb::GetTaskResultRequest { queue: self.queue(), task_id: task_id.to_string(), result_range };
@@ -404,7 +410,8 @@ impl AbsurdClient {
         TaskResult::from_wire(now)
     }
 
-    /// Waits until a task has ended, for ever when `timeout` is None. `DeadlineExceeded` when the time is up.
+    /// Waits until a task has ended; without a `timeout`, for ever. The error is [`Reason::DeadlineExceeded`] when the
+    /// timeout passes first.
     pub async fn await_task_result(&self, task_id: Uuid, timeout: Option<Duration>) -> Result<TaskResult, Error> {
         let until = timeout.map(|timeout| Instant::now() + timeout);
         loop {
@@ -428,7 +435,7 @@ impl AbsurdClient {
         }
     }
 
-    /// A page of tasks, newest first.
+    /// Lists a page of tasks, newest first.
     pub async fn list_tasks(&self, options: ListOptions) -> Result<Page<TaskSummary>, Error> {
         let request = pb::ListTasksRequest {
             queue: self.queue(),

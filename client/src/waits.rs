@@ -1,4 +1,4 @@
-//! Events and time: a run waits for an event, sleeps, or is moved; events are emitted.
+//! Events and time: calls by which a run waits for an event, sleeps or is moved, and calls that emit events.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -12,49 +12,49 @@ use crate::durable::{AwaitedTask, Snapshot, TaskWait, Until};
 use crate::wire::Page;
 use crate::{AbsurdClient, Error, Json, wire};
 
-/// How a wait for an event stands.
+/// State of a wait for an event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Awaited {
-    /// The event was emitted: its payload.
+    /// The event was emitted with this payload.
     Payload(Json),
-    /// The run sleeps and the claim is over.
+    /// The run sleeps, and the claim is over.
     Suspended {
-        /// When it wakes by itself; None: only the event wakes it.
+        /// Time at which the run wakes without the event; `None` means never.
         wake_at: Option<SystemTime>,
     },
-    /// The time was over before the event came; every later call of this step says the same.
+    /// The timeout passed before the event came. Every later call of this step returns the same.
     TimedOut,
 }
 
-/// How a sleep stands.
+/// State of a sleep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Slept {
-    /// The time is over.
+    /// The time of the sleep is over.
     Elapsed,
-    /// The run sleeps and the claim is over.
+    /// The run sleeps, and the claim is over.
     Suspended {
-        /// When it can be claimed again.
+        /// Earliest time of the next claim.
         wake_at: SystemTime,
     },
 }
 
-/// What an emission did.
+/// Outcome of an emission.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Emitted {
-    /// False when the event had been emitted before: the first payload stays.
+    /// False when the event had been emitted before, and keeps its first payload.
     pub applied: bool,
-    /// Runs that this call woke.
+    /// Number of runs that this call woke.
     pub woken: i64,
 }
 
-/// The run sleeps and its claim is over: free the worker, neither complete nor fail the run.
+/// The run sleeps and its claim is over: free the worker, and neither complete nor fail the run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AbsurdSleepError {
-    /// The run.
+    /// Id of the run.
     pub run_id: Option<Uuid>,
-    /// What it waits for.
+    /// Event that the run waits for.
     pub event_name: Option<String>,
-    /// When it wakes by itself; None: only the event wakes it.
+    /// Time at which the run wakes without the event; `None` means never.
     pub wake_at: Option<SystemTime>,
 }
 
@@ -70,48 +70,48 @@ impl fmt::Display for AbsurdSleepError {
 
 impl std::error::Error for AbsurdSleepError {}
 
-/// Why a wait has brought no payload.
+/// Reason why a wait returned no payload.
 #[derive(Debug, thiserror::Error)]
 pub enum WaitError {
-    /// The run sleeps now.
+    /// The run sleeps, and the claim is over.
     #[error(transparent)]
     Sleep(#[from] AbsurdSleepError),
-    /// The time was over before the event came; every later call of this step says the same.
+    /// The timeout passed before the event came. Every later call of this step returns the same.
     #[error("the event did not come in time")]
     Timeout,
-    /// The call failed.
+    /// The call itself failed.
     #[error(transparent)]
     Call(#[from] Error),
 }
 
-/// Which waits to list.
+/// Filter of [`AbsurdClient::list_waits`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WaitsOf {
-    /// Those of this task.
+    /// Waits of this task.
     Task(Uuid),
-    /// Those for this event.
+    /// Waits for this event.
     Event(String),
 }
 
-/// A run waits for an event, or for the end of a task, which is one.
+/// A wait of a run for an event. The end of a task is an event too.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wait {
-    /// Task of the run.
+    /// Id of the run's task.
     pub task_id: Uuid,
-    /// Run.
+    /// Id of the waiting run.
     pub run_id: Uuid,
-    /// Name of the step.
+    /// Name of the step that waits.
     pub step_name: String,
-    /// Event.
+    /// Name of the event.
     pub event_name: String,
-    /// When the wait is over; None: never.
+    /// Time at which the wait times out; `None` means never.
     pub timeout_at: Option<SystemTime>,
-    /// When it began.
+    /// Time at which the wait began.
     pub created_at: Option<SystemTime>,
 }
 
 impl AbsurdClient {
-    /// A page of waits by run, of 1 to 1,000; 0: 100.
+    /// Lists a page of waits, ordered by run. `page_size` is 1 to 1,000; 0 means 100.
     pub async fn list_waits(&self, of: WaitsOf, page_size: i32, page_token: &str) -> Result<Page<Wait>, Error> {
         use pb::list_waits_request::Of;
         let request = pb::ListWaitsRequest {
@@ -140,7 +140,7 @@ impl AbsurdClient {
         })
     }
 
-    /// Waits for an event, as a step with the name `step_name`. When the run is put to sleep its claim is over.
+    /// Waits for an event, as step `step_name`. [`Awaited::Suspended`] ends the claim.
     pub async fn await_event(
         &self,
         task_id: Option<Uuid>,
@@ -191,8 +191,9 @@ impl AbsurdClient {
         }
     }
 
-    /// Waits for an event, as a step with the name `step_name`: its payload, or the reason why there is none (yet). The
-    /// run sleeps already when this says so; [`AbsurdClient::set_run_sleeping`] is not needed, and does no harm.
+    /// Waits for an event, as step `step_name`. Returns the payload, or an error that says why there is none yet. With
+    /// [`WaitError::Sleep`] the run sleeps already; a call of [`AbsurdClient::set_run_sleeping`] is then harmless but
+    /// not needed.
     pub async fn wait_for_event(
         &self,
         run_id: Uuid,
@@ -210,8 +211,9 @@ impl AbsurdClient {
         }
     }
 
-    /// Sleeps, as a step with the name `step_name` (None: `sleep_` and the seconds; two sleeps of one length need two
-    /// names). The first call puts the run to sleep; the call of whoever claims it afterwards says that the time is over.
+    /// Sleeps, as step `step_name`; `None` means `sleep_` followed by the seconds. Two sleeps of the same length need
+    /// two names. The first call suspends the run; the worker that claims the run next repeats the call and gets
+    /// [`Slept::Elapsed`].
     pub async fn sleep(&self, run_id: Uuid, duration: Duration, step_name: Option<&str>) -> Result<Slept, Error> {
         let token = self.shared.registry.token(run_id);
         self.sleep_until(run_id, token, Until::After(duration), step_name.unwrap_or_default()).await
@@ -248,13 +250,13 @@ impl AbsurdClient {
         }
     }
 
-    /// Moves a run to a time: one that this process holds (its claim is over then), one that is pending, or one that sleeps
+    /// Moves a run to a time: a run that this process holds, whose claim ends by it, a pending run, or one that sleeps
     /// until a time.
     pub async fn schedule_task(&self, run_id: Uuid, wake_at: SystemTime) -> Result<(), Error> {
         self.schedule(run_id, pb::schedule_task_request::When::WakeAt(wake_at.into())).await
     }
 
-    /// The same, so long after now by the database's clock.
+    /// As [`AbsurdClient::schedule_task`], `delay` after now by the database's clock.
     pub async fn schedule_task_after(&self, run_id: Uuid, delay: Duration) -> Result<(), Error> {
         self.schedule(run_id, pb::schedule_task_request::When::Delay(wire::duration(delay))).await
     }
@@ -272,8 +274,8 @@ impl AbsurdClient {
         outcome.map(drop)
     }
 
-    /// Puts a run to sleep until an event, when its wait is registered already; returns when it wakes all the same (None:
-    /// only the event wakes it). Harmless when it sleeps already.
+    /// Puts a run to sleep until an event for which a wait is registered. Returns the time at which the run wakes
+    /// without the event; `None` means never. Harmless when the run sleeps for this event already.
     pub async fn set_run_sleeping(&self, run_id: Uuid, event_name: &str) -> Result<Option<SystemTime>, Error> {
         let claim_token = self.shared.registry.token(run_id);
         let request = pb::SetRunSleepingRequest {
@@ -325,7 +327,8 @@ impl AbsurdClient {
         snapshot.into_result(wait.task_id).map(AwaitedTask::Ended).ok_or_else(wire::unclear)
     }
 
-    /// Forgets a claim that a call has ended. The token of one that the server says is over stays known.
+    /// Forgets a claim that this call has ended. If the server reports that the claim is over, only its lease is no
+    /// longer extended; the token stays known.
     pub(crate) fn over_when<R>(
         &self,
         run_id: Uuid,
@@ -340,13 +343,14 @@ impl AbsurdClient {
         }
     }
 
-    /// Emits an event and wakes those who wait for it; the first emission of a name wins. JSON null, as of `&()`, means no
-    /// payload and is stored as `{}`, as the original client does; [`AbsurdClient::emit_event_json`] stores what it gets.
+    /// Emits an event and wakes the runs that wait for it. The first emission of a name wins. JSON null, as of `&()`,
+    /// means no payload and is stored as `{}`, as the original client does; [`AbsurdClient::emit_event_json`] stores
+    /// JSON null as it is.
     pub async fn emit_event<P: Serialize + ?Sized>(&self, event_name: &str, payload: &P) -> Result<Emitted, Error> {
         self.emit_event_json(event_name, Json::of(payload)?.or_object()).await
     }
 
-    /// Emits an event with a payload that is JSON already.
+    /// Emits an event with a payload that is JSON text already.
     pub async fn emit_event_json(&self, event_name: &str, payload: Json) -> Result<Emitted, Error> {
         let payload = Some(payload.into_wire());
         let request = pb::EmitEventRequest { queue: self.queue(), event_name: event_name.to_owned(), payload };

@@ -1,4 +1,4 @@
-//! Ids, times and long texts, from the wire and to it.
+//! Conversions between wire messages and the types of this crate: ids, times, states, and texts that are read in parts.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::{Error, Json, Reason};
 
-/// Code points of one part of a long text.
+/// Code points in one part of a long text: the largest part that the server returns.
 const PART: i32 = 1_000_000;
 
 pub(crate) fn id(text: &str) -> Result<Uuid, Error> {
@@ -38,7 +38,7 @@ pub(crate) fn time(at: Option<prost_types::Timestamp>) -> Option<SystemTime> {
     at?.try_into().ok()
 }
 
-/// A text that did not fit into one answer and is read part by part.
+/// A text that did not fit into one answer and is read in parts.
 #[derive(Debug)]
 pub(crate) struct Parts {
     length: i64,
@@ -51,13 +51,13 @@ impl Parts {
         Self { length, text: String::new(), read: 0 }
     }
 
-    /// What to ask for next; None: the text is whole.
+    /// The next range to request; `None` when the text is complete.
     pub(crate) fn wanted(&self) -> Option<pb::TextRange> {
         let offset = i32::try_from(self.read).ok().filter(|_| self.read < self.length)?;
         Some(pb::TextRange { offset, limit: PART })
     }
 
-    /// Takes a part in.
+    /// Appends a part. An empty part is an error, because it would be requested again forever.
     pub(crate) fn push(&mut self, part: Option<pb::Json>) -> Result<(), Error> {
         let part = part.filter(|part| !part.text.is_empty()).ok_or_else(unclear)?;
         self.read += i64::try_from(part.text.chars().count()).unwrap_or(i64::MAX);
@@ -73,36 +73,36 @@ impl Parts {
 /// One page of a list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Page<T> {
-    /// What is on it.
+    /// Items of the page, in the order of the list.
     pub items: Vec<T>,
-    /// Asks for the next page; empty on the last.
+    /// Requests the next page; empty on the last page.
     pub next_page_token: String,
 }
 
 /// State of a task or run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum State {
-    /// Waits to be claimed.
+    /// Waiting to be claimed.
     Pending,
     /// Held by a worker.
     Running,
-    /// Waits for a time or an event.
+    /// Waiting for a time or an event.
     Sleeping,
-    /// Ended well.
+    /// Ended with a result.
     Completed,
-    /// Ended badly: the attempts are used up.
+    /// Run: the attempt failed. Task: its last attempt failed, and no further one follows.
     Failed,
-    /// Was cancelled.
+    /// Cancelled by a call or by a cancellation rule.
     Cancelled,
 }
 
 impl State {
-    /// Whether nothing follows.
+    /// Whether the task or run has ended: completed, failed or cancelled.
     pub fn is_terminal(self) -> bool {
         matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
     }
 
-    /// As stored.
+    /// Name of the state in the database, in lower case.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Pending => "pending",
@@ -161,7 +161,7 @@ mod tests {
         assert!(Parts::of(3).push(part("")).is_err(), "an empty part would be asked for for ever");
     }
 
-    /// A text that is one code point longer than what has been read of it is not whole yet.
+    /// A text that lacks one code point is not complete yet.
     #[test]
     fn the_last_code_point_of_a_long_text_is_asked_for() {
         let part = |text: &str| Some(pb::Json { text: text.into() });

@@ -1,4 +1,4 @@
-//! Tracking records of workflow runs.
+//! Tracking records of workflow runs. The service stores them; it neither runs a workflow nor checks its transitions.
 
 use std::time::SystemTime;
 
@@ -10,18 +10,18 @@ use crate::client::rpc;
 use crate::wire::{Page, Parts};
 use crate::{AbsurdClient, Error, Json, wire};
 
-/// Where a workflow run stands.
+/// Status of a workflow run, as its orchestrator sets it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum WorkflowStatus {
-    /// Not begun.
+    /// Not started.
     Pending,
-    /// Under way.
+    /// In progress.
     Running,
-    /// Ended well.
+    /// Ended with a result.
     Completed,
-    /// Ended badly.
+    /// Ended with an error.
     Failed,
-    /// Given up.
+    /// Abandoned before its end.
     Cancelled,
 }
 
@@ -50,46 +50,46 @@ impl WorkflowStatus {
     }
 }
 
-/// A record to be made.
+/// A tracking record to create.
 #[derive(Debug, Clone, Default)]
 pub struct NewWorkflowRun {
-    /// Name: a lower-case letter, then lower-case letters, digits, single underscores.
+    /// Name: a lower-case letter, then lower-case letters, digits and single underscores, at most 200 bytes.
     pub workflow_name: String,
-    /// Version: letters, digits, dots, hyphens, single underscores.
+    /// Version: letters, digits, dots, hyphens and single underscores, 1 to 100 bytes.
     pub workflow_version: String,
-    /// What it is started with, a JSON object; None: nothing.
+    /// Inputs, a JSON object; `None` means none.
     pub inputs: Option<Json>,
-    /// Its first run, when there is one already.
+    /// Id of its first run, if there is one already.
     pub absurd_run_id: Option<Uuid>,
-    /// Who begins it.
+    /// User or system that starts the workflow, at most 200 bytes.
     pub created_by: Option<String>,
-    /// Tags to find it by; empty: none.
+    /// Tags to filter by; an empty map means none.
     pub tags: Map<String, Value>,
-    /// Hash of the definition.
+    /// Hash of the workflow's definition, at most 128 bytes.
     pub workflow_hash: Option<String>,
 }
 
 impl NewWorkflowRun {
-    /// A record of a workflow.
+    /// A record with this name and version, and nothing else.
     pub fn new(name: impl Into<String>, version: impl Into<String>) -> Self {
         Self { workflow_name: name.into(), workflow_version: version.into(), ..Self::default() }
     }
 
-    /// Started with these inputs.
+    /// Sets the inputs.
     #[must_use]
     pub fn inputs(mut self, inputs: impl Into<Json>) -> Self {
         self.inputs = Some(inputs.into());
         self
     }
 
-    /// Begun by this user or system.
+    /// Sets the user or system that starts the workflow.
     #[must_use]
     pub fn created_by(mut self, whom: impl Into<String>) -> Self {
         self.created_by = Some(whom.into());
         self
     }
 
-    /// One more tag.
+    /// Adds a tag, or replaces the tag of this name.
     #[must_use]
     pub fn tag(mut self, name: impl Into<String>, value: impl Into<Value>) -> Self {
         self.tags.insert(name.into(), value.into());
@@ -97,57 +97,57 @@ impl NewWorkflowRun {
     }
 }
 
-/// What changes besides the status; None stays, and nothing can be cleared.
+/// Changes besides the status. A field that is `None` keeps its value; no field can be cleared.
 #[derive(Debug, Clone, Default)]
 pub struct WorkflowChange {
-    /// Result.
+    /// New result.
     pub result: Option<Json>,
-    /// Error.
+    /// New error, any JSON value.
     pub error: Option<Json>,
-    /// When it began.
+    /// Time at which the workflow started.
     pub started_at: Option<SystemTime>,
-    /// When it ended.
+    /// Time at which the workflow ended.
     pub completed_at: Option<SystemTime>,
-    /// Tasks that belong to it.
+    /// Number of tasks that belong to the workflow, not negative.
     pub task_count: Option<i32>,
 }
 
-/// A record, as stored.
+/// A tracking record, as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkflowRun {
-    /// Id.
+    /// Id of the record.
     pub workflow_run_id: Uuid,
-    /// Name.
+    /// Name of the workflow.
     pub workflow_name: String,
-    /// Version.
+    /// Version of the workflow.
     pub workflow_version: String,
-    /// Hash of the definition.
+    /// Hash of the workflow's definition.
     pub workflow_hash: Option<String>,
-    /// Where it stands.
+    /// Status when the record was read.
     pub status: WorkflowStatus,
-    /// Its first run in the engine.
+    /// Id of its first run.
     pub absurd_run_id: Option<Uuid>,
-    /// Queue of that run.
+    /// Name of the queue that the workflow runs on.
     pub absurd_queue: String,
-    /// What it was started with.
+    /// Inputs, a JSON object.
     pub inputs: Option<Json>,
-    /// Result.
+    /// Result; `None` until one is set.
     pub result: Option<Json>,
-    /// Error.
+    /// Error; `None` until one is set.
     pub error: Option<Json>,
-    /// Who began it.
+    /// User or system that started the workflow.
     pub created_by: Option<String>,
-    /// Tags.
+    /// Tags, a JSON object.
     pub tags: Option<Json>,
-    /// Tasks that belong to it, as its orchestrator counts them.
+    /// Number of tasks that belong to the workflow, as its orchestrator counts them.
     pub task_count: Option<i32>,
-    /// When the record was made.
+    /// Time at which the record was created.
     pub created_at: Option<SystemTime>,
-    /// When it began.
+    /// Time at which the workflow started, as its orchestrator set it.
     pub started_at: Option<SystemTime>,
-    /// When it ended.
+    /// Time at which the workflow ended, as its orchestrator set it.
     pub completed_at: Option<SystemTime>,
-    /// Whether payloads are left out, as in a list; [`AbsurdClient::get_workflow_run`] reads them.
+    /// Whether payloads are left out, as a list may do; [`AbsurdClient::get_workflow_run`] reads them.
     pub payloads_omitted: bool,
 }
 
@@ -175,24 +175,24 @@ impl WorkflowRun {
     }
 }
 
-/// Which records to list; the default is all.
+/// Filter and page of [`AbsurdClient::list_workflow_runs`]; the default lists all records.
 #[derive(Debug, Clone, Default)]
 pub struct WorkflowFilter {
-    /// Only of this name.
+    /// Lists only records of this workflow.
     pub workflow_name: Option<String>,
-    /// Only of this version.
+    /// Lists only records of this version.
     pub workflow_version: Option<String>,
-    /// Only in this state.
+    /// Lists only records with this status.
     pub status: Option<WorkflowStatus>,
-    /// Only with at least these tags.
+    /// Lists only records that have all these tags.
     pub tags: Map<String, Value>,
-    /// Only made at this time or later.
+    /// Lists only records created at this time or later.
     pub created_from: Option<SystemTime>,
-    /// Only made before this time.
+    /// Lists only records created before this time.
     pub created_before: Option<SystemTime>,
-    /// At most this many in the page, 1 to 1,000; 0: 100.
+    /// Longest page, 1 to 1,000 records; 0 means 100.
     pub page_size: i32,
-    /// Token of the page before.
+    /// Token of the page before; empty for the first page.
     pub page_token: String,
 }
 
@@ -201,12 +201,12 @@ fn object(map: Map<String, Value>) -> Option<pb::Json> {
 }
 
 impl AbsurdClient {
-    /// Makes a record with status pending on the client's queue; returns its id. Tasks are linked to it with
+    /// Creates a record with status pending for the client's queue. Returns its id. Tasks are linked to it with
     /// [`SpawnOptions::workflow_run_id`](crate::SpawnOptions::workflow_run_id).
     pub async fn create_workflow_run(&self, new: NewWorkflowRun) -> Result<Uuid, Error> {
         let request = pb::CreateWorkflowRunRequest {
             queue: self.queue(),
-            // Chosen here, so that the call may be repeated.
+            // The client chooses the id, so that the call can be repeated.
             workflow_run_id: Uuid::new_v4().to_string(),
             workflow_name: new.workflow_name,
             workflow_version: new.workflow_version,
@@ -219,7 +219,7 @@ impl AbsurdClient {
         wire::id(&rpc!(self.create_workflow_run(request))?.workflow_run_id)
     }
 
-    /// Changes a record; says whether there is one.
+    /// Changes a record. Returns false, and changes nothing, when there is no such record.
     pub async fn update_workflow_run_status(
         &self,
         id: Uuid,
@@ -242,7 +242,7 @@ impl AbsurdClient {
         Ok(found)
     }
 
-    /// Reads a record.
+    /// Reads a record with all its payloads; `None` when there is no such record.
     pub async fn get_workflow_run(&self, id: Uuid) -> Result<Option<WorkflowRun>, Error> {
         let request = pb::GetWorkflowRunRequest { workflow_run_id: id.to_string(), part: None };
         let Some(mut run) = rpc!(self.get_workflow_run(request))?.workflow_run else { return Ok(None) };
@@ -259,7 +259,7 @@ impl AbsurdClient {
         WorkflowRun::from_wire(run).map(Some)
     }
 
-    /// A payload: the one that is known already, or read in parts where it did not fit into an answer.
+    /// A payload of a record: the known one, or else the one read in parts, because it did not fit into the answer.
     async fn payload(
         &self,
         id: Uuid,
@@ -284,7 +284,7 @@ impl AbsurdClient {
         Ok(Some(parts.whole().into_wire()))
     }
 
-    /// A page of records, newest first, of all queues. Payloads that would take a record past 3 MiB are left out.
+    /// Lists a page of records of all queues, newest first. Payloads that would take a record past 3 MiB are left out.
     pub async fn list_workflow_runs(&self, filter: WorkflowFilter) -> Result<Page<WorkflowRun>, Error> {
         let request = pb::ListWorkflowRunsRequest {
             page_size: filter.page_size,

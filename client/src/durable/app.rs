@@ -1,4 +1,4 @@
-//! `Absurd`: what is registered, how tasks are spawned, and what is called around them.
+//! `Absurd`: registers handlers on a queue and spawns their tasks.
 
 use std::fmt;
 use std::future::Future;
@@ -17,8 +17,8 @@ use super::spawn::{Spawn, SpawnDraft};
 use super::task::{Handler, Registered, TaskOptions, TaskType, erased};
 use crate::{AbsurdClient, ConnectOptions, Error, TaskResult};
 
-/// Durable execution on one queue: tasks are registered, spawned, and carried out by workers. Cheap to clone; all clones share
-/// what is registered.
+/// Durable execution on one queue: registers handlers, spawns tasks and starts workers. Cheap to clone; all clones
+/// share the registrations.
 #[derive(Clone)]
 pub struct Absurd {
     client: AbsurdClient,
@@ -32,23 +32,23 @@ impl fmt::Debug for Absurd {
 }
 
 impl Absurd {
-    /// On a client's queue.
+    /// Durable execution on the client's queue, without hooks. A spawn that names no limit allows five attempts.
     pub fn new(client: AbsurdClient) -> Self {
         Self::with_hooks(client, DEFAULT_MAX_ATTEMPTS, Hooks::default())
     }
 
-    /// For the service at `ABSURD_URL`, on the queue `ABSURD_DEFAULT_QUEUE`, else `default`.
+    /// Durable execution with the service at `ABSURD_URL`, on the queue `ABSURD_DEFAULT_QUEUE`, else `default`.
     pub fn connect() -> Result<Self, Error> {
         AbsurdClient::connect(&ConnectOptions::from_env()).map(Self::new)
     }
 
-    /// With another number of attempts for spawns that name none, and with hooks.
+    /// As [`Absurd::new`], with hooks, and with another limit of attempts for spawns that name none.
     pub fn with_hooks(client: AbsurdClient, default_max_attempts: i32, hooks: Hooks) -> Self {
         let handlers = Arc::new(Handlers::new(client.queue_name(), default_max_attempts, hooks));
         Self { client, handlers }
     }
 
-    /// The client.
+    /// The client through which all calls are made.
     pub fn client(&self) -> &AbsurdClient {
         &self.client
     }
@@ -57,8 +57,9 @@ impl Absurd {
         &self.handlers
     }
 
-    /// Registers a handler: `absurd.register("order-fulfillment", process_order)`. A second registration of a name takes the
-    /// first one's place. Params and result are whatever serde can read and write.
+    /// Registers a handler: `absurd.register("order-fulfillment", process_order)`. A second registration of a name
+    /// replaces the first. Params may be of any type that serde deserializes, the result of any type that it
+    /// serializes.
     pub fn register<P, R, E, F, Fut>(&self, task: impl Into<TaskType<P, R>>, handler: F) -> TaskType<P, R>
     where
         P: DeserializeOwned + Send + 'static,
@@ -70,7 +71,7 @@ impl Absurd {
         self.register_with(task, TaskOptions::default(), handler)
     }
 
-    /// Registers a handler with a queue, defaults and limits of its own.
+    /// As [`Absurd::register`], with a queue, defaults and a time limit of its own.
     pub fn register_with<P, R, E, F, Fut>(
         &self,
         task: impl Into<TaskType<P, R>>,
@@ -109,18 +110,20 @@ impl Absurd {
         self.handlers.register(task.name(), registered);
     }
 
-    /// Spawns a task: `absurd.spawn(&FULFIL, &order).max_attempts(3).await?`. A registered kind goes to its queue; one that is
-    /// not registered here needs a queue, from its [`TaskType`] or from [`Spawn::queue`].
+    /// Spawns a task: `absurd.spawn(&FULFIL, &order).max_attempts(3).await?`. A registered task goes to the queue of
+    /// its registration. A task that is not registered here needs a queue, from its [`TaskType`] or from
+    /// [`Spawn::queue`].
     pub fn spawn<'a, P, R>(&'a self, task: &TaskType<P, R>, params: &'a P) -> Spawn<'a, P> {
         Spawn { absurd: self, draft: SpawnDraft::of(task), params }
     }
 
-    /// State and result of a task, as of now.
+    /// Reads the state and the result of a task at this time.
     pub async fn fetch_task_result<P, R>(&self, task: &TaskType<P, R>, task_id: Uuid) -> Result<TaskResult, Error> {
         self.on_queue_of(task).get_task_result(task_id).await
     }
 
-    /// Waits for the end of a task, at most so long. Inside of a task use [`Context::await_task_result`], which holds no slot.
+    /// Waits for the end of a task, at most for `timeout`. Inside of a task use [`Context::await_task_result`], which
+    /// holds no slot.
     pub async fn await_task_result<P, R>(
         &self,
         task: &TaskType<P, R>,

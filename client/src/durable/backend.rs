@@ -1,4 +1,4 @@
-//! What a context stands on: the service, or a test's memory.
+//! `Backend`: the calls that a context makes. Their target is the service, or the memory of a test.
 
 use std::fmt;
 use std::future::Future;
@@ -10,33 +10,33 @@ use uuid::Uuid;
 use super::error::{Signal, TaskError};
 use crate::{AbsurdClient, Awaited, ClaimedTask, Emitted, Error, Json, NewTask, Reason, Slept, Spawned, TaskResult};
 
-/// A future behind a pointer.
+/// A boxed future that can move between threads.
 pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// When a sleep is over.
+/// End of a sleep.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Until {
-    /// So long after its first call.
+    /// This long after the first call of the sleep.
     After(Duration),
     /// At this time.
     At(SystemTime),
 }
 
-/// How a wait for a task stands.
+/// State of a wait for a task.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum AwaitedTask {
-    /// It has ended.
+    /// The awaited task has ended.
     Ended(TaskResult),
     /// The run sleeps and the claim is over.
     Suspended {
-        /// When it wakes by itself; None: only the end of the task wakes it.
+        /// Time at which the run wakes without the end of the task; `None` means never.
         wake_at: Option<SystemTime>,
     },
-    /// The time was over first; every later call of this step says the same.
+    /// The timeout passed first. Every later call of this step returns the same.
     TimedOut,
 }
 
-/// Which task is waited for, as which step.
+/// The awaited task, and the step that waits for it.
 #[derive(Debug, Clone)]
 pub(crate) struct TaskWait {
     pub(crate) step: String,
@@ -45,7 +45,7 @@ pub(crate) struct TaskWait {
     pub(crate) timeout: Option<Duration>,
 }
 
-/// Calls about one execution.
+/// The calls that one execution makes.
 pub(crate) trait Backend: Send + Sync + fmt::Debug {
     fn set_checkpoint(&self, name: String, state: Json) -> BoxFuture<'_, Result<(), Error>>;
     fn sleep(&self, step: String, until: Until) -> BoxFuture<'_, Result<Slept, Error>>;
@@ -61,14 +61,14 @@ pub(crate) trait Backend: Send + Sync + fmt::Debug {
     fn spawn(&self, queue: String, tasks: Vec<NewTask>) -> BoxFuture<'_, Result<Vec<Spawned>, Error>>;
 }
 
-/// The service.
+/// The service, called under the claim of one run.
 #[derive(Debug)]
 pub(crate) struct Remote {
     pub(crate) client: AbsurdClient,
     pub(crate) run_id: Uuid,
     pub(crate) task_id: Uuid,
     pub(crate) token: String,
-    /// What a checkpoint extends the lease by.
+    /// Each checkpoint extends the lease to this long from then on.
     pub(crate) lease: Duration,
 }
 
@@ -122,7 +122,7 @@ impl Backend for Remote {
     }
 }
 
-/// A failed call about the run: a signal where the run is not ours any more.
+/// Error of a failed call about the run: a signal if this worker no longer holds the run.
 pub(crate) fn failed(error: Error) -> TaskError {
     match error.reason() {
         Reason::TaskCancelled => TaskError::Signal(Signal::Cancelled),

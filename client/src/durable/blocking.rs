@@ -1,4 +1,5 @@
-//! Durable execution for programs without an async runtime: handlers are ordinary functions, each on a thread of its own.
+//! Durable execution for programs without an async runtime. Handlers are ordinary functions, each executed on a thread
+//! of its own.
 //!
 //! ```no_run
 //! use absurd_client::durable::blocking::{Absurd, Context};
@@ -20,8 +21,9 @@
 //! }
 //! ```
 //!
-//! Names and rules are those of [`crate::durable`]. What is awaited there ends with `wait()` here. A thread cannot be dropped:
-//! when a claim is lost, the handler hears so from its next context call, and it keeps its place in the worker until it returns.
+//! Names and rules are those of [`crate::durable`]. An operation that is awaited there ends with `wait()` here. A
+//! thread cannot be dropped: when a claim is lost, the next context call of the handler returns the signal. The handler
+//! keeps its slot in the worker until it returns.
 
 use std::fmt;
 use std::future::{Future, IntoFuture};
@@ -42,39 +44,39 @@ use super::{ChildSpawn, EventWait, Hooks, ResultWait, Spawn, Step, TaskOptions, 
 use crate::blocking::{AbsurdClient, runtime};
 use crate::{Emitted, Error, Json, Spawned, TaskResult};
 
-/// Waits for a future of the client.
+/// Blocks this thread until a future of the client is done. Errors inside an async runtime.
 fn wait<T, E: From<Error>>(work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
     runtime()?.block_on(work)
 }
 
 impl<T: DeserializeOwned + 'static> EventWait<T> {
-    /// Waits, in a blocking handler.
+    /// Blocks until the event has come; for blocking handlers.
     pub fn wait(self) -> Result<T, TaskError> {
         wait(self.into_future())
     }
 }
 
 impl<R: DeserializeOwned + 'static> ResultWait<R> {
-    /// Waits, in a blocking handler.
+    /// Blocks until the task has ended; for blocking handlers.
     pub fn wait(self) -> Result<R, TaskError> {
         wait(self.into_future())
     }
 
-    /// As [`ResultWait::outcome`], in a blocking handler.
+    /// As [`ResultWait::outcome`], but blocks; for blocking handlers.
     pub fn wait_outcome(self) -> Result<TaskResult, TaskError> {
         wait(self.outcome())
     }
 }
 
 impl<P: Serialize + Sync> Spawn<'_, P> {
-    /// Spawns, in a blocking program.
+    /// Spawns the task and blocks until the server has answered; for blocking programs.
     pub fn wait(self) -> Result<Spawned, Error> {
         wait(self.into_future())
     }
 }
 
 impl<P: Serialize + Sync> ChildSpawn<'_, P> {
-    /// Spawns, in a blocking handler.
+    /// Spawns the task and blocks until the server has answered; for blocking handlers.
     pub fn wait(self) -> Result<Spawned, TaskError> {
         wait(self.into_future())
     }
@@ -87,7 +89,7 @@ pub struct Absurd {
 }
 
 impl From<super::Absurd> for Absurd {
-    /// What is registered is shared, so that blocking handlers can stand beside async ones.
+    /// Shares the registrations, so that blocking and async handlers can serve the same queue.
     fn from(inner: super::Absurd) -> Self {
         Self { inner }
     }
@@ -110,7 +112,7 @@ impl Absurd {
         super::Absurd::with_hooks(client.inner, default_max_attempts, hooks).into()
     }
 
-    /// The client.
+    /// A blocking client on the same connection.
     pub fn client(&self) -> AbsurdClient {
         AbsurdClient { inner: self.inner.client().clone() }
     }
@@ -199,7 +201,7 @@ impl Worker {
     }
 }
 
-/// A handler that blocks, as one that does not: it runs on a thread of its own.
+/// Wraps a blocking handler as an async one, which executes it on a thread of its own.
 pub(super) fn on_a_thread<P, R, E, F>(handler: F) -> Handler
 where
     P: DeserializeOwned + Send + 'static,
@@ -221,7 +223,7 @@ where
             };
             std::thread::Builder::new().name("absurd-task".into()).spawn(move || {
                 let ended = span.in_scope(|| catch_unwind(AssertUnwindSafe(work)));
-                // Nobody listens when the execution is over already.
+                // The receiver is gone if the execution is over already.
                 let _ = tell.send(ended);
                 drop(place);
             })?;
@@ -234,7 +236,7 @@ where
     })
 }
 
-/// Methods that are those of the async context.
+/// Methods that call those of the async context.
 macro_rules! same {
     ($($name:ident() -> $out:ty;)*) => {
         $(
@@ -246,7 +248,7 @@ macro_rules! same {
     };
 }
 
-/// One execution of a task, in the hands of its handler; see [`crate::durable::Context`].
+/// One execution of a task, passed to its handler; see [`crate::durable::Context`].
 #[derive(Clone)]
 pub struct Context {
     inner: super::Context,
@@ -259,7 +261,7 @@ impl fmt::Debug for Context {
 }
 
 impl Context {
-    /// The context of the handler that runs on this thread.
+    /// The context of the handler that runs on this thread; `None` outside of handlers.
     pub fn current() -> Option<Self> {
         super::Context::current().map(|inner| Self { inner })
     }
@@ -293,7 +295,7 @@ impl Context {
         if let Some(value) = &step.state {
             return value.to().map_err(|error| TaskError::json(&step.checkpoint_name, error));
         }
-        // Not inside of the runtime: the action may make blocking calls of its own.
+        // Called outside of the runtime, because the action may make blocking calls of its own.
         let value = step.span().in_scope(action).map_err(|error| TaskError::of_step(error.into()))?;
         self.complete_step(step, &value)?;
         Ok(value)

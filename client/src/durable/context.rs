@@ -25,10 +25,10 @@ tokio::task_local! {
     static CURRENT: Context;
 }
 
-/// One of a worker's places, free again when the last holder is gone.
+/// One slot of a worker, which is free again when its last holder is dropped.
 pub(crate) type Place = Arc<OwnedSemaphorePermit>;
 
-/// Facts about an execution.
+/// Data of an execution that do not change.
 #[derive(Debug, Clone)]
 pub(crate) struct Facts {
     pub(crate) task_id: Uuid,
@@ -39,9 +39,9 @@ pub(crate) struct Facts {
     pub(crate) params: Json,
     pub(crate) headers: Map<String, Value>,
     pub(crate) max_attempts: Option<i32>,
-    /// When the claim was made, by the database's clock.
+    /// Time of the claim by the database's clock; `None` when the lease never ends.
     pub(crate) claimed_at: Option<SystemTime>,
-    /// When this process gives the execution up.
+    /// Time at which this process ends the execution; `None` means never.
     pub(crate) deadline: Option<Instant>,
     pub(crate) lease: Duration,
     pub(crate) place: Option<Place>,
@@ -54,35 +54,35 @@ struct Inside {
     backend: Arc<dyn Backend>,
     /// Stored values by checkpoint name.
     stored: Mutex<HashMap<String, Json>>,
-    /// Uses of each name so far.
+    /// Number of uses of each step name in this execution.
     uses: Mutex<HashMap<String, u32>>,
     signal: watch::Sender<Option<Signal>>,
 }
 
-/// One execution of a task, in the hands of its handler. Cheap to clone; all clones are the same execution.
+/// One execution of a task, passed to its handler. Cheap to clone; all clones are the same execution.
 ///
-/// The handler runs from its beginning each time: after a crash, after a failure, after a sleep. What a step has stored is not
-/// done again; whatever stands outside of steps is. So everything that has an effect, or that comes out differently the next
-/// time (the clock, random numbers, other services), belongs into a step. Steps are told apart by name, and the n-th use of a
-/// name is `name#n`: keep names, and the order of equal names, as they are while tasks are under way.
+/// The handler runs from its beginning each time: after a crash, a failure or a sleep. A step whose value is stored is
+/// not executed again; code outside of steps is. Code that has an effect, or whose result varies (the clock, random
+/// numbers, other services), therefore belongs into a step. Steps are identified by their names; the n-th use of a name
+/// is `name#n`. Keep the names, and the order of equal names, while tasks are in progress.
 #[derive(Debug, Clone)]
 pub struct Context {
     inside: Arc<Inside>,
 }
 
-/// A step that was begun: either done already, or to be completed.
+/// A step that was begun: done already, or to be completed.
 #[derive(Debug, Clone)]
 pub struct Step {
-    /// Its name.
+    /// Name that was given to [`Context::begin_step`].
     pub name: String,
-    /// Name of its checkpoint: the name, or `name#n`.
+    /// Name of its checkpoint: the name itself, or `name#n` for its n-th use.
     pub checkpoint_name: String,
-    /// The stored value; None: the step is to be done.
+    /// The stored value; `None` while the step is not done.
     pub state: Option<Json>,
 }
 
 impl Step {
-    /// Whether it is done already.
+    /// Whether a value is stored, so that the action must not be executed again.
     pub fn is_done(&self) -> bool {
         self.state.is_some()
     }
@@ -110,8 +110,8 @@ impl Context {
         Self { inside: Arc::new(inside) }
     }
 
-    /// The context of the handler that is running in this Tokio task; None outside of handlers, and in tasks that a handler
-    /// spawned by itself.
+    /// The context of the handler that runs in this Tokio task. `None` outside of handlers, and in Tokio tasks that a
+    /// handler spawned.
     pub fn current() -> Option<Self> {
         CURRENT.try_with(Clone::clone).ok()
     }
@@ -120,12 +120,12 @@ impl Context {
         CURRENT.scope(self, work).await
     }
 
-    /// The same for a thread.
+    /// Runs `work` on this thread with this as the current context.
     pub(super) fn scope_thread<T>(self, work: impl FnOnce() -> T) -> T {
         CURRENT.sync_scope(self, work)
     }
 
-    /// What keeps the worker's place taken.
+    /// The worker's slot, which stays taken while this is held.
     pub(super) fn place(&self) -> Option<Place> {
         self.facts().place.clone()
     }
@@ -138,22 +138,22 @@ impl Context {
         &*self.inside.backend
     }
 
-    /// The task.
+    /// Id of the task.
     pub fn task_id(&self) -> Uuid {
         self.facts().task_id
     }
 
-    /// The run: one attempt.
+    /// Id of the run, which is one attempt of the task.
     pub fn run_id(&self) -> Uuid {
         self.facts().run_id
     }
 
-    /// 1 for the first.
+    /// Number of the attempt, from 1.
     pub fn attempt(&self) -> i32 {
         self.facts().attempt
     }
 
-    /// None: no limit.
+    /// Maximum number of attempts; `None` means no limit.
     pub fn max_attempts(&self) -> Option<i32> {
         self.facts().max_attempts
     }
@@ -163,37 +163,38 @@ impl Context {
         &self.facts().task_name
     }
 
-    /// Its queue.
+    /// Name of the task's queue.
     pub fn queue_name(&self) -> &str {
         &self.facts().queue
     }
 
-    /// Its headers; none is an empty map.
+    /// Headers of the task; an empty map when there are none.
     pub fn headers(&self) -> &Map<String, Value> {
         &self.facts().headers
     }
 
-    /// When this process gives the execution up; None: never.
+    /// Time at which this process ends the execution; `None` means never.
     pub fn deadline(&self) -> Option<Instant> {
         self.facts().deadline
     }
 
-    /// Input as a type.
+    /// Input, deserialized.
     pub fn params<P: DeserializeOwned>(&self) -> Result<P, TaskError> {
         self.facts().params.to().map_err(|error| TaskError::json("the task's params", error))
     }
 
-    /// Input as text.
+    /// Input as JSON text.
     pub fn params_json(&self) -> &Json {
         &self.facts().params
     }
 
-    /// The signal, when the execution is over.
+    /// The signal that ended the execution; `None` while it goes on.
     pub fn signal(&self) -> Option<Signal> {
         *self.inside.signal.borrow()
     }
 
-    /// Waits until there is a signal: the run sleeps, or is not ours any more. A handler need not ask: it is dropped then.
+    /// Waits until there is a signal: the run sleeps, or this worker no longer holds it. A handler need not call this,
+    /// because it is dropped then.
     pub async fn over(&self) -> Signal {
         let mut signals = self.inside.signal.subscribe();
         loop {
@@ -206,7 +207,7 @@ impl Context {
         }
     }
 
-    /// The execution is over; the first signal stays.
+    /// Ends the execution with a signal and returns that as an error. A later signal does not replace the first.
     pub(crate) fn end(&self, signal: Signal) -> TaskError {
         self.inside.signal.send_if_modified(|known| {
             let first = known.is_none();
@@ -220,7 +221,7 @@ impl Context {
         self.signal().map_or(Ok(()), |signal| Err(TaskError::Signal(signal)))
     }
 
-    /// A failed call: a signal ends the execution.
+    /// Error of a failed call; a signal also ends the execution.
     pub(super) fn failed(&self, error: crate::Error) -> TaskError {
         match backend::failed(error) {
             TaskError::Signal(signal) => self.end(signal),
@@ -247,10 +248,11 @@ impl Context {
         Ok(if *count == 1 { name.to_owned() } else { format!("{name}#{count}") })
     }
 
-    /// Does something once: the first time its value is stored under the step's name, later the stored value comes back and
-    /// `action` is not called. When it fails nothing is stored, and the next attempt does it again. An action that had its
-    /// effect and crashed before its value was stored is done again too: give the other side a key to know it by, such as
-    /// the task's id and the step's name.
+    /// Executes an action once. The first time its value is stored under the step's name; later the stored value is
+    /// returned and `action` is not called. If `action` fails, nothing is stored, and the next attempt calls it again.
+    ///
+    /// An action that took effect, but crashed before its value was stored, is called again too. Give the other side a
+    /// key to recognise it by, such as the task's id and the step's name.
     pub async fn step<T, E, F, Fut>(&self, name: &str, action: F) -> Result<T, TaskError>
     where
         T: Serialize + DeserializeOwned,
@@ -267,7 +269,7 @@ impl Context {
         Ok(value)
     }
 
-    /// Begins a step whose two halves stand apart: see [`Context::complete_step`].
+    /// Begins a step that [`Context::complete_step`] completes, for code that cannot be one closure.
     pub fn begin_step(&self, name: &str) -> Result<Step, TaskError> {
         self.check()?;
         let checkpoint_name = self.next_name(name)?;
@@ -275,8 +277,8 @@ impl Context {
         Ok(Step { name: name.to_owned(), checkpoint_name, state })
     }
 
-    /// Stores the value of a begun step, and extends the lease; one that was done already is left alone. Returns what is
-    /// stored.
+    /// Stores the value of a begun step, and extends the lease. A step that was done already keeps its value. Returns
+    /// the stored value.
     pub async fn complete_step<T: Serialize + ?Sized>(&self, step: Step, value: &T) -> Result<Json, TaskError> {
         self.check()?;
         if let Some(state) = step.state {
@@ -290,12 +292,13 @@ impl Context {
         Ok(state)
     }
 
-    /// Sleeps, as a step. The time is counted from the first call, by the database's clock; the run holds no slot meanwhile.
+    /// Sleeps, as step `name`. The time counts from the first call, by the database's clock; the run holds no slot
+    /// meanwhile.
     pub async fn sleep_for(&self, name: &str, duration: Duration) -> Result<(), TaskError> {
         self.sleep(name, Until::After(duration)).await
     }
 
-    /// Sleeps until a time, as a step.
+    /// Sleeps until a time of the database's clock, as step `name`.
     pub async fn sleep_until(&self, name: &str, at: SystemTime) -> Result<(), TaskError> {
         self.sleep(name, Until::At(at)).await
     }
@@ -304,7 +307,7 @@ impl Context {
         self.check()?;
         let checkpoint = self.next_name(name)?;
         if let Some(stored) = self.stored(&checkpoint) {
-            // What was over when the run was claimed is over.
+            // A sleep that was over when the run was claimed needs no call.
             let wake_at = stored.to::<String>().ok().and_then(|text| parse_time(&text));
             if let (Some(wake_at), Some(claimed_at)) = (wake_at, self.facts().claimed_at)
                 && wake_at <= claimed_at
@@ -319,8 +322,8 @@ impl Context {
         }
     }
 
-    /// Waits for an event, as a step: `ctx.await_event::<Shipment>("shipment.packed:42").timeout(day).await?`. The run holds
-    /// no slot meanwhile. A timeout is remembered.
+    /// Waits for an event, as a step: `ctx.await_event::<Shipment>("shipment.packed:42").timeout(day).await?`. The run
+    /// holds no slot meanwhile. A timeout is remembered: the step times out in every later execution.
     pub fn await_event<T: DeserializeOwned>(&self, event: &str) -> EventWait<T> {
         let step = format!("$awaitEvent:{event}");
         EventWait {
@@ -332,16 +335,17 @@ impl Context {
         }
     }
 
-    /// Waits for the end of a task, as a step: `ctx.await_task_result(&CHILD, id).await?`. The run holds no slot meanwhile,
-    /// so that it may wait for tasks of its own queue. A task that did not complete is a failure named `TaskFailed` or
-    /// `TaskCancelled`.
+    /// Waits for the end of a task, as a step: `ctx.await_task_result(&CHILD, id).await?`. The run holds no slot
+    /// meanwhile, so that it may wait for tasks of its own queue. If the task did not complete, the error is a failure
+    /// named `TaskFailed` or `TaskCancelled`.
     pub fn await_task_result<P, R: DeserializeOwned>(&self, task: &TaskType<P, R>, task_id: Uuid) -> ResultWait<R> {
         let queue = task.queue().map_or_else(|| self.inside.handlers.queue_of(task.name()), str::to_owned);
         let step = format!("$awaitTaskResult:{task_id}");
         ResultWait { context: self.clone(), task_id, queue, step, timeout: None, result: std::marker::PhantomData }
     }
 
-    /// Emits an event on the task's queue. Not a step: the first emission of a name wins, so that repeating it is harmless.
+    /// Emits an event on the task's queue. This is no step: the first emission of a name wins, so that repeating it is
+    /// harmless.
     pub async fn emit_event<T: Serialize + ?Sized>(&self, event: &str, payload: &T) -> Result<Emitted, TaskError> {
         self.check()?;
         let payload = serde_json::to_string(payload).map_err(|error| TaskError::json(event, error))?;
@@ -349,25 +353,25 @@ impl Context {
         emitted.map_err(TaskError::Call)
     }
 
-    /// Extends the lease to the worker's full claim timeout from now on. Needed by no handler: the worker does so by itself;
-    /// it finds out whether the run is still ours.
+    /// Extends the lease to the worker's full claim timeout from now on. No handler needs this, because the worker
+    /// extends leases by itself. The call finds out whether this worker still holds the run.
     pub async fn heartbeat(&self) -> Result<(), TaskError> {
         self.heartbeat_for(self.facts().lease).await
     }
 
-    /// Extends the lease to so long from now on, whole seconds.
+    /// Extends the lease to `extend_by` from now on, in whole seconds.
     pub async fn heartbeat_for(&self, extend_by: Duration) -> Result<(), TaskError> {
         self.check()?;
         self.backend().heartbeat(extend_by).await.map_err(|error| self.failed(error))
     }
 
-    /// Spawns a task from inside this one, once: spawned again by a replay, it is the same task.
+    /// Spawns a task from inside this one, once: a replay gets the same task.
     pub fn spawn<'a, P: Serialize, R>(&'a self, task: &TaskType<P, R>, params: &'a P) -> ChildSpawn<'a, P> {
         ChildSpawn { context: self, draft: SpawnDraft::of(task), params }
     }
 
-    /// Spawns many tasks of a kind, once: in calls of up to 1,000, each all or none, and all of them again after a crash in
-    /// between, which makes none twice.
+    /// Spawns many tasks of one type, once. Each call spawns up to 1,000 of them, all or none. After a crash between
+    /// two calls a replay repeats all calls, which makes no task twice.
     pub async fn spawn_all<P: Serialize, R>(
         &self,
         task: &TaskType<P, R>,
@@ -384,7 +388,7 @@ impl Context {
             drafts.push(self.resolve(SpawnDraft::of(task).params(params).key(key)).await?);
         }
         let mut ids = Vec::with_capacity(drafts.len());
-        // A hook may have sent them to different queues.
+        // A hook may have changed the queues of some tasks.
         for part in drafts.chunk_by(|one, next| one.0 == next.0).flat_map(|same| same.chunks(1000)) {
             let tasks = part.iter().map(|(_, task)| task.clone()).collect();
             let spawned = self.backend().spawn(part[0].0.clone(), tasks).await.map_err(TaskError::Call)?;
@@ -404,7 +408,7 @@ impl Context {
     }
 }
 
-/// RFC 3339 with `Z` or an offset of zero, with or without a fraction, as the SDKs store it.
+/// Parses RFC 3339 with `Z` or an offset of zero, with or without a fraction, as the SDKs store times.
 pub(super) fn parse_time(text: &str) -> Option<SystemTime> {
     let text = text.strip_suffix("+00:00").map_or_else(|| text.to_owned(), |time| format!("{time}Z"));
     humantime::parse_rfc3339_weak(&text).ok()

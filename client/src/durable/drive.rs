@@ -1,5 +1,5 @@
-//! One execution of a handler, from its start to its outcome: signals win, panics are caught, nothing that a handler does after
-//! its execution is over counts.
+//! One execution of a handler, from its start to its outcome. A signal takes precedence over the handler's result, and
+//! a panic becomes a failure. After the execution is over, results and context calls of the handler have no effect.
 
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
@@ -12,21 +12,22 @@ use super::handlers::Handlers;
 use super::task::Handler;
 use crate::{Error, Json};
 
-/// What became of an execution.
+/// Outcome of an execution.
 #[derive(Debug)]
 pub(crate) enum Outcome {
     Completed(Json),
     Failed(Json),
-    /// Another attempt would not mend it.
+    /// Failed in a way that a further attempt would not mend.
     FailedForGood(Json),
     Over(Signal),
-    /// Its checkpoints could not be read; the run waits for the end of its lease.
+    /// Its checkpoints could not be read. The run stays claimed until its lease ends.
     Unread(Error),
-    /// The worker ends, and the handler had not.
+    /// The worker ended before the handler did.
     LeftOff,
 }
 
-/// Runs the handler until it ends, or until the execution is over: then the handler is dropped where it stands.
+/// Runs the handler until it ends or the execution is over. In the second case the handler is dropped at its current
+/// await.
 pub(crate) async fn drive(
     handlers: &Handlers,
     context: Context,
@@ -35,7 +36,7 @@ pub(crate) async fn drive(
     left_off: impl Future<Output = ()>,
 ) -> Outcome {
     let deadline = context.deadline();
-    // Inside, so that a panic of the handler or a hook before its first await is caught too.
+    // Called inside the block, so that a panic of the handler or a hook before its first await is caught too.
     let handler = async { handlers.execute(context.clone(), handler).await };
     let handler = AssertUnwindSafe(context.clone().scope(handler)).catch_unwind();
     let late = async {
@@ -61,7 +62,7 @@ pub(crate) async fn drive(
             return Outcome::Failed(reason("TimeoutError", "the execution took longer than its task may", None));
         }
     };
-    // A signal that the handler has swallowed counts all the same.
+    // A signal counts even if the handler has ignored it.
     if let Some(signal) = context.signal() {
         return Outcome::Over(signal);
     }

@@ -1,21 +1,23 @@
-//! What context calls can answer in place of a value.
+//! Errors of context calls: signals, timeouts and failures; and the record that is stored of a failure.
 
 use std::fmt;
 
 use crate::Error;
 
-/// Any error: what handlers and steps may return. `anyhow::Error`, every `std::error::Error`, `String` and `&str` become one.
+/// Any error: the type that handlers and steps may return. `anyhow::Error`, every `std::error::Error`, `String` and
+/// `&str` convert to it.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Why an execution of a task is over although its handler has not ended. Once there is a signal, every further call of the
-/// context answers with it, the handler is dropped at its next await, and what it returns counts for nothing.
+/// Reason why an execution is over although its handler has not ended. After a signal, every further call of the
+/// context returns it, the handler is dropped at its next await, and its result is discarded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Signal {
-    /// The run sleeps until a time, an event or the end of a task. The handler starts again when it wakes.
+    /// The run sleeps until a time, an event or the end of a task. The handler starts again when the run wakes.
     Suspended,
     /// The task was cancelled.
     Cancelled,
-    /// The lease ran out and the attempt was failed; another one may be under way.
+    /// The attempt was failed, because the lease ran out or the execution took too long. Another attempt may be in
+    /// progress.
     Failed,
     /// Another claim owns the run.
     Lost,
@@ -32,32 +34,32 @@ impl fmt::Display for Signal {
     }
 }
 
-/// Why a context call has no value. Return it with `?`: a signal ends the execution, everything else fails the attempt.
+/// Error of a context call. Pass it on with `?`: a signal ends the execution, and every other error fails the attempt.
 #[derive(Debug)]
 pub enum TaskError {
     /// The execution is over.
     Signal(Signal),
-    /// What was waited for did not come in time. It is remembered: this wait says the same from now on.
+    /// The awaited event or task did not come in time. This is remembered: the wait returns the same from then on.
     Timeout {
-        /// The event, or the task.
+        /// Text that names the event or the task.
         what: String,
     },
-    /// A step, or the handler, has failed by itself.
+    /// A step or the handler has failed by itself.
     Failure {
-        /// A name for machines, such as `PaymentDeclined`.
+        /// Name for programs, such as `PaymentDeclined`.
         name: String,
-        /// A text for people.
+        /// Text for people.
         message: String,
-        /// What lies behind it.
+        /// The underlying error.
         source: Option<BoxError>,
     },
-    /// A failure that another attempt would not mend: the task fails with this one, whatever its limit of attempts says.
+    /// A failure that a retry would not mend: the task fails with this attempt, even if its limit allows more.
     NonRetryable(BoxError),
-    /// A value could not be written as JSON, or a stored one not be read as the type that is asked for.
+    /// A value could not be written as JSON, or a stored value does not have the requested type.
     Json {
-        /// Where: the step, the event.
+        /// Text that names the value, such as its step or event.
         what: String,
-        /// What serde says.
+        /// Error of serde.
         source: serde_json::Error,
     },
     /// A call of the service failed.
@@ -65,17 +67,17 @@ pub enum TaskError {
 }
 
 impl TaskError {
-    /// A failure with a name of its own; the name and the message are recorded.
+    /// A failure with this name and this message, which are both recorded.
     pub fn failure(name: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Failure { name: name.into(), message: message.into(), source: None }
     }
 
-    /// A failure that another attempt would not mend; recorded as the failure itself would be.
+    /// A failure that a retry would not mend; its record is that of `error`.
     pub fn non_retryable(error: impl Into<BoxError>) -> Self {
         Self::NonRetryable(error.into())
     }
 
-    /// The signal, where it is one.
+    /// The signal, if this is one.
     pub fn signal(&self) -> Option<Signal> {
         match self {
             Self::Signal(signal) => Some(*signal),
@@ -87,7 +89,7 @@ impl TaskError {
         Self::Json { what: what.to_owned(), source }
     }
 
-    /// The error of a step's action; what is a context's error already stays what it is.
+    /// Error of a step's action. An error that a context call has returned stays as it is.
     pub(crate) fn of_step(error: BoxError) -> Self {
         match error.downcast::<Self>() {
             Ok(own) => *own,
@@ -126,10 +128,10 @@ impl std::error::Error for TaskError {
     }
 }
 
-/// Code points of a recorded text.
+/// Longest recorded text, in code points.
 const TEXT_MAX: usize = 16 * 1024;
 
-/// What is recorded of a failure: `name`, `message`, `traceback` (contract/sdk.md 1.11).
+/// The record of a failure: `name`, `message`, `traceback` (contract/sdk.md 1.11).
 pub(crate) fn recorded(error: &BoxError) -> crate::Json {
     if let Some(TaskError::NonRetryable(error)) = error.downcast_ref::<TaskError>() {
         return recorded(error);
@@ -150,7 +152,8 @@ pub(crate) fn recorded(error: &BoxError) -> crate::Json {
     reason(name, &error.to_string(), (!chain.is_empty()).then(|| chain.join("\n")))
 }
 
-/// A failure's record. JSON in Postgres holds no U+0000, and a record has its bounds.
+/// Builds the record of a failure. U+0000, which JSON in Postgres cannot hold, is replaced; each text is cut to its
+/// bound.
 pub(crate) fn reason(name: &str, message: &str, traceback: Option<String>) -> crate::Json {
     let clean = |text: &str| text.replace('\0', "\u{fffd}").chars().take(TEXT_MAX).collect::<String>();
     let traceback = traceback.map(|text| clean(&text));

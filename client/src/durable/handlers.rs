@@ -1,4 +1,4 @@
-//! What is registered on a queue: handlers with their defaults, and hooks. Fills in what a spawn leaves out.
+//! The registrations of a program: handlers with their defaults, and hooks. They complete each spawn with its defaults.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -13,10 +13,10 @@ use super::task::{Handler, Registered};
 use super::trace;
 use crate::{Error, Json, NewTask};
 
-/// Attempts of a spawn that names none.
+/// Maximum number of attempts of a spawn that names none.
 pub(crate) const DEFAULT_MAX_ATTEMPTS: i32 = 5;
 
-/// See the module.
+/// The handlers by task name, the defaults and the hooks.
 pub(crate) struct Handlers {
     queue: String,
     by_name: RwLock<HashMap<String, Registered>>,
@@ -35,7 +35,7 @@ impl Handlers {
         Self { queue: queue.to_owned(), by_name: RwLock::default(), default_max_attempts, hooks }
     }
 
-    /// The queue of those that name none.
+    /// The queue of tasks and registrations that name none.
     pub(crate) fn queue(&self) -> &str {
         &self.queue
     }
@@ -48,12 +48,12 @@ impl Handlers {
         self.by_name.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
     }
 
-    /// Queue of a kind of task: that of its registration, else this one.
+    /// Queue of the tasks of this name: that of their registration, else the default queue.
     pub(crate) fn queue_of(&self, name: &str) -> String {
         self.find(name).map_or_else(|| self.queue.clone(), |task| task.queue)
     }
 
-    /// Runs a handler inside the hook.
+    /// Runs a handler, inside the hook if there is one.
     pub(crate) fn execute(&self, context: Context, handler: Handler) -> BoxFuture<'static, Result<Json, BoxError>> {
         match &self.hooks.wrap_task_execution {
             Some(hook) => hook(context.clone(), Execution { context, handler }),
@@ -61,7 +61,8 @@ impl Handlers {
         }
     }
 
-    /// Fills in what a spawn leaves out (contract/sdk.md 1.5); returns its queue too. `parent` is the task that spawns.
+    /// Completes a spawn with its defaults (contract/sdk.md 1.5), and returns its queue too. `parent` is the spawning
+    /// task.
     pub(crate) async fn resolve(
         &self,
         draft: SpawnDraft,

@@ -1,4 +1,4 @@
-//! What is called around spawns and executions.
+//! Hooks: functions of the program that are called around spawns and executions.
 
 use std::fmt;
 use std::future::Future;
@@ -15,7 +15,7 @@ pub(crate) type BeforeSpawn = Arc<dyn Fn(SpawnDraft) -> BoxFuture<'static, Resul
 pub(crate) type WrapExecution =
     Arc<dyn Fn(Context, Execution) -> BoxFuture<'static, Result<Json, BoxError>> + Send + Sync>;
 
-/// What is called around spawns and executions; see [`Absurd::with_hooks`](super::Absurd::with_hooks).
+/// Functions that are called around spawns and executions; see [`Absurd::with_hooks`](super::Absurd::with_hooks).
 #[derive(Clone, Default)]
 pub struct Hooks {
     pub(super) before_spawn: Option<BeforeSpawn>,
@@ -32,7 +32,8 @@ impl fmt::Debug for Hooks {
 }
 
 impl Hooks {
-    /// Called with what a spawn asks for, before anything of it is resolved: may change headers, options, the queue.
+    /// Sets the function that is called with each spawn before its defaults are filled in. It may change headers,
+    /// options and the queue.
     #[must_use]
     pub fn before_spawn<F, Fut, E>(mut self, hook: F) -> Self
     where
@@ -47,7 +48,8 @@ impl Hooks {
         self
     }
 
-    /// Called in place of each execution: must run [`Execution::run`] and return its result, which becomes the task's.
+    /// Sets the function that is called in place of each execution. It must call [`Execution::run`] and return the
+    /// result, which becomes that of the task.
     #[must_use]
     pub fn wrap_task_execution<F, Fut>(mut self, hook: F) -> Self
     where

@@ -1,4 +1,4 @@
-//! Spawning: what is asked for, from outside and from inside of tasks.
+//! Spawns of durable tasks, from outside and from inside of other tasks.
 
 use std::fmt;
 use std::future::IntoFuture;
@@ -14,7 +14,7 @@ use super::error::TaskError;
 use super::task::TaskType;
 use crate::{CancellationRules, Error, Json, RetryStrategy, SpawnOptions, Spawned};
 
-/// What a spawn asks for, before anything is filled in.
+/// A requested spawn, before its defaults are filled in.
 #[derive(Debug, Clone)]
 pub struct SpawnDraft {
     pub(super) task_name: String,
@@ -52,7 +52,7 @@ impl SpawnDraft {
     }
 
     pub(crate) fn or_queue(mut self, queue: &str) -> Self {
-        // A child of a kind that nobody registered here stays on its parent's queue.
+        // A child whose task is not registered here stays on its parent's queue.
         self.queue = self.queue.or_else(|| Some(queue.to_owned()));
         self
     }
@@ -62,24 +62,24 @@ impl SpawnDraft {
         &self.task_name
     }
 
-    /// Its params.
+    /// Params of the task, as JSON text.
     pub fn params_json(&self) -> &Json {
         &self.params
     }
 
-    /// The headers so far.
+    /// Headers that are set so far.
     pub fn headers(&self) -> &serde_json::Map<String, Value> {
         &self.options.headers
     }
 
-    /// On this queue.
+    /// Sets the queue of the task.
     #[must_use]
     pub fn queue(mut self, queue: impl Into<String>) -> Self {
         self.queue = Some(queue.into());
         self
     }
 
-    /// At most so many attempts.
+    /// Sets the maximum number of attempts.
     #[must_use]
     pub fn max_attempts(mut self, attempts: i32) -> Self {
         self.options = self.options.max_attempts(attempts);
@@ -87,7 +87,7 @@ impl SpawnDraft {
         self
     }
 
-    /// As many attempts as it takes.
+    /// Allows any number of attempts.
     #[must_use]
     pub fn unlimited_attempts(mut self) -> Self {
         self.options = self.options.unlimited_attempts();
@@ -95,14 +95,15 @@ impl SpawnDraft {
         self
     }
 
-    /// How long to wait before a retry. Without one, not at all; a task of unlimited attempts, from a second to five minutes.
+    /// Sets the rule for the delay before a retry. Without one, retries follow at once; with unlimited attempts, after
+    /// delays that grow from 1 s to 5 minutes.
     #[must_use]
     pub fn retry(mut self, strategy: RetryStrategy) -> Self {
         self.options.retry_strategy = Some(strategy);
         self
     }
 
-    /// When it is cancelled by itself; empty rules take the registration's away.
+    /// Sets the cancellation rules. Empty rules remove those of the registration.
     #[must_use]
     pub fn cancellation(mut self, rules: CancellationRules) -> Self {
         self.options.cancellation = rules;
@@ -110,21 +111,21 @@ impl SpawnDraft {
         self
     }
 
-    /// One more header.
+    /// Adds a header, or replaces the header of this name.
     #[must_use]
     pub fn header(mut self, name: impl Into<String>, value: impl Into<Value>) -> Self {
         self.options.headers.insert(name.into(), value.into());
         self
     }
 
-    /// While a task with this key exists in the queue, make no second one.
+    /// If a task with this key exists in the queue, the spawn makes no second one.
     #[must_use]
     pub fn idempotency_key(self, key: impl Into<String>) -> Self {
         self.key(key.into())
     }
 }
 
-/// A spawn; see [`Absurd::spawn`].
+/// A spawn, which starts when it is awaited; see [`Absurd::spawn`].
 #[must_use = "nothing is spawned before it is awaited"]
 pub struct Spawn<'a, P> {
     pub(super) absurd: &'a Absurd,
@@ -138,7 +139,7 @@ impl<P> fmt::Debug for Spawn<'_, P> {
     }
 }
 
-/// The same words on a spawn as on its draft.
+/// Methods of a spawn that call those of its draft.
 macro_rules! as_on_the_draft {
     ($($(#[$doc:meta])* $name:ident($($argument:ident: $type:ty),*);)*) => {
         $(
@@ -153,20 +154,20 @@ macro_rules! as_on_the_draft {
 
 impl<P> Spawn<'_, P> {
     as_on_the_draft! {
-        /// On this queue.
+        /// Sets the queue of the task.
         queue(queue: impl Into<String>);
-        /// At most so many attempts.
+        /// Sets the maximum number of attempts.
         max_attempts(attempts: i32);
-        /// As many attempts as it takes.
+        /// Allows any number of attempts.
         unlimited_attempts();
-        /// How long to wait before a retry. Without one, not at all; a task of unlimited attempts, from a second to five
-        /// minutes.
+        /// Sets the rule for the delay before a retry. Without one, retries follow at once; with unlimited attempts,
+        /// after delays that grow from 1 s to 5 minutes.
         retry(strategy: RetryStrategy);
-        /// When it is cancelled by itself; empty rules take the registration's away.
+        /// Sets the cancellation rules. Empty rules remove those of the registration.
         cancellation(rules: CancellationRules);
-        /// One more header.
+        /// Adds a header, or replaces the header of this name.
         header(name: impl Into<String>, value: impl Into<Value>);
-        /// While a task with this key exists in the queue, make no second one.
+        /// If a task with this key exists in the queue, the spawn makes no second one.
         idempotency_key(key: impl Into<String>);
     }
 }
@@ -184,7 +185,7 @@ impl<'a, P: Serialize + Sync> IntoFuture for Spawn<'a, P> {
     }
 }
 
-/// A spawn from inside a task; see [`Context::spawn`].
+/// A spawn from inside a task, which starts when it is awaited; see [`Context::spawn`].
 #[must_use = "nothing is spawned before it is awaited"]
 pub struct ChildSpawn<'a, P> {
     pub(super) context: &'a Context,
@@ -199,7 +200,7 @@ impl<P> fmt::Debug for ChildSpawn<'_, P> {
 }
 
 impl<P> ChildSpawn<'_, P> {
-    /// With these options; what they leave out comes from the registration.
+    /// Sets options of the spawn; the registration supplies the others.
     pub fn options(mut self, options: impl FnOnce(SpawnDraft) -> SpawnDraft) -> Self {
         self.draft = options(self.draft);
         self
@@ -231,7 +232,7 @@ impl<'a, P: Serialize + Sync> IntoFuture for ChildSpawn<'a, P> {
     }
 }
 
-/// What a spawn's checkpoint holds.
+/// Value of a spawn's checkpoint.
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
 struct Known {
     pub(super) task_id: Uuid,

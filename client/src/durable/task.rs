@@ -1,4 +1,4 @@
-//! Kinds of tasks: a name with the types of its params and its result, and what is registered under it.
+//! Task types: a name with the types of params and result; and the registration under that name.
 
 use std::fmt;
 use std::future::Future;
@@ -14,7 +14,7 @@ use super::context::Context;
 use super::error::{BoxError, TaskError};
 use crate::{CancellationRules, Json};
 
-/// A kind of task: its name, with the types of its params and of its result. Spawners and workers share it.
+/// A type of task: its name, and the types of its params and its result. Spawners and workers share it.
 ///
 /// ```
 /// use absurd_client::durable::TaskType;
@@ -30,23 +30,23 @@ pub struct TaskType<P, R> {
 }
 
 impl<P, R> TaskType<P, R> {
-    /// Tasks of this name.
+    /// The type of the tasks with this name.
     pub const fn new(name: &'static str) -> Self {
         Self { name, queue: None, types: PhantomData }
     }
 
-    /// They belong to this queue, whoever spawns or registers them.
+    /// Sets the queue of these tasks, for every spawn and every registration.
     #[must_use]
     pub const fn on_queue(self, queue: &'static str) -> Self {
         Self { queue: Some(queue), ..self }
     }
 
-    /// The name.
+    /// Name of the tasks.
     pub const fn name(&self) -> &'static str {
         self.name
     }
 
-    /// The queue, when it says one.
+    /// Queue of the tasks; `None` when this type sets none.
     pub const fn queue(&self) -> Option<&'static str> {
         self.queue
     }
@@ -72,23 +72,23 @@ impl<P, R> From<&'static str> for TaskType<P, R> {
     }
 }
 
-/// What a registration says besides the handler.
+/// Options of a registration.
 #[derive(Debug, Clone, Default)]
 pub struct TaskOptions {
-    /// Queue of these tasks; None: that of the [`TaskType`], else the client's.
+    /// Queue of these tasks; `None` means that of the [`TaskType`], else the client's.
     pub queue: Option<String>,
-    /// Attempts of a spawn that names none; None: the client's default.
+    /// Maximum number of attempts of a spawn that names none; `None` means the default of the program's `Absurd`.
     pub default_max_attempts: Option<i32>,
-    /// Rules of a spawn that names none.
+    /// Cancellation rules of a spawn that names none.
     pub default_cancellation: Option<CancellationRules>,
-    /// Longest time of one execution in this process; when it is over the attempt fails. None: no limit.
+    /// Longest duration of one execution in this process; an attempt that takes longer fails. `None` means no limit.
     pub timeout: Option<Duration>,
 }
 
-/// A handler without its types.
+/// A handler that reads its params from the context and returns its result as JSON.
 pub(crate) type Handler = Arc<dyn Fn(Context) -> BoxFuture<'static, Result<Json, BoxError>> + Send + Sync>;
 
-/// A registered task.
+/// The registration of a task.
 #[derive(Clone)]
 pub(crate) struct Registered {
     pub(crate) queue: String,
@@ -96,7 +96,7 @@ pub(crate) struct Registered {
     pub(crate) default_cancellation: Option<CancellationRules>,
     pub(crate) timeout: Option<Duration>,
     pub(crate) handler: Handler,
-    /// It runs on a thread, which goes on when nobody waits for it any more.
+    /// The handler runs on a thread, which goes on after its execution is over.
     pub(crate) is_blocking: bool,
 }
 
@@ -106,7 +106,7 @@ impl fmt::Debug for Registered {
     }
 }
 
-/// Takes the types off a handler: params are read before it, its result is written after it.
+/// Wraps a typed handler: params are deserialized before the call, and the result is serialized after it.
 pub(crate) fn erased<P, R, E, F, Fut>(handler: F) -> Handler
 where
     P: DeserializeOwned + Send + 'static,

@@ -1,4 +1,4 @@
-//! Tests of handlers: a task in memory whose time, events, children and crashes are the test's to decide; and the clock of a
+//! Tests of handlers: a task in memory, whose time, events, children and crashes the test controls; and the clock of a
 //! server that was started with `--test-clock`.
 //!
 //! ```
@@ -52,50 +52,51 @@ pub use clock::TestClock;
 use memory::Memory;
 pub use memory::SpawnedTask;
 
-/// What a sleeping task waits for.
+/// The condition that wakes a sleeping task.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Wake {
-    /// A time.
+    /// This time has come.
     At(SystemTime),
-    /// An event; after `until` the wait times out.
+    /// An event was emitted, or the wait timed out at `until`.
     Event {
-        /// Its name.
+        /// Name of the event.
         name: String,
-        /// None: for ever.
+        /// Time at which the wait times out; `None` means never.
         until: Option<SystemTime>,
     },
-    /// The end of a task; after `until` the wait times out.
+    /// A task has ended, or the wait timed out at `until`.
     Task {
-        /// Which.
+        /// Id of the awaited task.
         task_id: Uuid,
-        /// None: for ever.
+        /// Time at which the wait times out; `None` means never.
         until: Option<SystemTime>,
     },
 }
 
-/// Where a task stands after an execution.
+/// State of a task after an execution.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Progress<R> {
-    /// It has ended with this result.
+    /// The task has completed with this result.
     Completed(R),
     /// The attempt has failed.
     Failed {
-        /// As it is recorded, such as `StepError`.
+        /// Recorded name, such as `StepError`.
         name: String,
-        /// What it says.
+        /// Recorded message.
         message: String,
-        /// Whether another attempt follows, with the next `run`.
+        /// Whether the next `run` executes a further attempt.
         retried: bool,
     },
-    /// It sleeps.
+    /// The task sleeps until this condition is met.
     Suspended(Wake),
-    /// It was cancelled.
+    /// The task was cancelled.
     Cancelled,
-    /// The execution died where the test wanted it to; the next `run` is the next attempt.
+    /// The execution crashed where the test asked for it. The next `run` executes the next attempt.
     Crashed,
 }
 
-/// One task in memory. Nothing of it runs but in [`TestTask::run`]; its time stands still but for [`TestTask::advance`].
+/// One task in memory. It executes only in [`TestTask::run`] and [`TestTask::run_to_end`]. Its time moves only by
+/// [`TestTask::advance`] and by the sleeps of `run_to_end`.
 pub struct TestTask<R> {
     handlers: Arc<Handlers>,
     handler: Handler,
@@ -120,13 +121,13 @@ const QUEUE: &str = "default";
 /// Name of a task in memory.
 const NAME: &str = "test-task";
 
-/// A value of the test. One that is no JSON is the test's own mistake, and ends it.
+/// A value of the test as JSON. Panics if serde cannot write it, which is a mistake in the test.
 fn json<T: Serialize + ?Sized>(value: &T) -> Json {
     Json::of(value).unwrap_or_else(|error| panic!("a value of the test cannot be written as JSON: {error}"))
 }
 
 impl<R: DeserializeOwned> TestTask<R> {
-    /// A task for an async handler. Params and result pass through JSON, as they do in a worker.
+    /// A task for an async handler. Params and result pass through JSON, as in a worker.
     pub fn new<P, E, F, Fut>(handler: F, params: &P) -> Self
     where
         P: Serialize + DeserializeOwned + Send + 'static,
@@ -164,34 +165,34 @@ impl<R: DeserializeOwned> TestTask<R> {
         }
     }
 
-    /// With hooks.
+    /// Sets the hooks.
     #[must_use]
     pub fn hooks(self, hooks: Hooks) -> Self {
         Self { handlers: Arc::new(Handlers::new(QUEUE, DEFAULT_MAX_ATTEMPTS, hooks)), ..self }
     }
 
-    /// With one more header.
+    /// Adds a header, or replaces the header of this name.
     #[must_use]
     pub fn header(mut self, name: impl Into<String>, value: impl Into<Value>) -> Self {
         self.headers.insert(name.into(), value.into());
         self
     }
 
-    /// With so many attempts at most; 5 unless said otherwise. Attempts follow each other without a delay.
+    /// Sets the maximum number of attempts; the default is 5. Attempts follow each other without a delay.
     #[must_use]
     pub fn max_attempts(self, attempts: i32) -> Self {
         Self { max_attempts: Some(attempts), ..self }
     }
 
-    /// Begins at this time; otherwise at 2000-01-01T00:00:00Z.
+    /// Sets the time at which the task begins; the default is 2000-01-01T00:00:00Z.
     #[must_use]
     pub fn starting_at(self, now: SystemTime) -> Self {
         self.memory.lock().now = now;
         self
     }
 
-    /// Executes the handler once, as a worker does with a claim. A task that sleeps on sleeps on; one that has ended stays as
-    /// it ended.
+    /// Executes the handler once, as a worker does with a claim. A task whose condition is not met goes on sleeping; a
+    /// task that has ended stays as it is.
     pub async fn run(&mut self) -> Progress<R> {
         if let Some(end) = &self.end {
             return self.ended(end);
@@ -222,8 +223,8 @@ impl<R: DeserializeOwned> TestTask<R> {
         }
     }
 
-    /// Executes it until it has ended, or waits for something that only the test can bring about. Sleeps end by moving the
-    /// time on; failed attempts and crashes are followed by the next attempt.
+    /// Executes the task until it has ended, or waits for something that only the test can cause. Moves the time to the
+    /// end of each sleep. Executes the next attempt after a failure or a crash.
     pub async fn run_to_end(&mut self) -> Progress<R> {
         loop {
             match self.run().await {
@@ -290,27 +291,27 @@ impl<R: DeserializeOwned> TestTask<R> {
 }
 
 impl<R> TestTask<R> {
-    /// The task's id.
+    /// Id of the task.
     pub fn task_id(&self) -> Uuid {
         self.memory.lock().task_id
     }
 
-    /// Number of the attempt that `run` executes.
+    /// Number of the attempt that the next `run` executes.
     pub fn attempt(&self) -> i32 {
         self.attempt
     }
 
-    /// Its time.
+    /// Present time of the task.
     pub fn now(&self) -> SystemTime {
         self.memory.lock().now
     }
 
-    /// Moves its time on.
+    /// Advances the time of the task.
     pub fn advance(&mut self, by: Duration) {
         self.memory.lock().now += by;
     }
 
-    /// Emits an event; the first of a name stays.
+    /// Emits an event; the first emission of a name wins.
     pub fn emit<T: Serialize + ?Sized>(&mut self, event: &str, payload: &T) {
         let payload = json(payload);
         self.memory.lock().events.entry(event.to_owned()).or_insert(payload);
@@ -326,39 +327,40 @@ impl<R> TestTask<R> {
         self.memory.lock().spawned.clone()
     }
 
-    /// Ends another task, which this one may wait for: it completes with a value.
+    /// Completes another task, which this one may wait for, with a result.
     pub fn complete<T: Serialize + ?Sized>(&mut self, task_id: Uuid, result: &T) {
         let result = json(result);
         self.end_task(TaskResult { task_id, state: State::Completed, result: Some(result), failure: None });
     }
 
-    /// Ends another task, whichever way.
+    /// Ends another task, which this one may wait for, in any way.
     pub fn end_task(&mut self, end: TaskResult) {
         self.memory.lock().ended.insert(end.task_id, end);
     }
 
-    /// Cancels the task: its next call hears so.
+    /// Cancels the task: its next call ends the execution.
     pub fn cancel(&mut self) {
         self.memory.lock().cancelled = true;
     }
 
-    /// Lets the execution die just before the checkpoint of this name would be stored, after its action had its effect: once.
+    /// Makes the execution crash, once, just before the checkpoint of this name is stored. Its action has taken effect
+    /// by then.
     pub fn crash_at(&mut self, checkpoint: &str) {
         self.memory.lock().crash = Some(checkpoint.to_owned());
     }
 
-    /// A stored value; None: it is not stored, or is not of this type.
+    /// The value of a checkpoint; `None` when it is not stored or has another type.
     pub fn checkpoint<T: DeserializeOwned>(&self, name: &str) -> Option<T> {
         let memory = self.memory.lock();
         memory.checkpoint(name).and_then(|value| value.to().ok())
     }
 
-    /// Names and values that are stored, in order.
+    /// Names and values of the stored checkpoints, in order.
     pub fn checkpoints(&self) -> Vec<(String, Json)> {
         self.memory.lock().checkpoints.clone()
     }
 
-    /// Stores a value, as an earlier version of the handler may have left it.
+    /// Stores a checkpoint, as an earlier version of the handler may have left it.
     pub fn set_checkpoint<T: Serialize + ?Sized>(&mut self, name: &str, value: &T) {
         let value = json(value);
         self.memory.lock().store(name.to_owned(), value);

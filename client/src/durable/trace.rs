@@ -1,15 +1,16 @@
-//! Trace context, carried from whoever spawns a task to its worker in the task's headers.
+//! Trace context, which the headers of a task carry from its spawner to its worker.
 //!
-//! With the feature `opentelemetry`, a spawn carries the context of the current span, written by the process-wide propagator
-//! (W3C trace context: `traceparent`, `tracestate`), and the span of each execution has it as its parent. Without it, a child
-//! carries on what its parent's headers say.
+//! With the feature `opentelemetry`, a spawn carries the context of the current span, written by the process-wide
+//! propagator (W3C trace context: `traceparent`, `tracestate`). The span of each execution has that context as its
+//! parent. Without the feature, a child gets the trace headers of its parent.
 
 use serde_json::{Map, Value};
 
 /// Headers of the W3C trace context.
 const FIELDS: [&str; 2] = ["traceparent", "tracestate"];
 
-/// Adds the context to the headers of a spawn, unless they have one; `parent` are the headers of the task that spawns.
+/// Adds the trace context to the headers of a spawn, unless they hold one. `parent` has the headers of the spawning
+/// task.
 pub(super) fn inject(headers: &mut Map<String, Value>, parent: Option<&Map<String, Value>>) {
     if headers.contains_key(FIELDS[0]) {
         return;
@@ -23,7 +24,7 @@ pub(super) fn inject(headers: &mut Map<String, Value>, parent: Option<&Map<Strin
     }
 }
 
-/// The span of an execution goes on from where its task was spawned.
+/// Makes the trace context in the headers the parent of an execution's span.
 pub(super) fn go_on(span: &tracing::Span, headers: &Map<String, Value>) {
     if let Some(parent) = headers.get(FIELDS[0]).and_then(Value::as_str) {
         span.record("trace.parent", parent);
@@ -74,7 +75,7 @@ mod otel {
     pub(super) fn go_on(span: &tracing::Span, headers: &Map<String, Value>) {
         let context = get_text_map_propagator(|propagator| propagator.extract(&Stored(headers)));
         if context.span().span_context().is_valid() {
-            // No subscriber that wants it: nothing to do.
+            // Without a subscriber that records parents, there is nothing to do.
             let _ = span.set_parent(context);
         }
     }

@@ -1,4 +1,4 @@
-//! Waits of a task: for an event, for the end of another task.
+//! Waits inside of a task: for an event, and for the end of another task.
 
 use std::future::IntoFuture;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use super::context::Context;
 use super::error::{Signal, TaskError};
 use crate::{Awaited, Json, State, TaskResult};
 
-/// A wait for an event; see [`Context::await_event`].
+/// A wait for an event, which starts when it is awaited; see [`Context::await_event`].
 #[derive(Debug)]
 #[must_use = "nothing is waited for before it is awaited"]
 pub struct EventWait<T> {
@@ -24,13 +24,13 @@ pub struct EventWait<T> {
 }
 
 impl<T> EventWait<T> {
-    /// At most this long, counted from the first call.
+    /// Sets the longest wait, counted from the first call of the step.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self
     }
 
-    /// As a step of this name; the default is `$awaitEvent:` and the event's name.
+    /// Sets the name of the step, unless it is blank; the default is `$awaitEvent:` and the event's name.
     pub fn step_name(mut self, name: &str) -> Self {
         if !name.trim().is_empty() {
             name.clone_into(&mut self.step);
@@ -67,7 +67,7 @@ impl<T: DeserializeOwned + 'static> IntoFuture for EventWait<T> {
     }
 }
 
-/// A wait for a task; see [`Context::await_task_result`].
+/// A wait for a task, which starts when it is awaited; see [`Context::await_task_result`].
 #[derive(Debug)]
 #[must_use = "nothing is waited for before it is awaited"]
 pub struct ResultWait<R> {
@@ -80,19 +80,19 @@ pub struct ResultWait<R> {
 }
 
 impl<R> ResultWait<R> {
-    /// At most this long, counted from the first call.
+    /// Sets the longest wait, counted from the first call of the step.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self
     }
 
-    /// The task is on this queue.
+    /// Sets the queue of the awaited task.
     pub fn queue(mut self, queue: impl Into<String>) -> Self {
         self.queue = queue.into();
         self
     }
 
-    /// As a step of this name; the default is `$awaitTaskResult:` and the task's id.
+    /// Sets the name of the step, unless it is blank; the default is `$awaitTaskResult:` and the task's id.
     pub fn step_name(mut self, name: &str) -> Self {
         if !name.trim().is_empty() {
             name.clone_into(&mut self.step);
@@ -100,7 +100,7 @@ impl<R> ResultWait<R> {
         self
     }
 
-    /// Waits, and returns how the task has ended, whichever way.
+    /// Waits for the end of the task, and returns it whether the task completed, failed or was cancelled.
     pub async fn outcome(self) -> Result<TaskResult, TaskError> {
         let context = &self.context;
         context.check()?;
@@ -147,7 +147,7 @@ impl<R: DeserializeOwned + 'static> IntoFuture for ResultWait<R> {
     }
 }
 
-/// How the end of a task is stored: `{state, result?|failure?}`, as all SDKs do.
+/// The stored form of the end of a task: `{state, result?|failure?}`, as in all SDKs.
 #[derive(Debug, serde::Deserialize)]
 pub(crate) struct Snapshot {
     state: String,
@@ -163,7 +163,7 @@ impl Snapshot {
             "cancelled" => State::Cancelled,
             _ => return None,
         };
-        // What completed without a value has stored null.
+        // A task that completed without a value has the result null.
         let json = |raw: Box<RawValue>| Json::from_text(raw.get());
         let result = (state == State::Completed).then(|| self.result.map_or_else(Json::null, json));
         Some(TaskResult { task_id, state, result, failure: self.failure.map(json) })

@@ -1,4 +1,4 @@
-//! Workers: tasks of a queue are carried out by the handlers that are registered for them.
+//! Workers: they claim the tasks of a queue and execute the handlers that are registered for them.
 
 use std::fmt;
 use std::future::Future;
@@ -21,24 +21,24 @@ use super::task::Registered;
 use super::trace;
 use crate::{ClaimOptions, ClaimStream, ClaimedTask, Error, Json, Reason, Revoked, StreamOptions};
 
-/// Shortest deferral of a task that nobody here knows (contract/sdk.md 1.8).
+/// Shortest deferral of a task that has no handler here (contract/sdk.md 1.8).
 const DEFER_MIN: Duration = Duration::from_secs(15);
-/// What is added to it at most, by the run's id.
+/// Longest addition to the deferral, which the run's id determines.
 const DEFER_SPREAD_MS: u64 = 15_000;
 
-/// Longest time for giving back what had not ended within the grace.
+/// Longest time to give back the tasks that did not end within the grace.
 const GIVE_BACK_MAX: Duration = Duration::from_secs(2);
 
 type OnError = Arc<dyn Fn(&WorkerError) + Send + Sync>;
 
-/// Something went wrong outside of a handler.
+/// An error outside of a handler.
 #[derive(Debug)]
 pub struct WorkerError {
-    /// The task that it is about, where it is about one.
+    /// Id of the task that the error is about, if there is one.
     pub task_id: Option<Uuid>,
-    /// What was being done.
+    /// The operation that failed, such as `completing a task`.
     pub doing: &'static str,
-    /// What went wrong.
+    /// The error of that operation.
     pub error: Error,
 }
 
@@ -48,18 +48,18 @@ impl fmt::Display for WorkerError {
     }
 }
 
-/// How a worker works.
+/// Options of a worker.
 #[derive(Clone)]
 pub struct WorkerOptions {
-    /// Who claims; None: the client's worker id.
+    /// Worker id to store with each claim; `None` means the client's worker id.
     pub worker_id: Option<String>,
-    /// Lease of each claim, kept while the task is worked on; each checkpoint extends it too.
+    /// Lease of each claim. The stream extends it while the task is worked on, and each checkpoint extends it too.
     pub claim_timeout: Duration,
-    /// Tasks at once.
+    /// Maximum number of tasks executed at once.
     pub concurrency: usize,
-    /// Tasks that wait here for a free place, so that none stays empty for a round trip.
+    /// Number of claimed tasks that wait here for a free slot, so that no slot idles for a round trip.
     pub prefetch: usize,
-    /// Longest time for running tasks to end when the worker is stopped.
+    /// Longest wait for running tasks when the worker is stopped.
     pub grace: Duration,
     on_error: OnError,
 }
@@ -90,35 +90,35 @@ impl Default for WorkerOptions {
 }
 
 impl WorkerOptions {
-    /// So many tasks at once.
+    /// Sets the maximum number of tasks executed at once.
     #[must_use]
     pub fn concurrency(mut self, tasks: usize) -> Self {
         self.concurrency = tasks;
         self
     }
 
-    /// With this lease.
+    /// Sets the lease of each claim.
     #[must_use]
     pub fn claim_timeout(mut self, lease: Duration) -> Self {
         self.claim_timeout = lease;
         self
     }
 
-    /// Have so many more tasks here, waiting for a free place.
+    /// Sets the number of claimed tasks that wait here for a free slot.
     #[must_use]
     pub fn prefetch(mut self, tasks: usize) -> Self {
         self.prefetch = tasks;
         self
     }
 
-    /// Wait at most so long for running tasks when it is stopped.
+    /// Sets the longest wait for running tasks when the worker is stopped.
     #[must_use]
     pub fn grace(mut self, limit: Duration) -> Self {
         self.grace = limit;
         self
     }
 
-    /// What is called when something goes wrong outside of a handler; a line in the log unless told otherwise.
+    /// Sets the function that is called on an error outside of a handler; the default logs it.
     #[must_use]
     pub fn on_error(mut self, on_error: impl Fn(&WorkerError) + Send + Sync + 'static) -> Self {
         self.on_error = Arc::new(on_error);
@@ -126,7 +126,7 @@ impl WorkerOptions {
     }
 }
 
-/// A running worker. Dropped, it stops by itself, as after [`Worker::begin_stop`].
+/// A running worker. If it is dropped, it stops as after [`Worker::begin_stop`].
 #[derive(Debug)]
 pub struct Worker {
     stop: watch::Sender<bool>,
@@ -134,22 +134,22 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Stops taking tasks, waits for those that run, at most the options' grace, and ends. Their leases are kept until then. A
-    /// handler that has not ended by then is dropped, and its task given back without using up the attempt; what a blocking
-    /// handler does cannot be stopped, and its task is free when its lease ends.
+    /// Takes no more tasks, waits for running tasks at most for the grace, and ends. Leases are extended until then. A
+    /// handler that has not ended by then is dropped, and its task is given back without using up the attempt. A
+    /// blocking handler cannot be stopped: its task can be claimed again when its lease ends.
     pub async fn stop(self) {
         self.stop.send_replace(true);
         let _ = self.ended.await;
     }
 
-    /// Asks it to stop as [`Worker::stop`] does, without waiting.
+    /// Asks the worker to stop as [`Worker::stop`] does, without waiting.
     pub fn begin_stop(&self) {
         self.stop.send_replace(true);
     }
 }
 
 impl Absurd {
-    /// Starts a worker on the client's queue. It runs until it is stopped; it connects again whenever it has to.
+    /// Starts a worker on the client's queue. It reconnects by itself, and runs until it is stopped.
     pub async fn start_worker(&self, options: WorkerOptions) -> Result<Worker, Error> {
         let client = self.client_for(options.worker_id.as_deref());
         let in_flight = options.concurrency.max(1).saturating_add(options.prefetch);
@@ -165,9 +165,9 @@ impl Absurd {
         Ok(Worker { stop, ended })
     }
 
-    /// Works until the process is told to end (SIGINT, SIGTERM), and then drains.
+    /// Runs a worker until the process is asked to end (SIGINT, SIGTERM), and then stops it as [`Worker::stop`] does.
     pub async fn run_worker(&self, options: WorkerOptions) -> Result<(), Error> {
-        // Before anything is taken: who has taken a task must be ready to be stopped.
+        // Listens before anything is claimed: a worker with a claimed task must be ready to be stopped.
         let told = told_to_end();
         let worker = self.start_worker(options).await?;
         told.await;
@@ -175,7 +175,7 @@ impl Absurd {
         Ok(())
     }
 
-    /// Claims once, and carries out what was claimed, one after the other; returns how many there were.
+    /// Claims once, and executes the claimed tasks one after the other. Returns their number.
     pub async fn work_batch(&self, options: WorkerOptions, batch_size: i32) -> Result<usize, Error> {
         let client = self.client_for(options.worker_id.as_deref());
         let claim = ClaimOptions::default().claim_timeout(options.claim_timeout).qty(batch_size);
@@ -188,9 +188,9 @@ impl Absurd {
         Ok(count)
     }
 
-    /// The context of a task that was claimed without a worker of ours, for programs that carry out tasks in their own way: its
-    /// steps, sleeps and waits are those of handlers. Whoever asks for it completes or fails the task, unless
-    /// [`Context::over`] has answered. `lease` is the claim's; each checkpoint extends it.
+    /// The context of a task that the program claimed itself, for programs that execute tasks in their own way. Its
+    /// steps, sleeps and waits are those of handlers. The caller completes or fails the task, unless [`Context::over`]
+    /// has resolved. `lease` is that of the claim; each checkpoint extends it.
     pub async fn context_of(&self, task: &ClaimedTask, lease: Duration) -> Result<Context, Error> {
         let headers = headers(task).map_err(|error| Error::argument("headers", error))?;
         context(self, task, headers, lease, None, None).await
@@ -202,7 +202,7 @@ impl Absurd {
     }
 }
 
-/// Resolves when the process is told to end. It listens from this call on, not from the first poll.
+/// Resolves when the process is asked to end. It listens from this call on, not from the first poll.
 #[cfg(unix)]
 fn told_to_end() -> impl Future<Output = ()> {
     use tokio::signal::unix::{SignalKind, signal};
@@ -221,12 +221,12 @@ async fn told_to_end() {
     let _ = tokio::signal::ctrl_c().await;
 }
 
-/// The worker's loop: one task per free place.
+/// The worker's loop: one task per free slot.
 async fn work(absurd: Absurd, options: WorkerOptions, mut stream: ClaimStream, mut stop: watch::Receiver<bool>) {
     let concurrency = u32::try_from(options.concurrency.max(1)).unwrap_or(u32::MAX);
     let places = Arc::new(Semaphore::new(options.concurrency.max(1)));
     let mut running = JoinSet::new();
-    // True once what still runs must be left off.
+    // True once executions that still run must be ended.
     let over = watch::Sender::new(false);
     loop {
         let place = tokio::select! {
@@ -246,12 +246,12 @@ async fn work(absurd: Absurd, options: WorkerOptions, mut stream: ClaimStream, m
         running.spawn(async move { execute(&absurd, &options, task, Some(Arc::new(place)), over).await });
         while running.try_join_next().is_some() {}
     }
-    // The stream keeps the leases of what runs until it is settled.
+    // The stream extends the leases of running tasks until they are settled.
     let (grace, on_error) = (options.grace, Arc::clone(&options.on_error));
     let drained = async {
         let finished = async {
             while running.join_next().await.is_some() {}
-            // Threads of blocking handlers may hold a place longer than their executions.
+            // Threads of blocking handlers may hold a slot longer than their executions.
             let _ = places.acquire_many(concurrency).await;
         };
         if tokio::time::timeout(grace, finished).await.is_err() {
@@ -265,13 +265,13 @@ async fn work(absurd: Absurd, options: WorkerOptions, mut stream: ClaimStream, m
     }
 }
 
-/// How long a task waits that nobody here knows: 15 to 30 s, the same for the same run.
+/// Deferral of a task that has no handler here: 15 to 30 s, the same for the same run.
 fn deferral(run_id: Uuid) -> Duration {
     let spread = run_id.as_u128() % u128::from(DEFER_SPREAD_MS);
     DEFER_MIN + Duration::from_millis(u64::try_from(spread).unwrap_or(0))
 }
 
-/// One claimed task, from its claim to its end in this process.
+/// Executes one claimed task, from its claim to its end in this process.
 async fn execute(
     absurd: &Absurd,
     options: &WorkerOptions,
@@ -289,7 +289,7 @@ async fn execute(
     );
     trace::go_on(&span, &headers(&task).unwrap_or_default());
     let report = |doing, error: Error| {
-        // Whoever took the run over sees to it.
+        // A claim that is over needs no report: the run is another worker's, has ended or is gone.
         if !error.is_claim_over() {
             (options.on_error)(&WorkerError { task_id: Some(task.task_id), doing, error });
         }
@@ -299,7 +299,7 @@ async fn execute(
         tracing::warn!(task.name = task.task_name, task.id = %task.task_id, ?delay, "nobody here knows this task: deferred");
         let Err(error) = task.release(delay).await else { return };
         if !error.is_claim_over() {
-            // Better failed with the reason than held until the lease ends (contract/sdk.md 1.8).
+            // Fails the run with the reason, instead of holding it until its lease ends (contract/sdk.md 1.8).
             let _ = task.fail_json(reason("DeferralFailed", error.message(), None)).await;
         }
         report("deferring an unknown task", error);
@@ -321,7 +321,7 @@ async fn execute(
             return;
         }
         Outcome::Unread(error) => ("reading checkpoints", Err(error)),
-        // A thread goes on: its lease must end before anybody else begins.
+        // The handler's thread goes on: the lease must end before another worker begins.
         Outcome::LeftOff if registered.is_blocking => return,
         Outcome::LeftOff => ("giving a task back", task.release(Duration::ZERO).await),
     };
@@ -330,7 +330,7 @@ async fn execute(
     }
 }
 
-/// Whether a result will never be taken, however often it is sent.
+/// Whether the server will refuse this result however often it is sent.
 fn is_refused(error: &Error) -> bool {
     use Reason::{DatabaseRefused, InvalidArgument, JsonInvalid, PayloadTooLarge};
     matches!(error.reason(), JsonInvalid | PayloadTooLarge | InvalidArgument | DatabaseRefused)
@@ -408,7 +408,7 @@ async fn context(
     Ok(Context::new(facts, Arc::clone(absurd.handlers()), Arc::new(backend), stored))
 }
 
-/// Checkpoints that the run may see. Those that did not fit into the claim are read.
+/// Checkpoints that the run may see: those of the claim if they are complete, else those read from the server.
 async fn checkpoints(absurd: &Absurd, task: &ClaimedTask) -> Result<Vec<(String, Json)>, Error> {
     let value = |state: Option<Json>| state.unwrap_or_else(Json::null);
     if task.checkpoints_complete {
@@ -434,7 +434,7 @@ mod tests {
         }
     }
 
-    /// The deferrals of many runs differ, and are seconds apart.
+    /// The deferrals of many runs differ, and spread over seconds.
     #[test]
     fn deferrals_are_spread() {
         let delays: HashSet<Duration> = (0..100).map(|_| deferral(Uuid::now_v7())).collect();

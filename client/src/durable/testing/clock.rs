@@ -9,9 +9,9 @@ use tonic::transport::Channel;
 
 use crate::{ConnectOptions, Error, Reason, wire};
 
-/// Moves the time of a test server: `absurd dev --test-clock`, `absurd serve --test-clock`. Sleeps, timeouts, retries, leases
-/// and cancellation rules come due by it. Whatever is due has been done when a call returns: expired leases have ended, what
-/// wakes is offered to workers.
+/// Sets the time of a test server: `absurd dev --test-clock`, `absurd serve --test-clock`. Sleeps, timeouts, retries,
+/// leases and cancellation rules fall due by it. When a call returns, everything due is done: expired leases have
+/// ended, and runs that wake are offered to workers.
 ///
 /// ```no_run
 /// # async fn test() -> Result<(), absurd_client::Error> {
@@ -31,28 +31,28 @@ pub struct TestClock {
 }
 
 impl TestClock {
-    /// The clock of a server; it connects when it is first used.
+    /// The clock of a server; it connects on first use.
     pub fn connect(options: &ConnectOptions) -> Result<Self, Error> {
         Ok(Self { grpc: TestClockServiceClient::new(options.channel()?) })
     }
 
-    /// What time it is.
+    /// Reads the server's time.
     pub async fn now(&self) -> Result<SystemTime, Error> {
         let answer = self.grpc.clone().get_time(pb::GetTimeRequest {}).await.map_err(explained)?;
         wire::time(answer.into_inner().time).ok_or_else(wire::unclear)
     }
 
-    /// Sets the time, between the years 2000 and 2999; it stands still from then on.
+    /// Sets the time, between the years 2000 and 2999. It stands still from then on.
     pub async fn set(&self, time: SystemTime) -> Result<SystemTime, Error> {
         self.set_to(Some(time.into())).await
     }
 
-    /// Moves the time on from what it is now; it stands still from then on.
+    /// Advances the time. It stands still from then on.
     pub async fn advance(&self, by: Duration) -> Result<SystemTime, Error> {
         self.set(self.now().await? + by).await
     }
 
-    /// Lets it go with the real time again.
+    /// Lets the time follow the real time again.
     pub async fn unset(&self) -> Result<SystemTime, Error> {
         self.set_to(None).await
     }

@@ -1,4 +1,4 @@
-//! What a task in memory stands on: checkpoints, events, ends of tasks, a clock that the test moves.
+//! The backend of a task in memory: checkpoints, events, ends of tasks, and a clock that the test moves.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -13,28 +13,28 @@ use crate::durable::backend::{AwaitedTask, Backend, BoxFuture, TaskWait, Until};
 use crate::durable::context::parse_time;
 use crate::{Awaited, Emitted, Error, Json, NewTask, Reason, Slept, Spawned, State};
 
-/// Seconds from the epoch to 2000-01-01T00:00:00Z.
+/// Start of a task's time: 2000-01-01T00:00:00Z, in seconds since 1970.
 const START: u64 = 946_684_800;
 
 /// A task that the task under test has spawned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SpawnedTask {
-    /// Its id, for [`super::TestTask::complete`].
+    /// Id of the task, for [`super::TestTask::complete`].
     pub task_id: Uuid,
-    /// Its queue.
+    /// Queue of the task.
     pub queue: String,
-    /// Its name.
+    /// Name of the task.
     pub task_name: String,
-    /// Its params.
+    /// Params of the task.
     pub params: Json,
-    /// Its headers.
+    /// Headers of the task; empty when there are none.
     pub headers: Map<String, Value>,
-    /// Attempts at most; None: no limit.
+    /// Maximum number of attempts; `None` means no limit.
     pub max_attempts: Option<i32>,
     key: Option<String>,
 }
 
-/// All that is known of the task.
+/// State of the task under test.
 #[derive(Debug)]
 pub(super) struct Inside {
     pub(super) task_id: Uuid,
@@ -47,12 +47,12 @@ pub(super) struct Inside {
     pub(super) wake: Option<Wake>,
     pub(super) cancelled: bool,
     pub(super) crash: Option<String>,
-    /// Ends of waits that have begun, by checkpoint.
+    /// Deadlines of waits that have begun, by checkpoint; `None` means no timeout.
     deadlines: HashMap<String, Option<SystemTime>>,
     timed_out: HashSet<String>,
 }
 
-/// See the module.
+/// The state of the task, shared by the test and the context.
 #[derive(Debug)]
 pub(super) struct Memory(Mutex<Inside>);
 
@@ -91,7 +91,7 @@ impl Inside {
         }
     }
 
-    /// What the task still sleeps on; wakes it when that is there.
+    /// The condition that the task still sleeps on. If it is met, wakes the task and returns `None`.
     pub(super) fn sleeping(&mut self) -> Option<Wake> {
         let late = |until: &Option<SystemTime>| until.is_some_and(|until| until <= self.now);
         let awake = match self.wake.as_ref()? {
@@ -112,7 +112,7 @@ impl Inside {
         Ok(())
     }
 
-    /// A write that the test may want to die before it.
+    /// Stores a checkpoint, or fails once if the test asked for a crash before it.
     fn write(&mut self, name: String, value: Json) -> Result<(), Error> {
         if self.crash.as_deref() == Some(name.as_str()) {
             self.crash = None;
@@ -122,7 +122,7 @@ impl Inside {
         Ok(())
     }
 
-    /// End of a wait whose first call was now or earlier; Err: it has timed out.
+    /// Deadline of a wait, counted from its first call; `Err` when the wait has timed out.
     fn deadline(&mut self, step: &str, timeout: Option<Duration>) -> Result<Option<SystemTime>, ()> {
         let now = self.now;
         let until = *self.deadlines.entry(step.to_owned()).or_insert_with(|| timeout.map(|timeout| now + timeout));
@@ -216,7 +216,7 @@ impl Inside {
     }
 }
 
-/// What is known at once.
+/// A future that is ready with this answer.
 fn now<'a, T: Send + 'a>(answer: T) -> BoxFuture<'a, T> {
     Box::pin(std::future::ready(answer))
 }
