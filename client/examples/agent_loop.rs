@@ -1,5 +1,6 @@
-//! An agent: asks a model, uses the tool that it names, asks again, until it answers. Every turn is a step, so that a crash costs
-//! one turn and not the conversation. `cargo run -p absurd-client --example agent_loop`
+//! An agent that asks a model, uses the tool that the model names, and repeats this until the model answers. Each turn
+//! is a step, so that a crash costs one turn and not the conversation.
+//! `cargo run -p absurd-client --example agent_loop`
 
 use absurd_client::durable::{Absurd, BoxError, Context, WorkerOptions};
 use serde::{Deserialize, Serialize};
@@ -12,13 +13,13 @@ enum Message {
     Answer(String),
 }
 
-/// Turns at most: an agent that never ends is a bug.
+/// Maximum number of turns, which ends an agent that gets no answer.
 const TURNS_MAX: usize = 20;
 
 async fn agent(ctx: Context, question: String) -> Result<String, BoxError> {
     let mut messages = vec![Message::User(question)];
     for turn in 1..=TURNS_MAX {
-        // The second use of a name is another step: turn, turn#2, turn#3, ...
+        // Each use of a name is a step of its own: turn, turn#2, turn#3, ...
         let message = ctx.step("turn", async || ask_model(&messages).await).await?;
         messages.push(message.clone());
         match message {
@@ -49,7 +50,7 @@ async fn main() -> Result<(), BoxError> {
     Ok(())
 }
 
-/// Stands for a model: doubles what it was given last.
+/// Stands in for a model: asks for the double of the last output, and answers once an output exceeds 30.
 async fn ask_model(messages: &[Message]) -> Result<Message, BoxError> {
     println!("asking the model with {} messages", messages.len());
     Ok(match messages.last() {

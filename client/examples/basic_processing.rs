@@ -1,4 +1,5 @@
-//! Basic processing: spawn a task, claim it, complete or fail it. `cargo run -p absurd-client --example basic_processing`
+//! Basic processing: spawn a task, claim it, complete or fail it.
+//! `cargo run -p absurd-client --example basic_processing`
 
 use absurd_client::blocking::AbsurdClient;
 use absurd_client::{ClaimOptions, SpawnOptions};

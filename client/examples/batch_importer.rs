@@ -1,5 +1,5 @@
-//! An import of many rows in batches: each batch is a step that says how far it came, so that anybody can watch the progress, and
-//! a crash costs one batch. `cargo run -p absurd-client --example batch_importer`
+//! An import of many rows in batches. Each batch is a step whose value is the progress so far: any client can read it,
+//! and a crash costs one batch. `cargo run -p absurd-client --example batch_importer`
 
 use absurd_client::durable::{Absurd, BoxError, Context, TaskOptions, WorkerOptions};
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,7 @@ struct Import {
     batch: u64,
 }
 
-/// What each step stores.
+/// Value of each step: the progress so far.
 #[derive(Clone, Copy, Default, Serialize, Deserialize)]
 struct Progress {
     rows_done: u64,
@@ -21,7 +21,7 @@ async fn import(ctx: Context, import: Import) -> Result<Progress, BoxError> {
     let mut progress = Progress::default();
     while progress.rows_done < import.rows {
         let next = import.rows.min(progress.rows_done + import.batch);
-        // The first batch that is not stored is the one that is done.
+        // Stored batches return their values; the first batch that is not stored is loaded.
         progress = ctx.step("batch", async || load(progress, next).await).await?;
         if progress.rows_done == 600 && ctx.attempt() == 1 {
             return Err("the disk is full".into());
@@ -42,7 +42,7 @@ async fn main() -> Result<(), BoxError> {
     let total: Progress = end.result.ok_or("it failed")?.to()?;
     println!("{} rows, sum {}", total.rows_done, total.sum);
 
-    // Progress, as anybody can read it at any time.
+    // Any client can read the progress, at any time.
     let task = absurd.client().get_task_status(spawned.task_id).await?.ok_or("it is gone")?;
     let run = task.last_attempt_run.ok_or("it has no run")?;
     for stored in absurd.client().get_all_checkpoints(spawned.task_id, run).await? {

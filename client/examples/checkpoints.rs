@@ -1,4 +1,5 @@
-//! Checkpoints: a long task that fails half-way goes on where it was. `cargo run -p absurd-client --example checkpoints`
+//! Checkpoints: a long task that fails half-way continues after its last checkpoint.
+//! `cargo run -p absurd-client --example checkpoints`
 
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use serde_json::{Value, json};
 const STEPS: i64 = 5;
 
 fn long_running_task(client: &AbsurdClient, task: &ClaimedTask) -> anyhow::Result<Value> {
-    // Whatever an earlier attempt stored.
+    // Progress that an earlier attempt has stored.
     let done = match client.get_checkpoint(task.task_id, "progress", false)?.and_then(|stored| stored.state) {
         Some(state) => state.to::<Value>()?["current_step"].as_i64().unwrap_or(0),
         None => 0,

@@ -1,5 +1,5 @@
-//! A task that runs again and again: each round sleeps until its time, does its work, and spawns the next one. The next round's
-//! idempotency key is its time, so that no crash and no second scheduler makes two of it.
+//! A recurring task: each round sleeps until its time, does its work and spawns the next round. The idempotency key of
+//! the next round is its time, so that neither a crash nor a second scheduler makes two tasks of it.
 //! `cargo run -p absurd-client --example cron`
 
 use std::time::{Duration, SystemTime};
@@ -9,12 +9,12 @@ use serde::{Deserialize, Serialize};
 
 const REPORT: TaskType<Round, ()> = TaskType::new("report");
 
-/// One round.
+/// Params of one round.
 #[derive(Serialize, Deserialize)]
 struct Round {
     at: SystemTime,
     every: Duration,
-    /// Rounds that follow; a real one would go on for ever.
+    /// Number of rounds that follow; a real schedule would not end.
     left: u32,
 }
 
@@ -28,7 +28,7 @@ async fn report(ctx: Context, round: Round) -> Result<(), BoxError> {
     ctx.sleep_until("until its time", round.at).await?;
     ctx.step("report", async || write_report(round.left).await).await?;
     if round.left > 0 {
-        // By the clock and not by the end of the work: rounds do not drift.
+        // The next time follows from the schedule and not from the end of the work: rounds do not drift.
         let next = Round { at: round.at + round.every, left: round.left - 1, ..round };
         ctx.spawn(&REPORT, &next).options(|draft| draft.idempotency_key(next.key())).await?;
     }
@@ -45,7 +45,7 @@ async fn main() -> Result<(), BoxError> {
     let again = absurd.spawn(&REPORT, &first).idempotency_key(first.key()).await?;
     println!("a second scheduler spawns the same task: {}", spawned.task_id == again.task_id);
     let worker = absurd.start_worker(WorkerOptions::default()).await?;
-    // Keys lead from round to round.
+    // Finds the task of each round by its key: a spawn with a known key returns the existing task.
     let mut round = first;
     loop {
         let known = absurd.spawn(&REPORT, &round).idempotency_key(round.key()).await?;

@@ -1,4 +1,4 @@
-//! Errors: each has a reason to act on. `cargo run -p absurd-client --example error_handling`
+//! Errors: each has a reason by which a program decides. `cargo run -p absurd-client --example error_handling`
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use absurd_client::blocking::AbsurdClient;
 use absurd_client::{ClaimOptions, Error, Reason, SpawnOptions, WaitError};
 use serde_json::json;
 
-/// What a worker does about a call that failed.
+/// Reaction of a worker to a failed call.
 fn what_now(error: &Error) -> &'static str {
     match error.reason() {
         Reason::TaskCancelled => "the task was cancelled: stop, report nothing",
@@ -21,7 +21,7 @@ fn main() -> anyhow::Result<()> {
     let client = AbsurdClient::new(Some("error_handling_queue"), None)?;
     client.create_queue()?;
 
-    // A run that goes to sleep is no failure.
+    // A run that goes to sleep has not failed.
     client.spawn_task("waits", &json!({}), SpawnOptions::default())?;
     for task in client.claim_task(ClaimOptions::default())? {
         let waited = client.wait_for_event(
@@ -33,12 +33,12 @@ fn main() -> anyhow::Result<()> {
         );
         if let Err(WaitError::Sleep(sleep)) = waited {
             println!("run sleeps: {}, waiting for {:?}", sleep.run_id == Some(task.run_id), sleep.event_name);
-            client.set_run_sleeping(task.run_id, "data_ready")?; // As the original's orchestrators do; changes nothing.
+            client.set_run_sleeping(task.run_id, "data_ready")?; // As the original's orchestrators do; no effect.
         }
         client.cancel_task(task.run_id)?;
     }
 
-    // A task that is taken away while a worker runs it.
+    // A task that is cancelled while a worker runs it.
     client.spawn_task("cancelled", &json!({}), SpawnOptions::default())?;
     for task in client.claim_task(ClaimOptions::default())? {
         client.cancel_task_by_id(task.task_id)?;
@@ -47,7 +47,7 @@ fn main() -> anyhow::Result<()> {
         }
     }
 
-    // A call that makes no sense names the field that is wrong.
+    // The error of an invalid call names the wrong field.
     let wrong = client.spawn_task("", &json!({}), SpawnOptions::default());
     if let Err(error) = wrong {
         println!("{} in {:?}: {}", error.reason().as_str(), error.field(), what_now(&error));

@@ -1,4 +1,4 @@
-//! Events: a task waits for one, its worker is free meanwhile, and goes on when it comes.
+//! Events: a task waits for one and continues when it is emitted. The worker is free meanwhile.
 //! `cargo run -p absurd-client --example events`
 
 use std::time::Duration;
@@ -9,19 +9,20 @@ use serde_json::json;
 
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// The task. It runs from its beginning each time; the wait is a step, and brings its payload from the second time on.
+/// The task. It runs from its beginning each time; the wait is a step, which returns the payload once the event was
+/// emitted.
 fn receive(client: &AbsurdClient, task: &ClaimedTask) -> Result<Json, WaitError> {
     client.wait_for_event(task.run_id, "data_ready", HOUR, Some(task.task_id), "waiting_step")
 }
 
-/// What an orchestrator does with it.
+/// One execution of the task: completes or fails the run, unless the run sleeps.
 fn process(client: &AbsurdClient, task: &ClaimedTask) -> anyhow::Result<()> {
     match receive(client, task) {
         Ok(payload) => {
             println!("received {payload}");
             client.complete_task(task.run_id, &json!({"status": "received"}))?;
         }
-        // The run sleeps already: free the worker, neither complete nor fail the run.
+        // The run sleeps already: free the worker, and neither complete nor fail the run.
         Err(WaitError::Sleep(sleep)) => println!("{sleep}"),
         Err(WaitError::Timeout) => {
             client.fail_task(task.run_id, "data_ready did not come within an hour", None)?;

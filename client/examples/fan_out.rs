@@ -1,12 +1,12 @@
-//! Fan-out: a parent spawns 1,000 children and waits for all of them. It holds no place of the worker meanwhile, so that even a
-//! worker with one place gets done. `cargo run --release -p absurd-client --example fan_out`
+//! Fan-out: a parent spawns 1,000 children and waits for all of them. It holds no slot of the worker meanwhile, so that
+//! one slot is enough. `cargo run --release -p absurd-client --example fan_out`
 
 use absurd_client::durable::{Absurd, BoxError, Context, TaskType, WorkerOptions};
 
 const SQUARE: TaskType<u64, u64> = TaskType::new("square");
 
 async fn sum_of_squares(ctx: Context, count: u64) -> Result<u64, BoxError> {
-    // Once, however often the parent starts anew: a replay gets the same ids back.
+    // Spawned once, however often the parent starts again: a replay gets the same ids.
     let children = ctx.spawn_all(&SQUARE, 1..=count).await?;
     let mut sum = 0;
     for child in children {

@@ -1,4 +1,5 @@
-//! Long tasks: a claim is a lease, and whoever needs longer extends it. `cargo run -p absurd-client --example long_running`
+//! Long tasks: a claim is a lease, and a worker that needs more time extends it.
+//! `cargo run -p absurd-client --example long_running`
 
 #![expect(clippy::disallowed_methods, reason = "a synchronous program: nothing else runs on this thread")]
 
@@ -30,7 +31,7 @@ fn main() -> anyhow::Result<()> {
         println!("completed after {CHUNKS} extensions, attempt {}", task.attempt);
     }
 
-    // Tasks from a stream need none of this: the stream extends the leases of all that it delivered.
+    // Tasks from a stream need no such calls: the stream extends the leases of all tasks that it delivered.
     client.spawn_task("long_processing", &json!({}), SpawnOptions::default())?;
     let mut tasks = client.claim_stream(StreamOptions { claim_timeout: LEASE, ..StreamOptions::default() })?;
     if let Some(task) = tasks.next()? {

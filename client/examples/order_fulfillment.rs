@@ -1,4 +1,5 @@
-//! An order: charged, reserved, shipped when the warehouse says so, notified. Each step is done once, whatever crashes.
+//! An order: charges, reserves, waits until the warehouse has packed it, and notifies. The value of each step is
+//! stored, so that a crash repeats at most the step in progress.
 //! `cargo run -p absurd-client --example order_fulfillment`
 
 use absurd_client::durable::{Absurd, BoxError, Context, WorkerOptions};
@@ -29,7 +30,7 @@ struct Receipt {
 }
 
 async fn process_order(ctx: Context, order: Order) -> Result<Receipt, BoxError> {
-    // The task's id is a key that the payment provider can know a repeated charge by.
+    // The task's id is a key by which the payment provider recognises a repeated charge.
     let payment = ctx.step("process-payment", async || charge(ctx.task_id(), order.amount)).await?;
     ctx.step("reserve-inventory", async || reserve(&order.items)).await?;
     let shipment: Shipment = ctx.await_event(&format!("shipment.packed:{}", order.order_id)).await?;
@@ -48,7 +49,7 @@ async fn main() -> Result<(), BoxError> {
     let shipped = format!("shipment.packed:{order_id}");
     let order = Order { order_id, amount: 100, items: vec!["widget".into()], email: "a@example.com".into() };
     let spawned = absurd.spawn(&fulfil, &order).await?;
-    // The warehouse.
+    // The warehouse reports that the order is packed.
     absurd.client().emit_event(&shipped, &Shipment { tracking_number: "TRACK-1".into() }).await?;
     let end = absurd.await_task_result(&fulfil, spawned.task_id, None).await?;
     println!("{}: {}", end.state, end.result.map(|json| json.to_string()).unwrap_or_default());

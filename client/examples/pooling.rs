@@ -1,5 +1,5 @@
-//! Pooling: there is no pool to keep. A client is cheap to clone, its clones share one connection, and that connection
-//! carries any number of calls at once. `cargo run -p absurd-client --example pooling`
+//! Pooling: a program needs no pool. A client is cheap to clone, its clones share one connection to each replica, and a
+//! connection carries any number of calls at once. `cargo run -p absurd-client --example pooling`
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ async fn process(client: &AbsurdClient) -> anyhow::Result<usize> {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    // One for the whole process: every later call of this function returns it, whatever its arguments say.
+    // One client for the whole process: later calls of this function return it and ignore their arguments.
     let client = get_absurd_client(Some("pooled_queue"), None)?;
     client.create_queue().await?;
     for number in 0..20 {
@@ -29,8 +29,8 @@ async fn main() -> anyhow::Result<()> {
     }
     println!("processed {processed} tasks over one connection");
 
-    // The server's replicas are named with commas; calls go to one that answers. Failures that pass are tried again until
-    // the deadline, so what arrives here has lasted, or is about the request.
+    // A URL may name several replicas, with commas between; a call goes to one that answers. Failures that may pass are
+    // retried until the deadline, so that an error here has lasted that long or is about the request.
     let unknown = client.with_queue("no_such_queue").get_queue_stats().await;
     match unknown {
         Err(error) if error.reason() == Reason::QueueNotFound => println!("as expected: {error}"),

@@ -9,14 +9,14 @@ use serde_json::json;
 fn main() -> anyhow::Result<()> {
     let client = AbsurdClient::new(Some("retry_queue"), None)?;
     client.create_queue()?;
-    // With the helper: 10 s, 20 s, 40 s, 80 s, an hour at most.
+    // With the helper: delays of 10 s, 20 s, 40 s and 80 s, at most one hour.
     let strategy =
         RetryStrategy::Exponential { base: Duration::from_secs(10), factor: 2.0, max: Some(Duration::from_secs(3600)) };
     spawn_retry_task(&client, "unreliable_task", &json!({}), Retries { max_attempts: 5, strategy })?;
-    // Or directly: one minute between three attempts.
+    // With spawn options: one minute between three attempts.
     let fixed = SpawnOptions::default().max_attempts(3).retry(RetryStrategy::Fixed(Duration::from_secs(60)));
     client.spawn_task("another_unreliable_task", &json!({}), fixed)?;
-    // Or none at all: a task that says nothing has one attempt.
+    // Without either: the default is one attempt.
     client.spawn_task("hopeless_task", &json!({}), SpawnOptions::default())?;
 
     for task in client.claim_task(ClaimOptions::default().qty(3))? {

@@ -1,5 +1,6 @@
-//! A saga: a trip is booked piece by piece; when a piece cannot be had, what was booked is given back, last first. The
-//! compensations are steps too: none is forgotten, none is done twice. `cargo run -p absurd-client --example saga`
+//! A saga: books a trip piece by piece. If a piece is not available, the booked pieces are cancelled, the last one
+//! first. The cancellations are steps too: none is forgotten, and none is repeated once it is stored.
+//! `cargo run -p absurd-client --example saga`
 
 use absurd_client::durable::{Absurd, BoxError, Context, TaskError, WorkerOptions};
 
@@ -8,7 +9,7 @@ async fn book_trip(ctx: Context, pieces: Vec<String>) -> Result<Vec<String>, Box
     for piece in pieces {
         match ctx.step(&format!("book-{piece}"), async || book(&piece).await).await {
             Ok(booking) => booked.push(booking),
-            // The run sleeps, or is not ours any more: nothing has failed.
+            // The run sleeps, or this worker no longer holds it: nothing has failed.
             Err(signal @ TaskError::Signal(_)) => return Err(signal.into()),
             Err(error) => {
                 while let Some(booking) = booked.pop() {

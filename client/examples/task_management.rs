@@ -1,4 +1,4 @@
-//! Task management: look at a task and its run, schedule it, cancel it.
+//! Task management: read a task and its run, schedule the run, cancel the task.
 //! `cargo run -p absurd-client --example task_management`
 
 use std::time::{Duration, SystemTime};
@@ -23,7 +23,7 @@ fn main() -> anyhow::Result<()> {
     client.schedule_task(spawned.run_id, SystemTime::now() + Duration::from_secs(600))?;
     println!("claimable before its time: {}", client.claim_task(ClaimOptions::default())?.len());
 
-    // By its run: only a pending or a sleeping one, as here. By its task: any that has not ended.
+    // By run: only if it is pending or sleeping, as here. By task: any task that has not ended.
     let outcome = client.cancel_task(spawned.run_id)?;
     println!("cancelled: {}, the task is {}", outcome.cancelled, outcome.state);
     let again = client.cancel_task_by_id(spawned.task_id)?;

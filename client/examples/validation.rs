@@ -1,4 +1,4 @@
-//! Validation: names of queues are checked before anything is sent. `cargo run -p absurd-client --example validation`
+//! Validation: queue names are checked before anything is sent. `cargo run -p absurd-client --example validation`
 
 use absurd_client::blocking::AbsurdClient;
 use absurd_client::{NewWorkflowRun, Reason};
@@ -11,7 +11,7 @@ fn main() -> anyhow::Result<()> {
             Err(error) => return Err(error.into()),
         }
     }
-    // Upstream's databases hold queues with other names, which the service takes; the rule is this constructor's.
+    // Upstream's databases hold queues with other names, which the service accepts; only this constructor has the rule.
     let client = AbsurdClient::new(Some("valid_queue_name"), None)?;
     let permissive = client.with_queue("invalid-queue-name!");
     permissive.create_queue()?;

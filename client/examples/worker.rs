@@ -9,7 +9,7 @@ async fn main() -> anyhow::Result<()> {
     let mut tasks = client.claim_stream(StreamOptions { max_in_flight: 4, ..StreamOptions::default() }).await?;
     println!("rust worker: ready");
     while let Some(task) = tasks.next().await {
-        // Each task on its own; the stream keeps the leases, and outcomes travel together.
+        // Each task has a Tokio task of its own. The stream extends the leases, and outcomes are sent in batches.
         tokio::spawn(async move {
             let outcome = match task.params::<Value>().map_err(|error| error.to_string()).and_then(fulfil) {
                 Ok(result) => task.complete(&result).await,

@@ -1,4 +1,4 @@
-//! A client that speaks HTTP/2 by hand, and badly.
+//! A client that writes HTTP/2 frames by hand, to attack a server.
 
 use std::io;
 
@@ -7,26 +7,26 @@ use prost::Message as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-/// Frames that a flood sends at most.
+/// Maximum number of rounds of a flood.
 const FLOOD_MAX: u32 = 4_000_000;
-/// Frames in one write.
+/// Rounds in one write.
 const FLOOD_STEP: usize = 50;
 
-/// Frames without end that ask for nothing.
+/// Kinds of floods: endless frames that request no work.
 #[derive(Debug, Clone, Copy)]
 pub enum Flood {
-    /// Pings.
+    /// Ping frames.
     Ping,
-    /// Settings.
+    /// Settings frames, each with four unknown settings.
     Settings,
-    /// Calls that are given up at once.
+    /// Calls that are reset at once.
     Reset,
     /// A header block that never ends.
     Continuation,
 }
 
 impl Flood {
-    /// All kinds.
+    /// Every kind of flood.
     pub const ALL: [Self; 4] = [Self::Ping, Self::Settings, Self::Reset, Self::Continuation];
 }
 
@@ -38,14 +38,14 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// See the module.
+/// A connection on which a test writes HTTP/2 frames by hand.
 #[derive(Debug)]
 pub struct Attacker {
     socket: TcpStream,
 }
 
 impl Attacker {
-    /// Connects to an address such as `http://127.0.0.1:1234`, and says the preface.
+    /// Connects to an address such as `http://127.0.0.1:1234`, and sends the preface.
     pub async fn connect(url: &str) -> io::Result<Self> {
         let mut socket = TcpStream::connect(url.trim_start_matches("http://")).await?;
         socket.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
@@ -56,7 +56,7 @@ impl Attacker {
         self.socket.write_all(&frame(kind, flags, stream, payload)).await
     }
 
-    /// Sends settings.
+    /// Sends a settings frame with these identifiers and values.
     pub async fn settings(&mut self, settings: &[(u16, u32)]) -> io::Result<()> {
         let mut payload = Vec::new();
         for (name, value) in settings {
@@ -67,7 +67,7 @@ impl Attacker {
     }
 
     fn headers(method: &str) -> Vec<u8> {
-        // POST and http from the static table; the others as literals that are not indexed.
+        // POST and http are entries of the static table; the others are literals that are not indexed.
         let mut block = vec![0x83, 0x86];
         let mut literal = |name: &str, value: &str| {
             block.push(0);
@@ -83,7 +83,7 @@ impl Attacker {
         block
     }
 
-    /// Opens a claim stream.
+    /// Sends a `ClaimStream` call on this HTTP/2 stream.
     pub async fn claim_stream(&mut self, stream: u32, request: &pb::ClaimStreamRequest) -> io::Result<()> {
         self.frame(1, 4, stream, &Self::headers("ClaimStream")).await?;
         let message = request.encode_to_vec();
@@ -93,8 +93,8 @@ impl Attacker {
         self.frame(0, 1, stream, &body).await
     }
 
-    /// Begins and gives up so many calls in one breath, as a client does whose calls run out of time together, and makes one
-    /// more: whether that is answered, before the connection ends.
+    /// Begins and resets `calls` calls in one write, as a client does whose calls time out together, and then makes one
+    /// more. Returns whether that one is answered before the server ends the connection.
     pub async fn give_up(&mut self, calls: u32) -> io::Result<bool> {
         self.settings(&[]).await?;
         let streams = (0..calls).map(|call| call * 2 + 1);
@@ -126,8 +126,8 @@ impl Attacker {
         while matches!(self.socket.read(&mut buffer).await, Ok(1..)) {}
     }
 
-    /// Sends frames of a kind until the server has had enough: how many it took; None when it takes millions of them. Many frames
-    /// go in one write, so that a loaded machine floods too.
+    /// Sends frames of a kind until the server ends the connection. Returns the number of rounds before the last write;
+    /// `None` if the server takes the maximum. One write holds many frames, so that a loaded machine floods too.
     pub async fn flood(&mut self, kind: Flood) -> io::Result<Option<u32>> {
         self.settings(&[]).await?;
         let mut buffer = vec![0; 64 * 1024];
@@ -147,7 +147,8 @@ impl Attacker {
         let stream = round * 2 + 1;
         match kind {
             Flood::Ping => frame(6, 0, 0, &[7; 8]),
-            // Settings that nobody knows: empty ones are so small that a loaded machine cannot send a megabyte of them a second.
+            // Unknown settings, because empty frames are so small that a loaded machine cannot send a megabyte of them
+            // per second.
             Flood::Settings => frame(4, 0, 0, &[0xf0, 0xf0, 0, 0, 0, 0].repeat(4)),
             Flood::Reset => {
                 let opened = frame(1, 4, stream, &Self::headers("GetQueueStats"));

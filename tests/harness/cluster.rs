@@ -1,4 +1,5 @@
-//! A Postgres of a test's own, which the test may stop and start; the one that all tests share is in `database.rs`.
+//! A Postgres cluster of one test, which the test can stop and start. `database.rs` has the cluster that all tests
+//! share.
 
 use std::path::PathBuf;
 
@@ -7,20 +8,20 @@ use tempfile::TempDir;
 
 use crate::{Database, pg_bin};
 
-/// See the module. Dropping it stops it and removes its files.
+/// A cluster of one test. Dropping it stops Postgres and removes the files.
 #[derive(Debug)]
 pub struct OwnCluster {
     options: ClusterOptions,
     running: Option<Cluster>,
-    // After the cluster, so that its files outlive it.
+    // Declared after the cluster, so that the files outlive it.
     _home: TempDir,
 }
 
 impl OwnCluster {
-    /// Starts one with settings, as `name=value`.
+    /// Starts a cluster with these settings, written as `name=value`.
     pub async fn start(settings: &[&str]) -> Self {
         let home = tempfile::tempdir().unwrap();
-        // Run by root, Postgres runs as another user.
+        // Started by root, Postgres runs as another user, which needs access to the directory.
         std::fs::set_permissions(home.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let options = ClusterOptions {
             home: home.path().join("pg"),
@@ -33,38 +34,38 @@ impl OwnCluster {
         own
     }
 
-    /// A migrated database on it.
+    /// Creates a migrated database on this cluster.
     pub async fn database(&self) -> Database {
         Database::on(self.running.as_ref().unwrap()).await
     }
 
-    /// Another database on it, as it is.
+    /// A database on this cluster by its name, as it is.
     pub fn database_named(&self, name: &str) -> Database {
         Database::as_it_is(self.running.as_ref().unwrap(), name)
     }
 
-    /// The URL of a database on it.
+    /// URL of a database on this cluster.
     pub fn url(&self, name: &str) -> String {
         self.running.as_ref().unwrap().url(name)
     }
 
-    /// Its release.
+    /// Release of Postgres.
     pub fn version(&self) -> String {
         self.running.as_ref().unwrap().version().to_owned()
     }
 
-    /// Its log.
+    /// Path of the log of Postgres.
     pub fn log(&self) -> PathBuf {
         self.options.home.join("postgres.log")
     }
 
-    /// Stops it.
+    /// Stops Postgres.
     pub async fn stop(&mut self) {
         let running = self.running.take();
         tokio::task::spawn_blocking(move || drop(running)).await.unwrap();
     }
 
-    /// Starts it after a stop.
+    /// Starts Postgres again after a stop.
     pub async fn start_again(&mut self) {
         let options = self.options.clone();
         self.running = Some(tokio::task::spawn_blocking(move || Cluster::start(&options).unwrap()).await.unwrap());

@@ -1,5 +1,5 @@
-//! One cluster per test process, one database per test, copied from a migrated template; databases of tests that have
-//! ended are dropped, so that a long run needs little of the disk.
+//! One cluster per test process, and one database per test, copied from a migrated template. Databases of tests that
+//! have ended are dropped, so that a long run needs little disk space.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,10 +14,10 @@ use tokio_postgres::{Client, NoTls};
 static CLUSTER: OnceLock<Mutex<Cluster>> = OnceLock::new();
 static TEMPLATE: OnceCell<()> = OnceCell::const_new();
 static NEXT: AtomicU32 = AtomicU32::new(1);
-/// Databases that nobody uses any more.
+/// Databases that no test uses any more; the next test that creates a database drops them.
 static ENDED: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-/// Where this process keeps its cluster; directories of processes that are gone are swept.
+/// Directory of this process's cluster. Directories of processes that have ended are removed.
 pub fn data_directory() -> PathBuf {
     std::env::temp_dir().join(format!("absurd-test-{}", std::process::id()))
 }
@@ -32,12 +32,13 @@ fn sweep() {
     }
 }
 
-/// Directory of another Postgres than the machine's, for running the tests on several releases.
+/// Directory of the Postgres programs from `ABSURD_TEST_PG_BIN`, for tests on several releases. `None` means the
+/// Postgres of the machine.
 pub fn pg_bin() -> Option<PathBuf> {
     std::env::var_os("ABSURD_TEST_PG_BIN").map(PathBuf::from)
 }
 
-/// The cluster of this process.
+/// The cluster of this process, which starts on first use.
 pub fn cluster() -> &'static Mutex<Cluster> {
     CLUSTER.get_or_init(|| {
         sweep();
@@ -61,7 +62,7 @@ async fn connect(url: &str) -> Client {
     client
 }
 
-/// Makes a database of a release of upstream's, with that release's own tool.
+/// Initialises a database with upstream's own tool of this release.
 async fn init(release: &str, url: &str) {
     let old = crate::root().join(".venv/releases").join(release);
     let mut tool = if old.exists() {
@@ -84,7 +85,7 @@ pub struct Database {
     _use: Arc<Use>,
 }
 
-/// Held by whoever uses a database of the shared cluster; the last one to let go leaves it to be dropped.
+/// Held by each clone of a database of the shared cluster. The last one to be dropped lists the database in `ENDED`.
 #[derive(Debug, Default)]
 struct Use(Option<String>);
 
@@ -97,17 +98,18 @@ impl Drop for Use {
 }
 
 impl Database {
-    /// A database that is migrated.
+    /// A migrated database, copied from the template.
     pub async fn new() -> Self {
         TEMPLATE
             .get_or_init(|| async {
                 let admin = connect(&url("postgres")).await;
-                // This must be our own cluster: what follows creates and drops databases.
+                // Ensures that this is our own cluster, because the following code creates and drops databases.
                 let directory: String = admin.query_one("show data_directory", &[]).await.unwrap().get(0);
                 assert!(Path::new(&directory).starts_with(data_directory().canonicalize().unwrap()), "{directory}");
                 admin.batch_execute("create database template_absurd").await.unwrap();
                 let config = url("template_absurd").parse().unwrap();
-                // Any test may be run on a database that upstream's tool made, with our doorbell hung.
+                // With `ABSURD_TEST_ADOPTED`, tests run on a database that upstream's tool made, with our doorbell
+                // installed.
                 let adopted = std::env::var("ABSURD_TEST_ADOPTED").ok();
                 if let Some(release) = &adopted {
                     init(release, &url("template_absurd")).await;
@@ -125,12 +127,12 @@ impl Database {
         Self::create("template template0").await
     }
 
-    /// A database as the original operators' tool of a release makes it, with nothing of ours.
+    /// A database as upstream's tool of this release makes it, with nothing of ours.
     pub async fn upstream(release: &str) -> Self {
         Self::upstream_where_possible(release).await.expect("every Postgres can hold this release")
     }
 
-    /// The same, or nothing where the release needs an extension that this Postgres lacks.
+    /// As [`Database::upstream`], but `None` if the release needs an extension that this Postgres lacks.
     pub async fn upstream_where_possible(release: &str) -> Option<Self> {
         let database = Self::empty().await;
         let has = "select exists (select from pg_available_extensions where name = 'uuid-ossp')";
@@ -143,20 +145,20 @@ impl Database {
         Some(database)
     }
 
-    /// The database's structure as `pg_dump` writes it; of one schema, or of all.
+    /// Structure of the database as `pg_dump` writes it, of one schema or of all.
     pub async fn dump(&self, schema: Option<&str>) -> String {
-        // A tool that is older than the server refuses.
+        // `pg_dump` refuses a server that is newer than itself.
         let own = pg_bin().map(|bin| bin.join("pg_dump")).filter(|program| program.exists());
         let mut dump = tokio::process::Command::new(own.unwrap_or_else(|| "pg_dump".into()));
         dump.args(["--schema-only", "--dbname", &self.url]).args(schema.map(|schema| format!("--schema={schema}")));
         let output = crate::in_time("pg_dump ends", dump.output()).await.unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        // Newer versions put a random word into each dump.
+        // Newer releases put a random word into each dump.
         let text = String::from_utf8(output.stdout).unwrap();
         text.lines().filter(|line| !line.contains("restrict ")).map(|line| format!("{line}\n")).collect()
     }
 
-    /// A migrated database of another cluster, which the test may stop and start.
+    /// Creates a migrated database on another cluster, which the test can stop and start.
     pub(crate) async fn on(cluster: &Cluster) -> Self {
         let admin = connect(&cluster.url("postgres")).await;
         admin.batch_execute("create database own").await.unwrap();
@@ -177,7 +179,7 @@ impl Database {
         for name in ended {
             admin.batch_execute(&format!("drop database {name} with (force)")).await.unwrap();
         }
-        // Postgres refuses to copy a database that another session is just copying from, for a moment.
+        // Postgres refuses, for a moment, to copy a database that another session is copying.
         crate::eventually("the database is created", || async {
             admin.batch_execute(&format!("create database {name} {how}")).await.ok()
         })
@@ -185,22 +187,22 @@ impl Database {
         Self { url: url(&name), _use: Arc::new(Use(Some(name.clone()))), name }
     }
 
-    /// Its name.
+    /// Name of the database.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Its URL.
+    /// URL of the database.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// A session of a direct SQL user.
+    /// Opens a session for direct SQL, as the user of the URL.
     pub async fn connect(&self) -> Client {
         connect(&self.url).await
     }
 
-    /// A session that owns nothing here.
+    /// Opens a session as a role that owns nothing here; creates the role if need be.
     pub async fn connect_as(&self, role: &str) -> Client {
         let admin = self.connect().await;
         let _ = admin.batch_execute(&format!("create role {role} login")).await;

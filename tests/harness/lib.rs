@@ -1,4 +1,4 @@
-//! What every test stands on: one throw-away Postgres per process, a database per test, real servers.
+//! The harness of the tests: one temporary Postgres cluster per process, one database per test, and real servers.
 //!
 //! A test waits for facts ([`eventually`]), never for a duration. Nothing here is a mock.
 
@@ -23,7 +23,7 @@ pub use server::{Grpc, Server, ServerOptions, json, raw};
 /// Longest wait for a fact. A healthy run needs a fraction of it; a loaded machine may need more.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Asks until the answer is `Some`; fails the test with `what` when patience ends.
+/// Asks until the answer is `Some`. Fails the test with `what` after [`PATIENCE`].
 pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut ask: impl FnMut() -> F) -> T {
     let until = tokio::time::Instant::now() + PATIENCE;
     loop {
@@ -35,7 +35,7 @@ pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut ask: i
     }
 }
 
-/// Lets something take its time, but not for ever.
+/// Waits for `work`. Fails the test with `what` after [`PATIENCE`].
 pub async fn in_time<T>(what: &str, work: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, work).await.unwrap_or_else(|_| panic!("took too long: {what}"))
 }

@@ -1,5 +1,5 @@
-//! A TCP link in the test's hands: bytes pass, come late, trickle, vanish one way or both, or the connection is cut; and
-//! before a Postgres, the answer to a commit can be lost.
+//! A TCP link under a test's control. Bytes pass, come late, trickle, or vanish in one direction or both; or the
+//! connection is cut. In front of a Postgres, the answer to a commit can be lost.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,37 +10,38 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::watch;
 
-/// What a link does to its connections.
+/// Fault of a link, which applies to all its connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Toxic {
     /// Bytes pass.
     Pass,
-    /// Bytes pass after this many ms, up to half as many more.
+    /// Bytes pass after this many ms and a random addition of up to half as many.
     Late(u64),
     /// At most this many bytes a second.
     Slow(u64),
-    /// Nothing gets through, in the directions: towards the server, towards the client.
+    /// No byte passes towards the server (first field), towards the client (second field).
     Hole(bool, bool),
-    /// The server's side is closed; the client's stays open and hears nothing.
+    /// The server's side is closed; the client's side stays open and receives nothing.
     HalfOpen,
-    /// Connections end with a reset, new ones at once; what a hole held back never arrives.
+    /// Connections end with a reset, new ones at once. Bytes that a hole held back never arrive.
     Reset,
-    /// Of each hundred rounds to Postgres, so many are carried out, and the connection is cut before the answer.
+    /// In this percentage of round trips to Postgres, the request is executed and the connection is cut before the
+    /// answer.
     Swallow(u64),
-    /// Two answers of a stream change places (HTTP/2 only): a planted bug of the network.
+    /// Two answers of an HTTP/2 stream are swapped: a planted fault of the network.
     Reorder,
 }
 
-/// Where a link leads.
+/// Target of a link.
 #[derive(Debug, Clone)]
 pub enum Target {
     /// A port of this machine.
     Port(u16),
-    /// A socket in the file system.
+    /// A Unix socket.
     Path(PathBuf),
 }
 
-/// See the module.
+/// A TCP port that forwards its connections to a target, with a fault.
 #[derive(Debug)]
 pub struct Link {
     port: u16,
@@ -51,7 +52,7 @@ pub struct Link {
 }
 
 impl Link {
-    /// A link to a target, which passes bytes.
+    /// A link to a target; it passes bytes until a fault is set.
     pub async fn to(target: Target) -> std::io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let port = listener.local_addr()?.port();
@@ -70,38 +71,38 @@ impl Link {
         Ok(Self { port, target, toxic, swallowed, taken })
     }
 
-    /// A link before an address such as `http://127.0.0.1:1234`.
+    /// A link in front of an address such as `http://127.0.0.1:1234`.
     pub async fn before(url: &str) -> Self {
         let (_, port) = url.rsplit_once(':').expect("a URL with a port");
         Self::to(Target::Port(port.parse().unwrap())).await.unwrap()
     }
 
-    /// A URL that leads through it.
+    /// URL that leads through the link.
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
     }
 
-    /// The port to connect to.
+    /// Port that the link listens on.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Leads new connections elsewhere.
+    /// Sends new connections to another target.
     pub fn lead_to(&self, target: Target) {
         self.target.send_replace(target);
     }
 
-    /// From now on, for all connections.
+    /// Sets the fault of all connections, present and future.
     pub fn set(&self, toxic: Toxic) {
         self.toxic.send_replace(toxic);
     }
 
-    /// Connections that it took.
+    /// Number of connections that the link accepted.
     pub fn connections(&self) -> u64 {
         self.taken.load(Ordering::Relaxed)
     }
 
-    /// Answers that were swallowed.
+    /// Number of answers that were swallowed.
     pub fn swallowed(&self) -> u64 {
         self.swallowed.load(Ordering::Relaxed)
     }
@@ -153,7 +154,8 @@ async fn pass(
         let mut back = std::pin::pin!(back);
         tokio::select! {
             _ = &mut there => back.await,
-            // A lost answer cuts the connection at once; a mere end lets the other direction end too.
+            // A swallowed answer cuts the connection at once; after a mere end the other direction goes on to its own
+            // end.
             lost = &mut back => lost || there.await,
         }
     };
@@ -167,18 +169,18 @@ async fn pass(
             let _ = socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO));
         }
         Some(false) => {}
-        // The server's side is closed by now; the client's stays until the link heals.
+        // The server's side is closed by now; the client's side stays open until the link heals.
         None => drop(control.wait_for(|toxic| *toxic != Toxic::HalfOpen).await),
     }
 }
 
 enum Direction {
-    /// Towards the server; says when an answer shall be lost.
+    /// Towards the server; sends whether the next answer is to be swallowed.
     There(watch::Sender<bool>),
     Back(watch::Receiver<bool>),
 }
 
-/// Copies one direction to its end. True: an answer was swallowed, and the connection is to be cut.
+/// Copies one direction to its end. Returns true if an answer was swallowed and the connection is to be cut.
 async fn copy(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
@@ -192,7 +194,7 @@ async fn copy(
         let there = matches!(direction, Direction::There(_));
         let stuck = |toxic: &Toxic| match toxic {
             Toxic::Hole(towards_server, towards_client) => *(if there { towards_server } else { towards_client }),
-            // The connection is about to end; until it does, nothing may slip through.
+            // The connection is about to be reset; until then no byte may pass.
             Toxic::Reset => true,
             _ => false,
         };
@@ -230,17 +232,18 @@ async fn copy(
     false
 }
 
-/// The client waits for an answer now: its message ends with Sync, or it is a simple query.
+/// Whether the client waits for an answer now: its message ends with Sync, or it is a simple query.
 fn ends_round(bytes: &[u8]) -> bool {
     bytes.ends_with(&[b'S', 0, 0, 0, 4]) || bytes.first() == Some(&b'Q')
 }
 
-/// `ReadyForQuery`: what was asked for is done, and committed unless a transaction is open.
+/// Whether this ends with `ReadyForQuery`: the request is executed, and committed unless a transaction is open.
 fn is_ready(bytes: &[u8]) -> bool {
     matches!(bytes, [.., b'Z', 0, 0, 0, 5, b'I' | b'T' | b'E'])
 }
 
-/// Frames of HTTP/2 as they go by; the first one with data of each stream is held until the next one has passed.
+/// HTTP/2 frames in transit. The first data frame of each stream is held until the next frame of that stream, and sent
+/// after it if that holds data too.
 #[derive(Default)]
 struct Frames {
     rest: Vec<u8>,
@@ -262,7 +265,7 @@ impl Frames {
             let data = kind == 0 && length > 0;
             match self.held.take() {
                 Some((held, first)) if held == stream => {
-                    // Of another kind: the stream ends, and order matters no more to anybody.
+                    // Not a data frame: the stream ends, and the order no longer matters.
                     let (one, two) = if data { (frame, first) } else { (first, frame) };
                     out.extend(one);
                     out.extend(two);

@@ -1,4 +1,4 @@
-//! The `absurd` program as a user runs it, and Python beside it.
+//! The `absurd` program as a user runs it, and the Python programs of the tests.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -7,16 +7,17 @@ use std::sync::OnceLock;
 use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, ChildStdout, Command};
 
-/// The repository.
+/// Root directory of the repository.
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
 
-/// The program, built from the sources that are tested.
+/// Path of the program, built from the tested sources.
 pub fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
-        // All of the workspace: the program alone would have other features of its dependencies, and build them anew.
+        // Builds the whole workspace: the program alone would have other features of its dependencies, which would be
+        // built again.
         let built = cargo().args(["build", "--quiet", "--workspace", "--bins", "--examples"]).status();
         assert!(built.is_ok_and(|status| status.success()), "cargo build of the absurd program failed");
         // This test runs from target/<profile>/deps; the program was built for the dev profile.
@@ -25,8 +26,8 @@ pub fn binary() -> &'static Path {
     })
 }
 
-/// Cargo, at the workspace's root. What cargo tells a test of its package would make build scripts run again, and everything
-/// above them be built anew.
+/// Cargo, at the root of the workspace, without the variables that describe the package of this test. They would make
+/// build scripts run again, and all their dependents be rebuilt.
 fn cargo() -> std::process::Command {
     let mut command = std::process::Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".into()));
     for (name, _) in
@@ -38,7 +39,7 @@ fn cargo() -> std::process::Command {
     command
 }
 
-/// A command line of the program, without the variables of whoever runs the tests.
+/// A command line of the program, without the `ABSURD_` variables of this process.
 pub fn absurd(args: &[&str]) -> Command {
     let mut command = Command::new(binary());
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("ABSURD_")) {
@@ -67,14 +68,14 @@ pub fn example(script: &str) -> Command {
 /// A running program whose lines can be read.
 #[derive(Debug)]
 pub struct Absurd {
-    /// The process.
+    /// The process, for its pid and its exit status.
     pub child: Child,
     output: Lines<BufReader<ChildStdout>>,
     errors: Lines<BufReader<ChildStderr>>,
 }
 
 impl Absurd {
-    /// Starts it.
+    /// Starts the program and captures both of its output streams.
     pub fn start(mut command: Command) -> Self {
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
         let output = BufReader::new(child.stdout.take().unwrap()).lines();
@@ -82,7 +83,7 @@ impl Absurd {
         Self { child, output, errors }
     }
 
-    /// The next line, on either stream, that contains a text.
+    /// Waits for the next line, on either stream, that contains `part`.
     pub async fn line(&mut self, part: &str) -> String {
         let mut seen = Vec::new();
         let reading = async {
@@ -108,14 +109,14 @@ impl Absurd {
         }
     }
 
-    /// Sends a signal.
+    /// Sends a signal, named as for `kill`.
     pub fn signal(&self, name: &str) {
         let pid = self.child.id().expect("the program runs").to_string();
         let sent = std::process::Command::new("kill").args([&format!("-{name}"), &pid]).status();
         assert!(sent.is_ok_and(|status| status.success()));
     }
 
-    /// Waits for its end; the exit code.
+    /// Waits for the end of the process. Returns its exit code.
     pub async fn exit_code(mut self) -> Option<i32> {
         let drained = async { while let Ok(Some(_)) = self.output.next_line().await {} };
         let errors = async {

@@ -1,4 +1,4 @@
-//! Servers in this process, and raw gRPC clients to look at the wire.
+//! Servers in this process, and raw gRPC clients that show the messages on the wire.
 
 use std::time::Duration;
 
@@ -11,24 +11,26 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::Database;
 
-/// Tick of a server whose looks come too late to help.
+/// Pause between two looks of a server at its queues that is too long for any look to help a test.
 const SLOW_TICK: Duration = Duration::from_secs(3600);
-/// Tick of a server whose looks come so often that a test does not wait for them.
+/// Pause between two looks that is so short that a test need not wait for them.
 const QUICK_TICK: Duration = Duration::from_millis(100);
 
-/// A raw client.
+/// The generated client, without the retries of `AbsurdClient`.
 pub type Grpc = AbsurdServiceClient<Channel>;
 
-/// What differs from the defaults.
+/// Options of a server; the default is a server with a queue `q`.
 #[derive(Debug, Clone, Default)]
 pub struct ServerOptions {
-    /// Any setting of `absurd serve`.
+    /// Settings of `absurd serve`; those left unset are the harness's.
     pub settings: Settings,
-    /// Do not create the queue `q`.
+    /// Does not create the queue `q`.
     pub without_queue: bool,
-    /// Look at the queues once an hour, so that the test sees what hints, wake-ups and bells do, and no look.
+    /// Lets the server look at its queues only once an hour, so that a test sees the effect of hints, wake-ups and
+    /// doorbells alone.
     pub slow_tick: bool,
-    /// Look at the queues fifteen times as often, for a test that waits for several looks, or for chores.
+    /// Lets the server look at its queues fifteen times as often, for a test that waits for several looks or for
+    /// chores.
     pub quick_tick: bool,
 }
 
@@ -40,22 +42,22 @@ pub struct Server {
 }
 
 impl Server {
-    /// A server on a database of its own, with a queue `q`.
+    /// Starts a server on a database of its own, with a queue `q`.
     pub async fn start() -> Self {
         Self::start_with(Database::new().await, ServerOptions::default()).await
     }
 
-    /// A server on a database.
+    /// Starts a server on this database, with a queue `q`.
     pub async fn start_on(database: &Database) -> Self {
         Self::start_with(database.clone(), ServerOptions::default()).await
     }
 
-    /// A server on a database that looks at its queues once an hour: a hint that is lost is not made good.
+    /// Starts a server that looks at its queues only once an hour, so that no look makes up for a lost hint.
     pub async fn start_on_hints(database: &Database) -> Self {
         Self::start_with(database.clone(), ServerOptions { slow_tick: true, ..ServerOptions::default() }).await
     }
 
-    /// A server with other settings.
+    /// Starts a server on this database with other options.
     pub async fn start_with(database: Database, options: ServerOptions) -> Self {
         let base = Settings {
             database_url: Some(Secret::from(database.url())),
@@ -79,17 +81,17 @@ impl Server {
         server
     }
 
-    /// Its database.
+    /// Database of the server.
     pub fn database(&self) -> &Database {
         &self.database
     }
 
-    /// The app itself.
+    /// The app that serves.
     pub fn app(&self) -> &App {
         &self.app
     }
 
-    /// Its URL.
+    /// URL of the server.
     pub fn url(&self) -> String {
         format!("http://{}", self.app.addr())
     }
@@ -104,7 +106,7 @@ impl Server {
         raw(&self.url()).await
     }
 
-    /// Stops it as SIGTERM would.
+    /// Stops the server as SIGTERM would.
     pub async fn stop(self) {
         self.app.shut_down().await.unwrap();
     }
@@ -116,7 +118,7 @@ pub async fn raw(url: &str) -> Grpc {
     AbsurdServiceClient::new(channel).max_decoding_message_size(64 * 1024 * 1024)
 }
 
-/// A JSON field.
+/// A JSON field of a message, unchecked.
 pub fn json(text: impl Into<String>) -> Option<pb::Json> {
     Some(pb::Json { text: text.into() })
 }

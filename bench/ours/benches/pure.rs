@@ -1,4 +1,4 @@
-//! The parts of the server that touch no socket and no database: `cargo bench -p absurd-bench`.
+//! Benchmarks of the parts of the server that touch neither a socket nor the database: `cargo bench -p absurd-bench`.
 
 #![allow(clippy::unwrap_used, reason = "a program for developers fails by panicking")]
 
@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 const STREAMS: u64 = 1000;
 
-/// What jsonb would refuse is refused here, without building a tree.
+/// The check that refuses the JSON that jsonb would refuse, without building a tree.
 fn json(c: &mut Criterion) {
     let mut group = c.benchmark_group("json guard");
     for (name, text) in [
@@ -92,7 +92,7 @@ fn state(now: Deadline) -> State {
     state
 }
 
-/// Plans one claim over all streams, hands out what it took, and takes the credit back.
+/// Plans one claim over all streams, delivers the runs that it took, and returns their credit.
 fn dispatch(c: &mut Criterion) {
     let spans = Spans { heartbeat: Duration::from_secs(15), stall: Duration::from_secs(30) };
     c.bench_function("dispatch: 500 runs to 1,000 streams and back", |b| {

@@ -1,5 +1,5 @@
-//! Our adapters for the benchmark against peers (see `bench/README.md` for what each command does): `grpc` takes tasks from a
-//! claim stream and completes them, `rust` runs them with the durable worker.
+//! Our adapters for the benchmark against peers; `bench/README.md` describes each command. `grpc` takes tasks from a
+//! claim stream and completes them. `rust` executes them with the durable worker.
 
 #![allow(clippy::print_stdout, reason = "the orchestrator reads it")]
 
@@ -61,7 +61,7 @@ impl Default for Settings {
     }
 }
 
-/// What every peer's tasks carry.
+/// Params of the tasks of every peer.
 #[derive(Debug, Serialize, Deserialize)]
 struct Params {
     id: u64,
@@ -73,7 +73,7 @@ fn params(id: u64, t: u64) -> Params {
     Params { id, pad: "x".repeat(70), t }
 }
 
-/// `CLOCK_MONOTONIC`, which all processes share.
+/// Nanoseconds of `CLOCK_MONOTONIC`, which all processes share.
 fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
@@ -118,7 +118,7 @@ impl Handled {
         Ok(())
     }
 
-    /// Read by a spawner.
+    /// The count of the working process, as the spawning process reads it.
     fn elsewhere(&self) -> anyhow::Result<u64> {
         let mut bytes = [0; 8];
         self.file.as_ref().context("no counter")?.read_exact_at(&mut bytes, 0)?;
@@ -146,11 +146,11 @@ async fn spawn_some(client: &AbsurdClient, from: u64, count: u64, t: u64) -> any
     Ok(())
 }
 
-/// `spawn`: so many tasks; `feed`: for so long, at most so many ahead of the worker.
+/// `spawn` spawns `count` tasks. `feed` spawns for `seconds`, at most `ahead` tasks ahead of the worker.
 async fn spawn(asked: Arc<Asked>) -> anyhow::Result<()> {
     let client = client()?;
     let handled = Handled::new(&asked)?;
-    client.create_queue().await?; // It exists; this opens the connection.
+    client.create_queue().await?; // The queue exists; this opens the connection.
     let next = Arc::new(AtomicU64::new(0));
     let started = Instant::now();
     let until = asked.seconds.map(|seconds| started + Duration::from_secs_f64(seconds));
@@ -181,7 +181,7 @@ async fn spawn(asked: Arc<Asked>) -> anyhow::Result<()> {
     say(&format!("result {}", json!({"seconds": seconds})))
 }
 
-/// `pace`: one task at a time, each with the time of its spawn.
+/// `pace` spawns one task at a time, each with the time just before its spawn.
 async fn pace(asked: &Asked) -> anyhow::Result<()> {
     let client = client()?;
     spawn_some(&client, 0, 1, 0).await?;

@@ -1,5 +1,6 @@
-//! The whole life of tasks through the store alone, without transport, dispatch and group commit: spawn, claim and complete
-//! in batches. `absurd-lifecycle DATABASE_URL CALLERS BATCH SECONDS` prints completed tasks per second.
+//! The whole life of tasks through the store alone, without transport, dispatch and group commit: tasks are spawned,
+//! claimed and completed in batches. `absurd-lifecycle DATABASE_URL CALLERS BATCH SECONDS` prints completed tasks per
+//! second.
 
 #![allow(clippy::print_stdout, reason = "the orchestrator reads it")]
 
@@ -45,7 +46,7 @@ async fn spawn(store: &Store, scope: &Scope, batch: usize) -> anyhow::Result<()>
     Ok(())
 }
 
-/// Claims and completes; says how many.
+/// Claims up to `batch` tasks and completes them. Returns their number.
 async fn take(store: &Store, scope: &Scope, batch: usize) -> anyhow::Result<u32> {
     let worker_id = WorkerId::parse("worker_id", "bench")?;
     let slots: Vec<Slot> = (0..batch)
@@ -58,7 +59,7 @@ async fn take(store: &Store, scope: &Scope, batch: usize) -> anyhow::Result<u32>
         .map(|(_, claim)| RunRef { run_id: claim.run_id, digest: Some(claim.token.digest()) })
         .collect();
     let complete = Write::Complete { result: Some(JsonText::parse("result", r#"{"ok": true}"#.into(), BOUND)?) };
-    // A claim that came too late for a run may still hold it: then it is tried again.
+    // A competing claim may still lock a run; the completion of that run is then repeated.
     let mut open: Vec<&RunRef> = refs.iter().collect();
     while !open.is_empty() {
         let writes: Vec<_> = open.iter().map(|run| (*run, &complete)).collect();
@@ -98,7 +99,7 @@ async fn main() -> anyhow::Result<()> {
     for _ in 0..callers {
         let (store, scope) = (store.clone(), scope.clone());
         running.spawn(async move {
-            // Not all in step.
+            // Staggers the callers, so that they do not act in step.
             tokio::time::sleep(Duration::from_millis(5).mul_f64(random())).await;
             let mut done = 0;
             while Instant::now() < until {
@@ -113,7 +114,7 @@ async fn main() -> anyhow::Result<()> {
         done += count??;
     }
     let rate = f64::from(done) / started.elapsed().as_secs_f64();
-    // What callers took from each other is left.
+    // Completes the tasks that are left because callers also claimed tasks of other callers.
     while take(&store, &scope, 500).await? > 0 {}
     println!("{rate}");
     Ok(())

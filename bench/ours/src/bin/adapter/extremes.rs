@@ -1,4 +1,4 @@
-//! What is large: a task with many checkpoints, payloads of 1 MiB, an event that many wait for, a long queue.
+//! Extreme loads: a task with many checkpoints, payloads of 1 MiB, an event with many waits, a long queue.
 
 use std::time::Instant;
 
@@ -22,7 +22,7 @@ async fn claim(client: &AbsurdClient, qty: i32) -> anyhow::Result<Vec<ClaimedTas
         .await?)
 }
 
-/// Claims tasks one by one, 200 times, and then takes so many in hundreds, completing each.
+/// Claims and completes 200 tasks one by one, and then at least `count` tasks in batches of 100.
 pub(super) async fn take(client: &AbsurdClient, count: u64) -> anyhow::Result<()> {
     client.create_queue().await?;
     say("ready")?;
@@ -90,7 +90,7 @@ async fn payloads(client: &AbsurdClient) -> anyhow::Result<f64> {
     Ok(times[25])
 }
 
-/// Milliseconds until all waits stand, and until all are awake.
+/// Milliseconds until all runs wait, and until all are woken.
 async fn waiters(client: &AbsurdClient) -> anyhow::Result<(f64, f64)> {
     let new = |_| NewTask::new("waits", &json!({}), SpawnOptions::default());
     for _ in 0..WAITERS / 500 {
