@@ -49,7 +49,9 @@ async fn spawn(server: &Server, queue: &str, params: &str) -> Result<pb::Spawned
 async fn a_refused_row_is_not_told() {
     let server = Server::start().await;
     let sql = server.database().connect().await;
-    sql.batch_execute("alter table absurd.t_q add constraint only_numbers check (params::text !~ 'canary')").await.unwrap();
+    sql.batch_execute("alter table absurd.t_q add constraint only_numbers check (params::text !~ 'canary')")
+        .await
+        .unwrap();
     let (code, reason, message) = parts(&spawn(&server, "q", "\"canary\"").await.unwrap_err());
     assert_eq!((code, reason.as_str()), (Code::FailedPrecondition, "DATABASE_REFUSED"), "{message}");
     assert!(message.contains("only_numbers") && !message.contains("canary"), "{message}");

@@ -61,7 +61,7 @@ async fn gzip_is_for_those_who_use_it() {
         queue: "q".into(),
         task: Some(pb::NewTask {
             task_name: "n".into(),
-            params: absurd_tests::json(format!("\"{}\"", "x".repeat(bytes))),
+            params: json(format!("\"{}\"", "x".repeat(bytes))),
             ..Default::default()
         }),
     };
@@ -173,8 +173,7 @@ async fn an_error_names_the_field_of_its_own_request() {
         state: broken.clone(),
         ..Default::default()
     };
-    let save =
-        pb::SaveCheckpointForRunRequest { queue, run_id, checkpoint_name, data: broken, ..Default::default() };
+    let save = pb::SaveCheckpointForRunRequest { queue, run_id, checkpoint_name, data: broken, ..Default::default() };
     for (field, refused) in [
         ("state", grpc.set_checkpoint(set).await.unwrap_err()),
         ("data", grpc.save_checkpoint_for_run(save).await.unwrap_err()),
