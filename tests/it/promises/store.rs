@@ -29,6 +29,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_types::StatusExt as _;
 use uuid::Uuid;
 
+use super::serving::{PROBED, until_armed};
 use crate::streams::{Messages, complete, next_task, open, request, seconds};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -451,10 +452,14 @@ async fn a_release_keeps_the_time_at_which_the_task_began() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_for_a_time_comes_without_a_look() {
     let server = Server::start_on_hints(&Database::new().await).await;
+    let sql = server.database().connect().await;
     for client in both_kinds(&server).await {
         let mut grpc = server.raw().await;
         let asked = pb::ClaimStreamRequest { queue: client.queue_name().into(), ..request(9) };
         let (_, mut messages) = open(&mut grpc, asked).await;
+        // An idle dispatcher has looked for what comes later, and looks no more.
+        until_armed(&sql, client.queue_name()).await;
+        tokio::time::sleep(PROBED).await;
         let at = SystemTime::now() + Duration::from_secs(2);
         let options = SpawnOptions::default().start_at(at);
         let later = client.spawn_task("later", &j!(null), options).await.unwrap();
