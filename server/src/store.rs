@@ -122,7 +122,7 @@ struct Inner {
 
 /// Session settings of the server's connections. They silence the doorbell trigger. Plans are generic, made once per
 /// statement, and use indexes even if the queue was empty at that time. Time zone, isolation level and clock are fixed,
-/// whatever the database or the role sets.
+/// and override the settings of the database and the role.
 pub(crate) fn session_config(
     database: &tokio_postgres::Config,
     name: &str,

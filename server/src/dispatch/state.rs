@@ -93,7 +93,7 @@ impl Stream {
         if self.outbox.task_bytes() >= OUTBOX_BYTES_MAX { 0 } else { free }
     }
 
-    /// Credit by the worker's count: without what is set aside, and without the bound on the outbox.
+    /// Credit by the worker's count: reserved places are not deducted, and the bound on the outbox does not apply.
     fn told_credit(&self) -> usize {
         if self.ending { 0 } else { self.options.max_in_flight.saturating_sub(self.runs.len()) }
     }

@@ -1,4 +1,4 @@
-//! The client: what a stream keeps through the loss of its connection, what ends with it, and what a handler is told.
+//! The client: claims that outlive the connection of their stream, claims that end with it, and the answers to handlers.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -171,7 +171,7 @@ async fn all_leases_are_extended_also_beyond_one_call() {
 }
 
 /// A stream's connection stays open and lets nothing through. The client misses three heartbeats of half a second, opens
-/// the stream at the other replica, and gets what is spawned afterwards. No keepalive of the transport helps it.
+/// the stream at the other replica, and gets the tasks that are spawned afterwards. No keepalive of the transport helps it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_falls_silent_is_opened_again() {
     let pair = Pair::start(Duration::from_millis(500)).await;

@@ -420,7 +420,7 @@ async fn a_deadline_of_eight_digits_is_kept() {
     lock.rollback().await.unwrap();
 }
 
-/// Each span of a policy is its own: what was set is read, and one that is set alone changes no other.
+/// Each span of a policy is its own: a read returns the value that was set, and setting one changes no other.
 #[tokio::test(flavor = "multi_thread")]
 async fn each_span_of_a_policy_is_its_own() {
     let server = Server::start().await;
@@ -638,7 +638,7 @@ async fn a_claim_whose_steps_cannot_be_read_goes_to_nobody() {
     assert_eq!(task.checkpoint("s").unwrap().unwrap().as_str(), "1");
 }
 
-/// `ExtendClaims` says of each claim what it is worth: held, finished by the claim itself, expired, cancelled, lost to
+/// `ExtendClaims` returns a verdict for each claim: held, finished by the claim itself, expired, cancelled, lost to
 /// another claim, or no claim at all.
 #[tokio::test(flavor = "multi_thread")]
 async fn each_claim_is_told_what_it_is_worth() {
