@@ -28,6 +28,8 @@ pub enum Toxic {
     /// In this percentage of round trips to Postgres, the request is executed and the connection is cut before the
     /// answer.
     Swallow(u64),
+    /// Requests to Postgres to cancel a statement are held back; everything else passes.
+    HeldCancels,
     /// Two answers of an HTTP/2 stream are swapped: a planted fault of the network.
     Reorder,
 }
@@ -47,8 +49,15 @@ pub struct Link {
     port: u16,
     target: Arc<watch::Sender<Target>>,
     toxic: Arc<watch::Sender<Toxic>>,
-    swallowed: Arc<AtomicU64>,
-    taken: Arc<AtomicU64>,
+    counts: Arc<Counts>,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    connections: AtomicU64,
+    swallowed: AtomicU64,
+    /// Requests to cancel a statement that are held back.
+    cancels: AtomicU64,
 }
 
 impl Link {
@@ -58,17 +67,16 @@ impl Link {
         let port = listener.local_addr()?.port();
         let target = Arc::new(watch::Sender::new(target));
         let toxic = Arc::new(watch::Sender::new(Toxic::Pass));
-        let (swallowed, taken) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-        let (control, count, there) = (Arc::clone(&toxic), Arc::clone(&swallowed), Arc::clone(&target));
-        let connections = Arc::clone(&taken);
+        let counts = Arc::<Counts>::default();
+        let (control, counted, there) = (Arc::clone(&toxic), Arc::clone(&counts), Arc::clone(&target));
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                connections.fetch_add(1, Ordering::Relaxed);
+                counted.connections.fetch_add(1, Ordering::Relaxed);
                 let target = there.borrow().clone();
-                tokio::spawn(carry(client, target, control.subscribe(), Arc::clone(&count)));
+                tokio::spawn(carry(client, target, control.subscribe(), Arc::clone(&counted)));
             }
         });
-        Ok(Self { port, target, toxic, swallowed, taken })
+        Ok(Self { port, target, toxic, counts })
     }
 
     /// A link in front of an address such as `http://127.0.0.1:1234`.
@@ -99,16 +107,21 @@ impl Link {
 
     /// Number of connections that the link accepted.
     pub fn connections(&self) -> u64 {
-        self.taken.load(Ordering::Relaxed)
+        self.counts.connections.load(Ordering::Relaxed)
     }
 
     /// Number of answers that were swallowed.
     pub fn swallowed(&self) -> u64 {
-        self.swallowed.load(Ordering::Relaxed)
+        self.counts.swallowed.load(Ordering::Relaxed)
+    }
+
+    /// Number of requests to cancel a statement that are held back.
+    pub fn cancels(&self) -> u64 {
+        self.counts.cancels.load(Ordering::Relaxed)
     }
 }
 
-async fn carry(client: TcpStream, target: Target, toxic: watch::Receiver<Toxic>, swallowed: Arc<AtomicU64>) {
+async fn carry(client: TcpStream, target: Target, toxic: watch::Receiver<Toxic>, counts: Arc<Counts>) {
     let _ = client.set_nodelay(true);
     let Ok(socket) = socket2::SockRef::from(&client).try_clone() else { return };
     let mut control = toxic.clone();
@@ -118,12 +131,12 @@ async fn carry(client: TcpStream, target: Target, toxic: watch::Receiver<Toxic>,
                 let Ok(server) = TcpStream::connect(("127.0.0.1", port)).await else { return };
                 let _ = server.set_nodelay(true);
                 let (input, output) = server.into_split();
-                pass(client, input, output, toxic, &swallowed).await;
+                pass(client, input, output, toxic, &counts).await;
             }
             Target::Path(path) => {
                 let Ok(server) = UnixStream::connect(&path).await else { return };
                 let (input, output) = server.into_split();
-                pass(client, input, output, toxic, &swallowed).await;
+                pass(client, input, output, toxic, &counts).await;
             }
         }
     };
@@ -141,14 +154,15 @@ async fn pass(
     input: impl AsyncRead + Unpin,
     output: impl AsyncWrite + Unpin,
     toxic: watch::Receiver<Toxic>,
-    swallowed: &AtomicU64,
+    counts: &Counts,
 ) {
     let mut control = toxic.clone();
+
     // Borrowed halves: dropping them sends nothing to the client.
     let (from_client, to_client) = client.split();
     let (tell, armed) = watch::channel(false);
-    let there = copy(from_client, output, toxic.clone(), Direction::There(tell));
-    let back = copy(input, to_client, toxic, Direction::Back(armed));
+    let there = copy(from_client, output, toxic.clone(), Direction::There(tell), counts);
+    let back = copy(input, to_client, toxic, Direction::Back(armed), counts);
     let both = async {
         let mut there = std::pin::pin!(there);
         let mut back = std::pin::pin!(back);
@@ -165,7 +179,7 @@ async fn pass(
     };
     match lost {
         Some(true) => {
-            swallowed.fetch_add(1, Ordering::Relaxed);
+            counts.swallowed.fetch_add(1, Ordering::Relaxed);
             let _ = socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO));
         }
         Some(false) => {}
@@ -186,6 +200,7 @@ async fn copy(
     mut to: impl AsyncWrite + Unpin,
     mut toxic: watch::Receiver<Toxic>,
     direction: Direction,
+    counts: &Counts,
 ) -> bool {
     let mut buffer = vec![0; 64 * 1024];
     let mut frames = Frames::default();
@@ -196,8 +211,12 @@ async fn copy(
             Toxic::Hole(towards_server, towards_client) => *(if there { towards_server } else { towards_client }),
             // The connection is about to be reset; until then no byte may pass.
             Toxic::Reset => true,
+            Toxic::HeldCancels => is_cancel(bytes),
             _ => false,
         };
+        if is_cancel(bytes) {
+            counts.cancels.fetch_add(1, Ordering::Relaxed);
+        }
         if toxic.wait_for(|toxic| !stuck(toxic)).await.is_err() {
             break;
         }
@@ -224,12 +243,20 @@ async fn copy(
         } else {
             to.write_all(bytes).await
         };
+        if is_cancel(bytes) {
+            counts.cancels.fetch_sub(1, Ordering::Relaxed);
+        }
         if passed.is_err() {
             break;
         }
     }
     let _ = to.shutdown().await;
     false
+}
+
+/// Whether this asks Postgres to cancel a statement of another connection.
+fn is_cancel(bytes: &[u8]) -> bool {
+    matches!(bytes, [0, 0, 0, 16, code @ .., _, _, _, _, _, _, _, _] if *code == 80_877_102_u32.to_be_bytes())
 }
 
 /// Whether the client waits for an answer now: its message ends with Sync, or it is a simple query.

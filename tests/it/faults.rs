@@ -123,7 +123,7 @@ async fn one_bad_and_one_locked_item_hurt_nobody_else() {
 }
 
 /// A server whose connections to Postgres go over a link.
-async fn over_a_link() -> (Server, Link) {
+pub(super) async fn over_a_link() -> (Server, Link) {
     let database = absurd_tests::Database::new().await;
     let socket = database.url().rsplit_once("host=").unwrap().1.to_owned();
     let link = Link::to(Target::Path(format!("{socket}/.s.PGSQL.5432").into())).await.unwrap();

@@ -5,12 +5,13 @@
 //! Two seconds after the limit of its role, the server closes a silent connection, whatever TCP reports. A peer that
 //! acknowledges nothing is detected within ten seconds.
 
+use std::pin::pin;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime, Timeouts};
 use tokio::runtime::Handle;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tokio_postgres::NoTls;
 
 use super::{Fault, LOCK_WAIT, LOCK_WAIT_UPKEEP, StoreOptions, session_config};
@@ -21,7 +22,9 @@ const SHARED_BELOW: usize = 5;
 /// Grace after the time limit of a statement. Past it, a connection without an answer is closed.
 pub(super) const SILENCE: Duration = Duration::from_secs(2);
 
-/// Longest time to cancel the statement of an abandoned caller. Past it, its connection is closed.
+/// Time for the statement of an abandoned caller to end by itself. Past it, the statement is cancelled.
+const ENDS_SOON: Duration = Duration::from_millis(250);
+/// Longest time until a cancelled statement ends. Past it, its connection is closed all the same.
 const QUIET_MAX: Duration = Duration::from_secs(2);
 
 /// Pause after Postgres refused a connection, until one caller tries again to open one.
@@ -103,9 +106,10 @@ pub struct Pools {
     crowd: Mutex<Crowd>,
 }
 
-/// Returns the connection of an abandoned caller to its pool. Cancels a statement that still runs, then sends
-/// `last_words`. `held` is dropped only after that, so it bounds the statements that still run. If this takes longer
-/// than [`QUIET_MAX`], the connection is closed.
+/// Takes back the connection of an abandoned caller. `last_words` follow the statement that may still run. A statement
+/// that ends soon leaves its connection to the pool. A longer one is cancelled, and its connection is closed: a request
+/// to cancel is not answered, so it may come late and would end a statement of the next caller. `held` is dropped only
+/// after that, so it bounds the statements that still run.
 pub(super) fn take_back(client: Object, last_words: &'static str, held: impl Send + 'static) {
     let Ok(runtime) = Handle::try_current() else {
         drop(Object::take(client));
@@ -113,16 +117,26 @@ pub(super) fn take_back(client: Object, last_words: &'static str, held: impl Sen
     };
     runtime.spawn(async move {
         let _held = held;
-        let cancel = client.cancel_token();
-        let quiet = async {
-            cancel.cancel_query(NoTls).await?;
-            client.batch_execute(last_words).await
-        };
-        let quiet = tokio::time::timeout(QUIET_MAX, quiet).await;
-        if !matches!(quiet, Ok(Ok(()))) {
+        if !ends(&client, last_words).await {
             drop(Object::take(client));
         }
     });
+}
+
+/// Waits until an abandoned statement has ended, and returns true if it did so by itself.
+async fn ends(client: &Object, last_words: &str) -> bool {
+    let mut ended = pin!(client.batch_execute(last_words));
+    if let Ok(ended) = timeout(ENDS_SOON, &mut ended).await {
+        return ended.is_ok();
+    }
+    let cancelled = async {
+        client.cancel_token().cancel_query(NoTls).await?;
+        ended.await
+    };
+    if let Ok(Err(error)) = timeout(QUIET_MAX, cancelled).await {
+        tracing::debug!(%error, "the statement of an abandoned caller was not cancelled");
+    }
+    false
 }
 
 /// Whether Postgres accepts further connections.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use absurd_client::{ClaimOptions, SpawnOptions};
 use absurd_proto::v1 as pb;
 use absurd_server::store::failing::{Failing, Fate};
-use absurd_tests::{Database, PATIENCE, Server, eventually, in_time};
+use absurd_tests::{Database, PATIENCE, Server, Toxic, eventually, in_time};
 use futures_util::future::join_all;
 use prost_reflect::DynamicMessage;
 use serde_json::{Value as Json, json as j};
@@ -225,4 +225,58 @@ async fn a_statement_that_nobody_waits_for_is_cancelled() {
         eventually("the statement is cancelled", || holds(&stopped)).await;
     }
     until_nothing_is_left("both callers left", || of_all(&server)).await;
+}
+
+/// Makes reads of a task last until `public.end` is told.
+const HELD: &str = "
+    create sequence public.ended;
+    create function public.held() returns boolean language plpgsql as $$
+    begin
+      while not (select is_called from public.ended) loop
+        perform pg_sleep(0.01);
+      end loop;
+      return true;
+    end $$;
+    alter table absurd.t_q rename to held_q;
+    create view absurd.t_q as
+      select * from absurd.held_q where case when current_query() like '-- task_get%' then public.held() else true end";
+
+/// A request to cancel that Postgres gets late ends no statement of a later caller.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_late_cancel_ends_no_statement_of_another_caller() {
+    let (server, link) = crate::faults::over_a_link().await;
+    let (client, sql) = (server.client(), server.database().connect().await);
+    let task_id = client.spawn_task("n", &j!(null), SpawnOptions::default()).await.unwrap().task_id;
+    sql.batch_execute(HELD).await.unwrap();
+    let running = async |count: i64| {
+        let runs = "select count(*) from pg_stat_activity
+                     where datname = current_database() and state = 'active' and query like '-- task_get%'";
+        let row = sql.query_one(runs, &[]).await.unwrap();
+        (row.get::<_, i64>(0) == count).then_some(())
+    };
+    let grpc = server.raw().await;
+    let read = || {
+        let mut grpc = grpc.clone();
+        let get = pb::GetTaskStatusRequest { queue: "q".into(), task_id: task_id.to_string(), ..Default::default() };
+        tokio::spawn(async move { grpc.get_task_status(get).await })
+    };
+    link.set(Toxic::HeldCancels);
+    let abandoned = read();
+    eventually("the statement runs", || running(1)).await;
+    abandoned.abort();
+    eventually("its cancel is under way", async || (link.cancels() > 0).then_some(())).await;
+    sql.batch_execute("select nextval('public.ended')").await.unwrap();
+    until_nothing_is_left("the caller left", || of_all(&server)).await;
+    sql.batch_execute("select setval('public.ended', 1, false)").await.unwrap();
+    // As many as there are connections for reads.
+    let reads = [read(), read()];
+    eventually("later callers read", || running(2)).await;
+    link.set(Toxic::Pass);
+    eventually("the cancel has passed", async || (link.cancels() == 0).then_some(())).await;
+    // Postgres takes connections in their order, also those that carry a request to cancel.
+    server.database().connect().await.batch_execute("select 1").await.unwrap();
+    sql.batch_execute("select nextval('public.ended')").await.unwrap();
+    for read in reads {
+        in_time("the read", read).await.unwrap().unwrap();
+    }
 }
