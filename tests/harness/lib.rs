@@ -18,7 +18,7 @@ pub use cluster::OwnCluster;
 pub use database::{Database, cluster, data_directory, pg_bin};
 pub use link::{Link, Target, Toxic};
 pub use process::{Absurd, absurd, binary, example, root, tool};
-pub use server::{Grpc, Server, ServerOptions, json, raw};
+pub use server::{Grpc, Place, Server, ServerOptions, json, raw};
 
 /// Longest wait for a fact. A healthy run needs a fraction of it; a loaded machine may need more.
 pub const PATIENCE: Duration = Duration::from_secs(60);

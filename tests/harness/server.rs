@@ -1,5 +1,6 @@
 //! Servers in this process, and raw gRPC clients that show the messages on the wire.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use absurd_client::{AbsurdClient, ConnectOptions};
@@ -7,6 +8,7 @@ use absurd_proto::v1 as pb;
 use absurd_proto::v1::absurd_service_client::AbsurdServiceClient;
 use absurd_server::app::App;
 use absurd_server::settings::{Secret, Settings, Span};
+use socket2::{Domain, Socket, Type};
 use tonic::transport::{Channel, Endpoint};
 
 use crate::Database;
@@ -32,6 +34,26 @@ pub struct ServerOptions {
     /// Lets the server look at its queues fifteen times as often, for a test that waits for several looks or for
     /// chores.
     pub quick_tick: bool,
+}
+
+/// An address that refuses connections until a server listens there, and that nobody else gets meanwhile.
+#[derive(Debug)]
+pub struct Place {
+    /// The address.
+    pub addr: SocketAddr,
+    /// Bound, and never listening.
+    _reserved: Socket,
+}
+
+impl Place {
+    /// Reserves an address. A server may listen there, stop, and listen again.
+    pub fn reserve() -> Self {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        // Lets a server that sets this too, as tokio does, listen on the same address.
+        socket.set_reuse_address(true).unwrap();
+        socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        Self { addr: socket.local_addr().unwrap().as_socket().unwrap(), _reserved: socket }
+    }
 }
 
 /// A server in this process.
