@@ -27,6 +27,7 @@ use crate::domain::QueueName;
 use crate::doorbell::{self, Hints};
 use crate::engine::{Engine, EngineOptions};
 use crate::gate::{self, Gate, GateOptions};
+use crate::http;
 use crate::maintenance;
 use crate::metrics;
 use crate::scope::Caller;
@@ -153,7 +154,7 @@ impl App {
             metrics_addr = Some(listener.local_addr()?);
             let is_ready = Arc::clone(&ready);
             let is_ready = Arc::new(move || is_ready.load(Ordering::Relaxed));
-            loops.spawn(metrics::serve(listener, Arc::clone(&engine), Arc::clone(&gate), is_ready));
+            loops.spawn(http::serve(listener, Arc::clone(&engine), Arc::clone(&gate), is_ready));
         }
         let (health, health_service) = tonic_health::server::health_reporter();
         let health = Health { reporter: health, ready };

@@ -17,6 +17,7 @@ pub mod doorbell;
 pub mod engine;
 pub mod gate;
 mod hot_retries;
+pub mod http;
 pub mod libpq;
 pub mod looks;
 pub mod maintenance;

@@ -1,32 +1,20 @@
-//! Every metric of the server, and the HTTP endpoints that expose them.
+//! The metrics that parts of the server record as they work. `http.rs` samples the rest when they are read.
 //!
 //! Names follow Prometheus: base units, and `_total` for counters. No label holds an id. Only two metrics have a
 //! queue's name as a label. `absurd_queue_trouble` is bounded to 1,000 series; `absurd_hot_retries_total` has one
 //! series per queue whose tasks retry without a pause.
 
-use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
 use std::time::Duration;
 
-use axum::Router;
-use axum::http::StatusCode;
-use axum::routing::get;
 use metrics::{counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use tokio::net::TcpListener;
 
-use crate::engine::Engine;
-use crate::gate::Gate;
 use crate::store::Fault;
 
 /// Upper bounds of the buckets of duration histograms, in seconds.
 const SECONDS: [f64; 12] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
-
-/// Upper bound of series of `absurd_queue_trouble`, one per queue and kind of trouble.
-const TROUBLES_MAX: usize = 1000;
-/// Queues and kinds of trouble seen so far, and whether the trouble persists.
-static TROUBLES: Mutex<BTreeMap<(String, &'static str), bool>> = Mutex::new(BTreeMap::new());
 
 static HANDLE: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
 
@@ -36,6 +24,11 @@ pub fn install() {
         let builder = PrometheusBuilder::new().set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS);
         builder.and_then(PrometheusBuilder::install_recorder).map_err(|error| tracing::warn!(%error, "no metrics")).ok()
     });
+}
+
+/// All metrics in Prometheus' text format; None: the recorder is not installed.
+pub(crate) fn render() -> Option<String> {
+    HANDLE.get().and_then(Option::as_ref).map(PrometheusHandle::render)
 }
 
 /// Counts an answered call, and records its duration.
@@ -123,59 +116,4 @@ pub fn part_ended(name: &'static str) {
 /// Counts a lost LISTEN connection.
 pub fn listener_lost() {
     counter!("absurd_listen_reconnects_total").increment(1);
-}
-
-/// Sets a gauge per queue and kind of trouble, so that an alert can name the queue: 1 while the trouble lasts, then 0.
-fn observe_queues(engine: &Engine) {
-    let mut named = TROUBLES.lock().unwrap_or_else(PoisonError::into_inner);
-    named.values_mut().for_each(|lasts| *lasts = false);
-    let locked = engine.store.locked_queues().into_iter().map(|queue| (queue, "locked"));
-    let troubled = engine.looks.troubles().into_iter().map(|(queue, kind)| (queue, kind.as_str()));
-    for trouble in locked.chain(troubled) {
-        if named.len() < TROUBLES_MAX || named.contains_key(&trouble) {
-            named.insert(trouble, true);
-        }
-    }
-    for ((queue, kind), lasts) in named.iter() {
-        let gauge = gauge!("absurd_queue_trouble", "queue" => queue.clone(), "kind" => *kind);
-        gauge.set(f64::from(u8::from(*lasts)));
-    }
-}
-
-/// Sets the gauges that are sampled when metrics are read.
-fn observe(engine: &Engine, gate: &Gate) {
-    for (role, most, open, waiting) in engine.store.connections() {
-        gauge!("absurd_database_connections_max", "role" => role).set(most as f64);
-        gauge!("absurd_database_connections", "role" => role).set(open as f64);
-        gauge!("absurd_database_waiting", "role" => role).set(waiting as f64);
-    }
-    gauge!("absurd_connections").set(gate.connections() as f64);
-    gauge!("absurd_streams").set(engine.dispatcher.streams() as f64);
-    gauge!("absurd_writes_waiting").set(engine.waiting() as f64);
-    observe_queues(engine);
-    gauge!("absurd_listening").set(f64::from(u8::from(engine.hints.listening())));
-    let age = engine.store.clock_age().map_or(f64::INFINITY, |age| age.as_secs_f64());
-    gauge!("absurd_database_silence_seconds").set(age);
-}
-
-/// Serves `/metrics`, `/livez` and `/readyz` over plain HTTP, until the task is dropped.
-pub async fn serve(
-    listener: TcpListener,
-    engine: Arc<Engine>,
-    gate: Arc<Gate>,
-    ready: Arc<dyn Fn() -> bool + Send + Sync>,
-) {
-    let scrape = move || {
-        observe(&engine, &gate);
-        let text = HANDLE.get().and_then(Option::as_ref).map(PrometheusHandle::render);
-        std::future::ready(text.ok_or(StatusCode::SERVICE_UNAVAILABLE))
-    };
-    let is_ready = move || std::future::ready(if ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE });
-    let router = Router::new()
-        .route("/metrics", get(scrape))
-        .route("/livez", get(|| std::future::ready(StatusCode::OK)))
-        .route("/readyz", get(is_ready));
-    if let Err(error) = axum::serve(listener, router).await {
-        tracing::warn!(%error, "metrics are served no more");
-    }
 }
