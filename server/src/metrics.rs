@@ -11,8 +11,6 @@ use std::time::Duration;
 use metrics::{counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
-use crate::store::Fault;
-
 /// Upper bounds of the buckets of duration histograms, in seconds.
 const SECONDS: [f64; 12] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
 
@@ -99,8 +97,8 @@ pub fn batch(name: &'static str, items: usize, took: Duration) {
 }
 
 /// Counts a failed statement, by kind of fault. Statements inside an explicit transaction do not count.
-pub fn fault(fault: &Fault) {
-    counter!("absurd_database_faults_total", "kind" => fault.kind()).increment(1);
+pub fn fault(kind: &'static str) {
+    counter!("absurd_database_faults_total", "kind" => kind).increment(1);
 }
 
 /// Counts a queue whose tables were found locked by another session.

@@ -301,7 +301,7 @@ impl Store {
             done = Err(on_purpose(fate));
         }
         if let Err(fault) = &done {
-            metrics::fault(fault);
+            metrics::fault(fault.kind());
             self.note_lasting(statement, scope, fault);
             if fault.is_of_connection() {
                 drop(Object::take(client));
