@@ -11,9 +11,9 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::dispatch::random;
 use crate::domain::{QueueName, TaskId};
 use crate::engine::Engine;
+use crate::jitter::random;
 use crate::store::Fault;
 
 /// Pause between looks while runs wait.

@@ -23,6 +23,7 @@ use crate::activity::{Activity, Feed};
 use crate::commit::{Committer, Settles};
 use crate::domain::{Claim, ClaimToken, Digest, Error, Instant as DbTime, QueueName, RunId, SessionId, Verdict};
 use crate::doorbell::Hints;
+use crate::jitter::random;
 use crate::metrics;
 use crate::scope::Scope;
 use crate::store::batch::{RunRef, Write};
@@ -712,13 +713,4 @@ pub fn verdict(error: &Error) -> Verdict {
         | Error::QueueNotFound(_) => Verdict::Invalid,
         _ => Verdict::Busy,
     }
-}
-
-/// A random number from 0 to 1; 0.5 if the system gives no randomness.
-pub fn random() -> f64 {
-    let mut bytes = [0_u8; 4];
-    if getrandom::fill(&mut bytes).is_err() {
-        return 0.5;
-    }
-    f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX)
 }

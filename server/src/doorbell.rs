@@ -12,8 +12,9 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use self::note::Note;
-use crate::dispatch::{Dispatcher, random};
+use crate::dispatch::Dispatcher;
 use crate::domain::{QueueName, RunId, SessionId};
+use crate::jitter::random;
 use crate::looks::Looks;
 use crate::metrics;
 use crate::store::listen::{Heard, listen};

@@ -18,6 +18,7 @@ pub mod engine;
 pub mod gate;
 mod hot_retries;
 pub mod http;
+pub mod jitter;
 pub mod libpq;
 pub mod looks;
 pub mod maintenance;

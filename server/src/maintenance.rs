@@ -9,9 +9,9 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-use crate::dispatch::random;
 use crate::domain::{EventName, QueueName};
 use crate::engine::Engine;
+use crate::jitter::random;
 use crate::metrics;
 use crate::per_queue::OneEach;
 use crate::scope::Caller;

@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::dispatch::random;
 use crate::domain::QueueName;
 use crate::engine::Engine;
+use crate::jitter::random;
 use crate::scope::{Caller, Scope};
 use crate::store::upkeep::Round;
 

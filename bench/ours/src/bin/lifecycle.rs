@@ -6,10 +6,10 @@
 
 use std::time::{Duration, Instant};
 
-use absurd_server::dispatch::random;
 use absurd_server::domain::claim::Secret;
 use absurd_server::domain::json::JsonBound;
 use absurd_server::domain::{JsonText, QueueName, TaskName, WorkerId};
+use absurd_server::jitter::random;
 use absurd_server::scope::{Caller, Scope};
 use absurd_server::store::batch::{Answer, RunRef, Write};
 use absurd_server::store::run::{Cursor, Slot};
