@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use crate::activity::{Activity, Feed};
 use crate::commit::{Committer, Settles};
 use crate::domain::{Claim, ClaimToken, Digest, Error, Instant as DbTime, QueueName, RunId, SessionId, Verdict};
-use crate::doorbell::Hints;
+use crate::hints::Hints;
 use crate::jitter::random;
 use crate::metrics;
 use crate::scope::Scope;

@@ -15,7 +15,7 @@ use crate::commit::{self, Committer, Emits, Settles, Spawns, Suspends};
 use crate::counts::Counts;
 use crate::dispatch::{DispatchOptions, Dispatcher};
 use crate::domain::{Digest, Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};
-use crate::doorbell::Hints;
+use crate::hints::Hints;
 use crate::hot_retries::HotRetries;
 use crate::looks::Looks;
 use crate::maintenance::{self, Emissions, InUse};

@@ -16,6 +16,7 @@ pub mod domain;
 pub mod doorbell;
 pub mod engine;
 pub mod gate;
+pub mod hints;
 mod hot_retries;
 pub mod http;
 pub mod jitter;

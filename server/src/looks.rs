@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use crate::dispatch::Dispatcher;
 use crate::domain::QueueName;
-use crate::doorbell::Hints;
+use crate::hints::Hints;
 use crate::per_queue::OneEach;
 use crate::planted::{self, Bug};
 use crate::store::tick::{QueueTick, Tick};

@@ -239,8 +239,8 @@ async fn look_at_quarantine(engine: &Arc<Engine>) {
 mod tests {
     use super::*;
     use crate::dispatch::DispatchOptions;
-    use crate::doorbell::Hints;
     use crate::engine::EngineOptions;
+    use crate::hints::Hints;
     use crate::store::tests::nowhere;
 
     /// No tick falls on the moment at which a lease ends, so the queue is looked at until some time after it.
