@@ -21,7 +21,7 @@ use crate::domain::{Error, QueueName};
 use crate::metrics;
 use crate::scope::Scope;
 use crate::store::{Access, Fault, LOCK_WAIT_PATIENT, Store};
-pub(crate) use batches::{Emits, Settles, Spawns, Suspends};
+pub(crate) use batches::{Emits, Settles, Suspends};
 use late::Late;
 pub(crate) use late::{until, until_free};
 pub(crate) use sequence::sequence;
@@ -81,7 +81,7 @@ pub(crate) trait Batch: Send + Sync + 'static {
 }
 
 /// One answer per item of a batch, in order; `None` for an item whose row is locked.
-type Outcomes<B> = Vec<Option<Result<<B as Batch>::Out, Error>>>;
+pub(crate) type Outcomes<B> = Vec<Option<Result<<B as Batch>::Out, Error>>>;
 
 struct Entry<B: Batch> {
     item: B::Item,

@@ -1,6 +1,8 @@
 //! The operations of the server. Each carries out a write and its consequences: returned credit, woken dispatchers, and
 //! hints to waiting calls and other replicas.
 
+mod spawns;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,10 +10,11 @@ use scopeguard::{ScopeGuard, guard};
 use tokio::time::Instant as Deadline;
 use uuid::Uuid;
 
+use self::spawns::Spawns;
 use crate::activity::{Activity, Feed, What};
 use crate::awaited::AwaitedTasks;
 use crate::backlog::Backlog;
-use crate::commit::{self, Committer, Emits, Settles, Spawns, Suspends};
+use crate::commit::{self, Committer, Emits, Settles, Suspends};
 use crate::counts::Counts;
 use crate::dispatch::{DispatchOptions, Dispatcher};
 use crate::domain::{Digest, Error, EventName, Instant, JsonText, QueueName, Settled, State, TaskId};

@@ -1,7 +1,7 @@
 //! The Absurd server: hands durable tasks that live in Postgres to workers over gRPC.
 //!
-//! Layers point down: `transport` -> `dispatch`, `commit` -> `store` -> `scope`, `domain`. Only `transport` knows wire
-//! types and only `store` knows SQL. `app` alone puts all parts together.
+//! Layers point down: `transport` -> `engine` -> `dispatch` -> `commit` -> `store` -> `scope`, `domain`. Only
+//! `transport` knows wire types and only `store` knows SQL. `app` alone puts all parts together.
 
 pub mod activity;
 pub mod address;
