@@ -279,7 +279,7 @@ fn start_loops(loops: &mut JoinSet<()>, engine: &Arc<Engine>, database: Config) 
     loops.spawn(keep_up("wide tick", parts(), |parts| async move { maintenance::wide_tick(&parts).await }));
     loops.spawn(keep_up("chores", parts(), |parts| async move { maintenance::chores(&parts).await }));
     loops.spawn(keep_up("waits", parts(), |parts| async move { parts.waits.run(&parts.store, &parts.looks).await }));
-    loops.spawn(keep_up("awaited tasks", parts(), |parts| async move { awaited::run(&parts).await }));
+    loops.spawn(keep_up("awaited tasks", parts(), |parts| async move { awaited::look::run(&parts).await }));
 }
 
 /// Runs a background task forever. One that ends or panics is restarted after a second, so a panic does not stop the
