@@ -7,6 +7,7 @@ mod claims;
 pub mod compression;
 pub mod convert;
 pub mod deadline;
+mod limits;
 pub mod page_token;
 mod policies;
 mod queues;
@@ -20,4 +21,5 @@ pub mod test_clock;
 mod time;
 mod workflows;
 
-pub use service::{Limits, Service};
+pub use limits::Limits;
+pub use service::Service;

@@ -21,7 +21,7 @@ use crate::store::batch::{RunRef, Write};
 use crate::store::suspend::When;
 use crate::store::task::{NewTask, Spawned, TaskEnd};
 use crate::store::text::{FIELD_BYTES_MAX, Part, cut};
-use crate::transport::service::Limits;
+use crate::transport::limits::Limits;
 use crate::transport::status;
 use crate::transport::time::SPAN_MAX;
 
