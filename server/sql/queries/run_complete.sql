@@ -1,4 +1,5 @@
--- Completes runs; one row per item. Rows locked by somebody else are skipped and come back with busy = true.
+-- Completes runs; one row per item. An item whose run another transaction holds comes back as `skipped`; one whose task is
+-- held comes back as running, and not `done`.
 with item as materialized (
        select * from unnest($1::uuid[],   -- runs, each at most once
                             $2::text[],   -- digests; null: no token was shown

@@ -49,7 +49,6 @@ const READ: &[&str] = &[
     "run_find",
     "run_get",
     "run_list",
-    "task_awaited",
     "task_find",
     "task_get",
     "task_list",
