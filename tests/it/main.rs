@@ -41,5 +41,6 @@ mod steps;
 mod streams;
 mod tasks;
 mod time;
+mod tree;
 mod upkeep;
 mod workflows;
