@@ -469,8 +469,9 @@ mod tests {
         assert_eq!(growth("-1E+9"), "-1000000000".len() - "-1E+9".len());
         assert_eq!(growth("[1e100000, 1e100000]"), 2 * (100_001 - "1e100000".len()));
         assert_eq!(growth("0.001e131074"), 131_072 - "0.001e131074".len());
-        assert!((9_990..10_010).contains(&growth("1e-10000")));
-        assert!((9_990..10_010).contains(&growth("0e-10000")));
+        assert_eq!(growth("1e-10000"), "0.".len() + 10_000 - "1e-10000".len());
+        assert_eq!(growth("0e-10000"), "0.".len() + 10_000 - "0e-10000".len());
+        assert_eq!(growth("12.5e-10000"), "0.".len() + 10_001 - "12.5e-10000".len());
         assert_eq!(growth("0e100000"), 0);
         let bound = JsonBound { bytes: 1024 * 1024, depth: DEPTH_MAX };
         let many = |count: usize| format!("[{}]", vec!["1e100000"; count].join(","));
@@ -493,6 +494,35 @@ mod tests {
         let ascii = |text: &str| JsonText::trusted(text.into()).to_ascii().into_string();
         assert_eq!(ascii(r#"{"é":"a\u00e9\ud83d\ude00\u0041\n\\u00e9"}"#), r#"{"?":"a???\u0041\n\\u00e9"}"#);
         assert_eq!(ascii("[1,null,\"x\"]"), "[1,null,\"x\"]");
+    }
+
+    /// A reason that is cut keeps as much of each part as its limit allows.
+    #[test]
+    fn a_long_reason_keeps_the_beginnings_of_its_parts() {
+        let long = "x".repeat(REASON_BYTES_MAX);
+        for (text, limits) in [
+            (
+                serde_json::json!({"name": long, "message": long, "traceback": long, "more": long}).to_string(),
+                vec![("name", 512), ("message", 16 * 1024), ("traceback", 16 * 1024)],
+            ),
+            (long, vec![("message", 16 * 1024)]),
+        ] {
+            let kept: serde_json::Value = serde_json::from_str(JsonText::reason(&text).as_str()).unwrap();
+            for (part, limit) in limits {
+                assert_eq!(kept[part].as_str().unwrap().len(), limit, "{part}");
+            }
+            assert_eq!(kept["more"], serde_json::Value::Null);
+        }
+    }
+
+    #[test]
+    fn a_reason_is_cut_between_characters() {
+        let long = "é".repeat(REASON_BYTES_MAX);
+        for (start, bytes) in [("", 16 * 1024), ("x", 16 * 1024 - 1)] {
+            let kept: serde_json::Value =
+                serde_json::from_str(JsonText::reason(&format!("{start}{long}")).as_str()).unwrap();
+            assert_eq!(kept["message"].as_str().unwrap().len(), bytes);
+        }
     }
 
     #[test]

@@ -582,3 +582,61 @@ pub fn pb_queue(row: &Row) -> pb::Queue {
     let mode = if mode == "partitioned" { pb::StorageMode::Partitioned } else { pb::StorageMode::Unpartitioned };
     pb::Queue { name: row.get("queue_name"), storage_mode: mode.into(), created_at: at(row, "created_at") }
 }
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+
+    use super::*;
+    use crate::domain::claim::Secret;
+
+    /// A claim with texts of so many bytes, and so many checkpoints.
+    fn claim(bytes: usize, checkpoints: usize) -> Claim {
+        let (run_id, task_id) = (Uuid::now_v7(), Uuid::now_v7());
+        let now = Instant::from_micros(1_700_000_000_000_000);
+        let text = |field: &str| {
+            let json = format!("{{\"{}\": {field:?}}}", "x".repeat(bytes));
+            JsonText::parse(field, json, JsonBound { bytes: usize::MAX, depth: 2 }).unwrap()
+        };
+        let checkpoint = |number: usize| Checkpoint {
+            name: format!("{}{number}", "c".repeat(bytes)),
+            state: Some(text("state")),
+            owner_run_id: Some(run_id),
+            updated_at: now,
+        };
+        Claim {
+            token: ClaimToken::new(run_id, Secret::new().unwrap(), u32::MAX, now, true),
+            run_id,
+            task_id,
+            attempt: i32::MAX,
+            task_name: "n".repeat(bytes),
+            params: text("params"),
+            retry_strategy: Some(text("retry_strategy")),
+            max_attempts: Some(i32::MAX),
+            headers: Some(text("headers")),
+            wake_event: Some("e".repeat(bytes)),
+            event_payload: Some(text("event_payload")),
+            claim_expires_at: Some(now),
+            resumed: true,
+            checkpoints: (0..checkpoints).map(checkpoint).collect(),
+            checkpoints_complete: true,
+            params_omitted: false,
+        }
+    }
+
+    /// Streams have room for messages, so the bound of a claim holds, and is no more than its spare bytes above the size.
+    #[test]
+    fn the_bound_of_a_claim_is_just_above_its_size() {
+        let queue = QueueName::parse("queue", &"q".repeat(57)).unwrap();
+        let scope = Caller::anonymous().scope(queue);
+        for (bytes, checkpoints) in [(1, 0), (1, 1), (300, 0), (300, 7), (100_000, 0), (100_000, 3), (2, 500)] {
+            for params_omitted in [false, true] {
+                let claim = Claim { params_omitted, ..claim(bytes, checkpoints) };
+                let bound = claim.message_bytes();
+                let size = pb_claim(&scope, claim).encoded_len();
+                let spare = 1024 + 128 * checkpoints;
+                assert!(size <= bound && bound <= size + spare, "{bytes}, {checkpoints}: {size} bytes, bound {bound}");
+            }
+        }
+    }
+}

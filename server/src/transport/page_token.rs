@@ -68,3 +68,26 @@ pub(super) fn fit(rows: &[Row], bytes: impl Fn(&Row) -> usize) -> &[Row] {
 pub(super) fn wrong() -> Error {
     Error::invalid("page_token", "is not a token of this service")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_leads_to_its_place() {
+        let at = Instant::from_micros(-1);
+        assert_eq!(parse(&encode(at, "a:b")).unwrap(), (at, "a:b".to_owned()));
+        assert_eq!(parse_pair::<i32, String>(&encode_pair("7", "")).unwrap(), (7, String::new()));
+    }
+
+    #[test]
+    fn other_tokens_are_refused() {
+        let of = |text: &str| URL_SAFE_NO_PAD.encode(text);
+        for token in
+            [String::new(), "?".into(), of("1"), of("x:a"), of(":a"), of("1:a\0b"), of("99999999999999999999:a")]
+        {
+            assert!(parse(&token).is_err(), "{token}");
+            assert!(parse_pair::<i64, String>(&token).is_err(), "{token}");
+        }
+    }
+}
