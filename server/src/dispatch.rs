@@ -336,9 +336,9 @@ impl Dispatcher {
     }
 
     /// A worker showed a sign of life for a run; `expires_at` is the new end of its lease, if it has one.
-    pub fn alive(&self, queue: &QueueName, run_id: RunId, expires_at: Option<DbTime>) {
+    pub fn alive(&self, queue: &QueueName, run_id: RunId, digest: Option<&Digest>, expires_at: Option<DbTime>) {
         if let Some(queue) = self.find(queue) {
-            queue.lock().alive(run_id, expires_at);
+            queue.lock().alive(run_id, digest, expires_at);
             queue.bell.notify_one();
         }
     }
@@ -357,7 +357,7 @@ impl Dispatcher {
         let queues: Vec<Arc<Queue>> = self.queues().values().cloned().collect();
         for queue in queues {
             let mut state = queue.lock();
-            runs.iter().for_each(|run| state.alive(*run, None));
+            runs.iter().for_each(|run| state.alive(*run, None, None));
             drop(state);
             queue.bell.notify_one();
         }

@@ -268,7 +268,7 @@ impl Engine {
     pub async fn settle(&self, scope: &Scope, run: RunRef, write: Write, deadline: Deadline) -> Result<Settled, Error> {
         let run_id = run.run_id;
         let kind = write.kind();
-        self.dispatcher.alive(scope.queue(), run_id, None);
+        self.dispatcher.alive(scope.queue(), run_id, run.digest.as_ref(), None);
         if planted::is(Bug::EarlyAck) && kind == Kind::Complete {
             return Ok(self.forget(scope, run, write));
         }
@@ -297,7 +297,7 @@ impl Engine {
         writes: Vec<Write>,
         deadline: Deadline,
     ) -> Vec<Result<Settled, Error>> {
-        self.dispatcher.alive(scope.queue(), run.run_id, None);
+        self.dispatcher.alive(scope.queue(), run.run_id, run.digest.as_ref(), None);
         let kinds: Vec<Kind> = writes.iter().map(Write::kind).collect();
         let (run_id, digest) = (run.run_id, run.digest.clone());
         let (store, scope_) = (self.store.clone(), scope.clone());
@@ -321,7 +321,7 @@ impl Engine {
         let queue = scope.queue();
         match (kind, outcome) {
             (Kind::Extend | Kind::Checkpoint, Ok(settled)) => {
-                self.dispatcher.alive(queue, run_id, settled.claim_expires_at);
+                self.dispatcher.alive(queue, run_id, digest, settled.claim_expires_at);
             }
             (Kind::Complete, Ok(settled)) => {
                 self.dispatcher.left(queue, run_id);
@@ -385,7 +385,7 @@ impl Engine {
         deadline: Deadline,
     ) -> Result<Awaited, Error> {
         let run_id = run.run_id;
-        self.dispatcher.alive(scope.queue(), run_id, None);
+        self.dispatcher.alive(scope.queue(), run_id, run.digest.as_ref(), None);
         let digest = run.digest.clone();
         let outcome = self.suspends.submit((scope.clone(), what.kind()), (run, what), deadline).await;
         self.waited(scope, (run_id, digest.as_ref()), outcome)
@@ -399,7 +399,7 @@ impl Engine {
         awaited: (&QueueName, TaskId),
         deadline: Deadline,
     ) -> Result<Awaited, Error> {
-        self.dispatcher.alive(scope.queue(), wait.run.run_id, None);
+        self.dispatcher.alive(scope.queue(), wait.run.run_id, wait.run.digest.as_ref(), None);
         // Runs also when the caller goes away or the answer is lost, because the run may sleep by then. The task may
         // have ended between the statement's look at it and now.
         let waits = guard((), |()| {

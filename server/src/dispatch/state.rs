@@ -350,8 +350,13 @@ impl State {
         timed || room
     }
 
-    /// A worker showed a sign of life for a run: its start deadline ends.
-    pub fn alive(&mut self, run_id: RunId, expires_at: Option<DbTime>) {
+    /// A worker showed a sign of life for a run: its start deadline ends. The token of another claim of the run, whose
+    /// digest this is, is no sign of life.
+    pub fn alive(&mut self, run_id: RunId, digest: Option<&Digest>, expires_at: Option<DbTime>) {
+        let is_other = |held: &Held| digest.is_some_and(|digest| held.token.digest() != *digest);
+        if self.held(run_id).is_some_and(is_other) {
+            return;
+        }
         self.strays.remove(&run_id);
         let Some(id) = self.owners.get(&run_id).copied() else { return };
         let Some(stream) = self.streams.get_mut(&id) else { return };
@@ -584,8 +589,13 @@ impl State {
 
     /// A delivered claim with a start deadline and no sign of life here.
     fn unproven(&self, run_id: RunId) -> Option<&Held> {
+        self.held(run_id).filter(|held| !held.alive && held.start_by.is_some())
+    }
+
+    /// The claim of a run that is in flight here.
+    fn held(&self, run_id: RunId) -> Option<&Held> {
         let streamed = || self.streams.get(self.owners.get(&run_id)?)?.runs.get(&run_id);
-        self.strays.get(&run_id).or_else(streamed).filter(|held| !held.alive && held.start_by.is_some())
+        self.strays.get(&run_id).or_else(streamed)
     }
 
     /// Silent claims could not be checked: they are due again at this time.
@@ -598,7 +608,7 @@ impl State {
         let held = self.unproven(token.run_id).filter(|held| held.token.digest() == token.digest())?;
         let expires_at = held.expires_at;
         if !everywhere {
-            self.alive(token.run_id, expires_at);
+            self.alive(token.run_id, None, expires_at);
             return None;
         }
         self.left(token.run_id);
@@ -693,6 +703,20 @@ mod tests {
         state.checked(&[(run_id, newer.digest())], &[lost]);
         assert!(!state.holds(run_id));
         assert_eq!(revoked(), [newer.encode()]);
+    }
+
+    /// A late write by the holder of an older claim is no sign of life of the newer holder.
+    #[test]
+    fn a_late_word_about_an_older_claim_is_no_sign_of_life() {
+        let (mut state, now, run_id) = (State::default(), Instant::now(), RunId::new_v4());
+        let token = || ClaimToken::new(run_id, Secret::new().unwrap(), 30, DbTime::from_micros(0), true);
+        let (older, newer) = (token(), token());
+        let held = Held { token: newer.clone(), expires_at: None, taken: true, alive: false, start_by: Some(now) };
+        state.strays.insert(run_id, held);
+        state.alive(run_id, Some(&older.digest()), None);
+        assert!(state.unproven(run_id).is_some());
+        state.alive(run_id, Some(&newer.digest()), None);
+        assert!(state.unproven(run_id).is_none());
     }
 
     /// Failed claims are tried again after pauses that double up to 15 s, even if runs become claimable meanwhile. A
