@@ -1,5 +1,5 @@
 //! Direct hand-over: a task spawned while a worker has credit is spawned already claimed, and pushed after the commit.
-//! The statement first looks for older work, so that no task overtakes it (`task_spawn.sql`).
+//! The statement first looks for older work, so that no task overtakes it (`task_spawn_claimed.sql`).
 
 use std::sync::Arc;
 
