@@ -353,7 +353,7 @@ impl State {
     /// A worker showed a sign of life for a run: its start deadline ends. The token of another claim of the run, whose
     /// digest this is, is no sign of life.
     pub fn alive(&mut self, run_id: RunId, digest: Option<&Digest>, expires_at: Option<DbTime>) {
-        let is_other = |held: &Held| digest.is_some_and(|digest| held.token.digest() != *digest);
+        let is_other = |held: &Held| digest.is_some_and(|shown| held.token.digest() != *shown);
         if self.held(run_id).is_some_and(is_other) {
             return;
         }

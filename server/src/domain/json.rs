@@ -499,13 +499,14 @@ mod tests {
     /// A reason that is cut keeps as much of each part as its limit allows.
     #[test]
     fn a_long_reason_keeps_the_beginnings_of_its_parts() {
+        let limit = 16 * 1024;
         let long = "x".repeat(REASON_BYTES_MAX);
         for (text, limits) in [
             (
                 serde_json::json!({"name": long, "message": long, "traceback": long, "more": long}).to_string(),
-                vec![("name", 512), ("message", 16 * 1024), ("traceback", 16 * 1024)],
+                vec![("name", 512), ("message", limit), ("traceback", limit)],
             ),
-            (long, vec![("message", 16 * 1024)]),
+            (long, vec![("message", limit)]),
         ] {
             let kept: serde_json::Value = serde_json::from_str(JsonText::reason(&text).as_str()).unwrap();
             for (part, limit) in limits {
