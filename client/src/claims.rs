@@ -99,8 +99,7 @@ impl FailOutcome {
     }
 }
 
-/// The reason as stored: a text becomes the object that the original client makes of it (contract 1.11), other JSON
-/// stays.
+/// The reason as stored: a text becomes the object that the original client makes of it, other JSON stays.
 pub(crate) fn reason<R: Serialize + ?Sized>(reason: &R) -> Result<pb::Json, Error> {
     let json = Json::of(reason)?;
     let Ok(Value::String(message)) = json.to() else { return Ok(json.into_wire()) };

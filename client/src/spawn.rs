@@ -14,7 +14,7 @@ use crate::{AbsurdClient, Error, Json, wire};
 /// Maximum number of tasks in one `SpawnTasks` call.
 const SPAWN_MAX: usize = 1000;
 
-/// Rule for the delay before a retry (contract section 5.3).
+/// Rule for the delay before a retry. `attempt` is the number of the failed attempt, from 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RetryStrategy {
     /// Retry at once.

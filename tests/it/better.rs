@@ -1,5 +1,6 @@
-//! Where the contract leaves room (its section 12), we do better than upstream. Every story is told twice: it must go well
-//! on our database and badly on upstream's, so that a test cannot pass by itself.
+//! Differences between our SQL functions and upstream's (`docs/storage.md`), where the storage contract leaves room.
+//! Every story is told twice: it must go well on our database and badly on upstream's, so that a test cannot pass by
+//! itself.
 
 use absurd_tests::{Database, eventually, in_time};
 use tokio::task::JoinHandle;
@@ -21,29 +22,29 @@ macro_rules! better {
 }
 
 better! {
-    /// B3.
+    /// A policy whose value is no whole number counts as absent.
     a_malformed_cancellation_policy_stops_nobody = malformed_policy;
-    /// B4.
+    /// The write waits for the lock of its run, and is refused with `AB002`.
     a_late_checkpoint_cannot_slip_past_the_failure_of_its_run = late_checkpoint;
-    /// B5.
+    /// The retry has not committed when the cleanup begins.
     cleanup_spares_a_task_that_is_just_retried = cleanup_and_retry;
-    /// B7 and section 11.
+    /// The emission has not committed when the cleanup begins.
     cleanup_spares_an_event_that_is_just_emitted = cleanup_and_emit;
-    /// B7.
+    /// A waiter that loses its placeholder makes it anew.
     no_wake_up_is_lost_when_cleanup_takes_a_placeholder = cleanup_and_await;
-    /// B12.
+    /// 100 years have more seconds than an `integer` holds.
     a_policy_of_a_century_stops_no_cleanup = century;
-    /// B13, section 9.2.
+    /// A week whose rows lie in the default partition is skipped.
     rows_in_the_default_partition_stop_no_upkeep = default_partition;
-    /// Section 9.2.
+    /// The session is in Europe/Berlin, and the clock changes within the window.
     weeks_are_utc_whatever_the_sessions_time_zone = summer_time;
-    /// Section 14, rule 8.
+    /// Another session has spawned a task and has not committed.
     creating_a_queue_that_exists_waits_for_nobody = create_again;
-    /// A1.
+    /// The history grows by 20,000 completed tasks with a cancellation policy.
     a_claim_does_not_grow_with_the_history_of_policies = claim_history;
-    /// A2.
+    /// The backlog grows by 60,000 pending tasks.
     a_claim_does_not_grow_with_the_backlog = claim_backlog;
-    /// A4.
+    /// The history grows by 60,000 completed tasks.
     cleanup_does_not_grow_with_the_history = cleanup_history;
 }
 

@@ -71,7 +71,7 @@ async fn an_event_wakes_its_run_and_is_found_again() {
     assert_eq!(client.get_task_result(task_id).await.unwrap().state, State::Completed);
 }
 
-/// Contract section 12, B1 and B2: a timeout is remembered, across attempts, deferrals and whatever else is awaited.
+/// A timeout is remembered, across attempts, deferrals and whatever else is awaited.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_timeout_stays_a_timeout() {
     let server = Server::start().await;

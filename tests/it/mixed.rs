@@ -310,7 +310,7 @@ async fn thousands_of_tasks_by_sql_and_grpc_end_legally() {
 }
 
 /// Everybody on the same five tasks at once: every function of the contract and every write of the server, in random order.
-/// The lock order of section 6 is kept if nobody ever deadlocks.
+/// A broken lock order (`ARCHITECTURE.md`) would show as a deadlock.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn nobody_deadlocks_on_the_same_tasks() {
     let mut dice = Dice(seed());

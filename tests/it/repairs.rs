@@ -1,5 +1,5 @@
-//! The eleven repairs of the original client (contract/sdk.md 2.3), one test each, seen through the blocking client: what
-//! it documents happens, and what it broke does not.
+//! Eleven repairs of the original client (`docs/migration.md`), one test each, seen through the blocking client: its
+//! documented behaviour holds, and the defect is gone.
 
 use std::time::{Duration, SystemTime};
 

@@ -173,7 +173,7 @@ async fn the_doctor_misses_every_key_and_index() {
     assert_eq!(sql.query(all, &[]).await.unwrap().len(), indexes.len());
 }
 
-/// Names that would share tables or indexes with another queue are refused, in either order (contract 12, B11).
+/// Names that would share tables or indexes with another queue are refused, in either order.
 #[tokio::test(flavor = "multi_thread")]
 async fn colliding_names_are_refused() {
     let server = Server::start().await;

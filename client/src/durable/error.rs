@@ -131,7 +131,7 @@ impl std::error::Error for TaskError {
 /// Longest recorded text, in code points.
 const TEXT_MAX: usize = 16 * 1024;
 
-/// The record of a failure: `name`, `message`, `traceback` (contract/sdk.md 1.11).
+/// The record of a failure: `name`, `message`, `traceback`, as all SDKs store it.
 pub(crate) fn recorded(error: &BoxError) -> crate::Json {
     if let Some(TaskError::NonRetryable(error)) = error.downcast_ref::<TaskError>() {
         return recorded(error);

@@ -61,8 +61,8 @@ impl Handlers {
         }
     }
 
-    /// Completes a spawn with its defaults (contract/sdk.md 1.5), and returns its queue too. `parent` is the spawning
-    /// task.
+    /// Calls the hook `before_spawn`, then takes the unset options of the spawn from its registration. Returns the
+    /// queue too. `parent` is the spawning task.
     pub(crate) async fn resolve(
         &self,
         draft: SpawnDraft,

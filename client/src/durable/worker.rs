@@ -21,7 +21,7 @@ use super::task::Registered;
 use super::trace;
 use crate::{ClaimOptions, ClaimStream, ClaimedTask, Error, Json, Reason, Revoked, StreamOptions};
 
-/// Shortest deferral of a task that has no handler here (contract/sdk.md 1.8).
+/// Shortest deferral of a task that has no handler here. The deferral uses up no attempt.
 const DEFER_MIN: Duration = Duration::from_secs(15);
 /// Longest addition to the deferral, which the run's id determines.
 const DEFER_SPREAD_MS: u64 = 15_000;
@@ -299,7 +299,7 @@ async fn execute(
         tracing::warn!(task.name = task.task_name, task.id = %task.task_id, ?delay, "nobody here knows this task: deferred");
         let Err(error) = task.release(delay).await else { return };
         if !error.is_claim_over() {
-            // Fails the run with the reason, instead of holding it until its lease ends (contract/sdk.md 1.8).
+            // Fails the run with the reason, instead of holding it until its lease ends.
             let _ = task.fail_json(reason("DeferralFailed", error.message(), None)).await;
         }
         report("deferring an unknown task", error);

@@ -1,4 +1,5 @@
--- Checkpoints that each run of a batch may see, oldest first (contract section 7.20), while their text fits a budget.
+-- Checkpoints that each run of a batch may see, oldest first, while their text fits a budget. Those that a later
+-- attempt wrote are left out (`tests/it/contract/checkpoints.sql`).
 -- At least one row beyond the budget comes back too, so that the reader can tell "all" from "cut".
 select i.run_id, x.checkpoint_name, x.state, x.owner_run_id, x.updated_at, x.bytes > $4::bigint as beyond
   from unnest($1::uuid[],     -- tasks

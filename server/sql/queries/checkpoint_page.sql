@@ -1,6 +1,7 @@
--- Committed checkpoints of a task after a place, oldest first: those that an attempt may see (contract section 7.20), or
--- those that a run itself has written. A value of more than $7 bytes is left out. The page ends with the row that takes its
--- values past $7 bytes; `beyond` marks that row, which belongs to the next page unless it is alone.
+-- Committed checkpoints of a task after a place, oldest first: those that an attempt may see, which leaves out those of
+-- later attempts, or those that a run itself has written. A value of more than $7 bytes is left out. The page ends with
+-- the row that takes its values past $7 bytes; `beyond` marks that row, which belongs to the next page unless it is
+-- alone.
 select q.checkpoint_name, q.status, q.owner_run_id, q.updated_at, q.length, q.omitted, q.upto > $7::integer as beyond,
        case when not q.omitted
             then (select s.state::text from {c} s where s.task_id = $1::uuid and s.checkpoint_name = q.checkpoint_name)

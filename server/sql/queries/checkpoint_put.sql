@@ -1,5 +1,5 @@
--- Stores results of steps; one row per item (contract section 7.17). The writer's run is locked first; the task is the
--- run's own, never the caller's word.
+-- Stores results of steps; one row per item. The writer's run is locked first, so that a late write cannot slip past
+-- the failure of its run. The task is the run's own, never one that the caller names.
 with item as materialized (
        select * from unnest($1::uuid[],     -- runs, each at most once
                             $2::text[],     -- digests; null: no token was shown

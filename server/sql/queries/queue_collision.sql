@@ -1,4 +1,4 @@
--- A queue whose tables, partitions or indexes would have the names of another one's (contract section 12, B11).
+-- A queue whose tables, partitions or indexes would have the names of another one's.
 -- Beside those, a relation that is there and is no table of the queue itself, such as an index of a partition: `create table if
 -- not exists` would take it for one.
 select q.queue_name, null as relation

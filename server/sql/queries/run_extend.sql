@@ -1,4 +1,4 @@
--- Moves the ends of leases to now + seconds; one row per item (contract section 7.18).
+-- Moves the ends of leases to now + seconds; one row per item. A lease without an end stays as it is.
 with item as materialized (
        select * from unnest($1::uuid[],     -- runs, each at most once
                             $2::text[],     -- digests; null: no token was shown

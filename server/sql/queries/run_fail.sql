@@ -1,4 +1,5 @@
--- Fails runs and makes the next attempts; one row per item (contract sections 5.3, 5.4, 7.15).
+-- Fails runs and makes the next attempts; one row per item. Pauses and cancellations follow the rules of
+-- `absurd.fail_run` (`tests/it/contract/retries.sql`, `tests/it/contract/cancellation.sql`).
 -- With sweep set an item fails only when its lease has run out, and the reason is made here.
 with item as materialized (
        select * from unnest($1::uuid[],         -- runs, each at most once

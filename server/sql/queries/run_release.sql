@@ -1,4 +1,4 @@
--- Gives claims back without using up an attempt; one row per item (decisions section 5).
+-- Gives claims back without using up an attempt; one row per item.
 -- Unlike schedule_run it keeps wake_event and payload, so that a pending event timeout is not lost.
 with item as materialized (
        select * from unnest($1::uuid[],         -- runs, each at most once

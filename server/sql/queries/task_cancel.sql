@@ -1,2 +1,2 @@
--- Cancels a task by the contract's function (7.23), which takes the locks in the right order.
+-- Cancels a task by the contract's function, which locks the runs in order of their ids and then the task.
 select absurd.cancel_task($1::text, $2::uuid)::text

@@ -1,5 +1,5 @@
--- Spawns a copy of a failed task (contract section 7.16, spawn_new), with ids chosen before. A copy that was made before is
--- found even when its source is gone; without either there is no row.
+-- Spawns a copy of a failed task, as `absurd.retry_task` does with `spawn_new`, with ids chosen before. A copy that was
+-- made before is found even when its source is gone; without either there is no row.
 with clock as materialized (select absurd.current_time() as now),
      source as materialized (
        select t.* from {t} t where t.task_id = $1::uuid for update),

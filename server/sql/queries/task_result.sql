@@ -1,5 +1,5 @@
--- State and result of a task (contract section 7.10), or a part of the result. What is longer than $4 bytes is left out
--- unless a part is asked for.
+-- State of a task with its result, or with the reason of its failure, or a part of either. A text longer than $4 bytes
+-- is left out unless a part is asked for.
 select t.task_id, t.state,
        case when $2::integer is not null then substr(x.text, $2::integer + 1, $3::integer)
             when octet_length(x.text) <= $4::integer then x.text end as text,

@@ -1,4 +1,4 @@
--- Gives a failed task another attempt (contract section 7.16), with a run id chosen before.
+-- Gives a failed task another attempt, as `absurd.retry_task` does, with a run id chosen before.
 with clock as materialized (select absurd.current_time() as now),
      task as materialized (
        select t.task_id, t.state, t.attempts, coalesce($3::integer, coalesce(t.max_attempts, t.attempts) + 1) as allowed

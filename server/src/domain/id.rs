@@ -7,8 +7,7 @@ use uuid::Uuid;
 
 use super::Error;
 
-/// Longest queue name in bytes: the 63 bytes of a Postgres name, less the longest prefix and suffix (contract section
-/// 3).
+/// Longest queue name in bytes: the 63 bytes of a Postgres name, less the longest prefix (`t_`) and suffix (`_sai`).
 pub const QUEUE_NAME_BYTES_MAX: usize = 57;
 /// Longest task name in bytes.
 pub const TASK_NAME_BYTES_MAX: usize = 512;

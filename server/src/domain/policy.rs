@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Error, JsonText};
 
-/// Longest delay of a retry strategy: one day (contract section 5.3).
+/// Longest delay of a retry strategy: one day. `absurd.retry_delay_seconds` refuses longer ones.
 pub const RETRY_DELAY_MAX: Duration = Duration::from_secs(86_400);
 /// Longest span of a cancellation policy: 100 years of 366 days.
 pub const CANCELLATION_MAX: Duration = Duration::from_secs(100 * 366 * 86_400);

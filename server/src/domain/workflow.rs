@@ -1,5 +1,5 @@
-//! Names and versions of workflows (contract of the original client, section 2.4). The display form
-//! `name__version__step` must stay unambiguous, so neither contains two underscores together.
+//! Names and versions of workflows. The display form `name__version__step` must stay unambiguous, so neither contains
+//! two underscores together.
 
 use super::Error;
 

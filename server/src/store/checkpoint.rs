@@ -11,7 +11,7 @@ use crate::scope::Scope;
 /// Filter of a list of a task's checkpoints.
 #[derive(Debug, Clone, Copy)]
 pub enum Seen {
-    /// Checkpoints visible to this attempt: those that later attempts wrote are left out (contract section 7.20).
+    /// Checkpoints visible to this attempt: those that later attempts wrote are left out.
     ByAttempt(i32),
     /// Checkpoints that this run wrote.
     OwnedBy(RunId),

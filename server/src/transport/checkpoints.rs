@@ -35,8 +35,8 @@ impl Service {
         })
     }
 
-    /// Refuses a task that is not the run's. Upstream's function accepts any task id, and leaves a row that no cleanup
-    /// finds (contract 12, B10).
+    /// Refuses a task that is not the run's. `absurd.set_task_checkpoint_state` accepts any task id, and leaves a row
+    /// that no cleanup finds.
     pub(super) async fn same_task(&self, scope: &Scope, run_id: RunId, task_id: &str) -> Result<(), Error> {
         if task_id.is_empty() {
             return Ok(());

@@ -1,4 +1,4 @@
--- Sections 5.4, 7.23.
+-- Cancellation: `cancel_task`, and the policies that `claim_task` and `fail_run` carry out.
 do $$
 declare
   v_task uuid;

@@ -1,4 +1,4 @@
--- Sections 3.3, 7.17, 7.19, 7.20.
+-- Checkpoints: the runs that may write one, and the attempts that see it.
 do $$
 declare
   v_task uuid;

@@ -1,4 +1,4 @@
--- Sections 5.1, 5.2, 7.12 to 7.14, 7.18.
+-- Claims: their order, rows and leases; `complete_run`, `extend_claim` and `schedule_run`.
 do $$
 declare
   v_task uuid;

@@ -1,4 +1,4 @@
--- Sections 7.24 to 7.26.
+-- Cleanup: age, order and limit; runs, checkpoints and keys go with their task.
 do $$
 declare
   v_done uuid;

@@ -1,4 +1,4 @@
--- Sections 7.35 to 7.37, 9.4, with a stand-in for the extension that has exactly what the contract allows to be used.
+-- Entries of pg_cron. The stand-in for the extension has only the parts that the contract allows its functions to use.
 do $$
 begin
   perform pg_temp.fails($q$select absurd.enable_cron('nowhere')$q$);

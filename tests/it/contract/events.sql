@@ -1,4 +1,4 @@
--- Sections 3.4, 3.5, 5.5, 7.21, 7.22.
+-- Events: `await_event` and `emit_event`, wakes, timeouts, and the rows that they leave.
 do $$
 declare
   v_task uuid;

@@ -1,4 +1,4 @@
--- Sections 4, 7.27 to 7.31.
+-- Time and ids: `portable_uuidv7`, `uuidv7_timestamp`, `uuidv7_floor`, weeks, and the clock that a session can set.
 do $$
 declare
   v_id uuid := absurd.portable_uuidv7();

@@ -1,4 +1,4 @@
--- Sections 9.1 to 9.3.
+-- Weekly partitions: their window, the default partition, detaching and dropping.
 do $$
 declare
   v_found integer;

@@ -1,4 +1,4 @@
--- Sections 2, 3, 7.3 to 7.9.
+-- Queues: names, creation, removal, listing and policies.
 do $$
 declare
   v_name text;

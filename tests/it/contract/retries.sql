@@ -1,4 +1,4 @@
--- Sections 5.3, 7.15, 7.16, 7.38.
+-- Retries: `retry_delay_seconds`, `fail_run` and `retry_task`.
 do $$
 declare
   v_task uuid;

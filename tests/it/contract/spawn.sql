@@ -1,4 +1,4 @@
--- Sections 3.1, 5.3, 7.10, 7.11.
+-- Spawns: options, idempotency keys, the rows of a new task, and `get_task_result`.
 do $$
 declare
   v_one record;

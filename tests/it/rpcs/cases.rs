@@ -151,7 +151,8 @@ fn refusals(cases: &mut Vec<Case>) {
         no(rpc, "lost", token(), "CLAIM_LOST");
         no(rpc, "expired", token(), "CLAIM_EXPIRED");
         no(rpc, "cancelled", token(), "TASK_CANCELLED");
-        // Without a token only the state counts, and the storage contract lets completed runs write checkpoints (7.17).
+        // Without a token only the state counts, and the storage contract lets completed runs write checkpoints
+        // (`tests/it/contract/checkpoints.sql`).
         match rpc {
             "CompleteTask" => no(rpc, "pending", of(j!({"run_id": "$run"})), "RUN_NOT_RUNNING"),
             "SetCheckpoint" | "SaveCheckpointForRun" => no(rpc, "completed", token(), "RUN_NOT_RUNNING"),
