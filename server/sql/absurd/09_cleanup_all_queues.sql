@@ -1,4 +1,4 @@
--- Cleanup by the queues' policies (contract section 7.26).
+-- Cleanup by the queues' policies.
 
 create or replace function absurd.cleanup_all_queues(p_queue_name text default null)
 returns table (queue_name text, tasks_deleted integer, events_deleted integer)

@@ -1,4 +1,4 @@
--- The doorbell: how a direct SQL writer wakes an idle dispatcher (decisions section 6).
+-- The doorbell: how a direct SQL writer wakes an idle dispatcher.
 -- A NOTIFY in a transaction that writes serialises the commits of the whole cluster, so nothing notifies under load:
 -- only a writer that finds an armed row does, and it takes the row away with it.
 

@@ -50,7 +50,7 @@ language sql immutable as $$
          end
 $$;
 
--- Whether a task is to be cancelled by its policy (contract section 5.4).
+-- Whether a task is to be cancelled by its policy.
 create or replace function absurd_server.cancellation_due(p_policy jsonb, p_enqueue_at timestamptz,
                                                           p_first_started_at timestamptz, p_now timestamptz)
 returns boolean
@@ -65,7 +65,7 @@ language sql immutable as $$
            end, false)
 $$;
 
--- Delay before the next attempt (contract section 5.3); null for a stored strategy that cannot be used, so that a batch
+-- Delay before the next attempt; null for a stored strategy that cannot be used, so that a batch
 -- never stops at it. Stands on its own: the databases of release 0.4.0 have no such function.
 create or replace function absurd_server.retry_delay(p_strategy jsonb, p_attempt integer) returns interval
 language plpgsql immutable as $$
@@ -251,7 +251,7 @@ begin
   end loop;
 end
 $$;
--- The doorbell: how a direct SQL writer wakes an idle dispatcher (decisions section 6).
+-- The doorbell: how a direct SQL writer wakes an idle dispatcher.
 -- A NOTIFY in a transaction that writes serialises the commits of the whole cluster, so nothing notifies under load:
 -- only a writer that finds an armed row does, and it takes the row away with it.
 
