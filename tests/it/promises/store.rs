@@ -457,7 +457,7 @@ async fn a_task_for_a_time_comes_without_a_look() {
         let mut grpc = server.raw().await;
         let asked = pb::ClaimStreamRequest { queue: client.queue_name().into(), ..request(9) };
         let (_, mut messages) = open(&mut grpc, asked).await;
-        // An idle dispatcher has looked for what comes later, and looks no more.
+        // An idle dispatcher has looked for later runs, and looks no more.
         until_armed(&sql, client.queue_name()).await;
         tokio::time::sleep(PROBED).await;
         let at = SystemTime::now() + Duration::from_secs(2);
